@@ -1,0 +1,38 @@
+# make demo   train DPO and DPOP on generated low-edit pairs and compare them (offline, minutes)
+# make test   lint, then the test suite
+# make lint   ruff and pyright
+# make bench  benchmarks against the peers that are installed
+#
+# Each target sets up .venv by itself, only when it is missing or its inputs changed.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+TEST_WORKERS ?= 2
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	@$(BIN)/dpop demo
+
+test: lint
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+bench: $(READY)
+	@$(BIN)/python -m pytest benchmarks --benchmark-only
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once; log: $(VENV)/install.log)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt \
+		> $(VENV)/install.log 2>&1 || { tail -n 30 $(VENV)/install.log; exit 1; }
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

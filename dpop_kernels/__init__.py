@@ -1,0 +1,34 @@
+"""Fused kernels for preference fine-tuning with DPOP (arXiv:2402.13228).
+
+dpop_loss, dpo_loss, ipo_loss, slic_loss     summed log-probs [B]            -> loss
+token_logps                                  logits [N, V]                   -> token log-probs [N]
+linear_token_logps                           hidden states [N, H], W [V, H]  -> token log-probs [N], no logits
+logits_dpop_loss, linear_dpop_loss           logits or hidden states         -> loss
+pair_loss                                    token log-probs, segments       -> per-pair losses and metrics
+ScoringHead                                  the above behind a Hugging Face model's own lm_head
+"""
+
+from dpop_kernels.dpop_losses import linear_dpop_loss, logits_dpop_loss
+from dpop_kernels.head import ScoringHead
+from dpop_kernels.linear_logps import linear_token_logps
+from dpop_kernels.losses import dpo_loss, dpop_loss, ipo_loss, slic_loss
+from dpop_kernels.outputs import PairLosses, TokenStats
+from dpop_kernels.pair_loss import pair_loss
+from dpop_kernels.token_logps import token_logps
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PairLosses",
+    "ScoringHead",
+    "TokenStats",
+    "dpo_loss",
+    "dpop_loss",
+    "ipo_loss",
+    "linear_dpop_loss",
+    "linear_token_logps",
+    "logits_dpop_loss",
+    "pair_loss",
+    "slic_loss",
+    "token_logps",
+]

@@ -1,0 +1,76 @@
+"""The definition of every operation in eager PyTorch: short, materialising everything, fp64-capable.
+
+The other backends are held against this one in fp64. Nothing here is written for speed.
+"""
+
+import torch
+from torch import Tensor
+
+from dpop_kernels import losses
+from dpop_kernels.outputs import PairLosses, TokenStats
+
+
+def token_logps(
+    logits: Tensor,  # [N, V]
+    target_ids: Tensor,  # [N]
+    *,
+    inplace_backward: bool = False,
+    with_stats: bool = False,
+) -> tuple[Tensor, TokenStats | None]:
+    """log softmax(logits)[n, target_ids[n]] -> [N]. `inplace_backward` has nothing to save here and is ignored."""
+    logits = losses.at_least_fp32(logits)
+    log_probs = logits.log_softmax(dim=-1)
+    logps = log_probs.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
+    return logps, _token_stats(logits.detach(), log_probs.detach(), target_ids) if with_stats else None
+
+
+def linear_token_logps(
+    hidden_states: Tensor,  # [N, H]
+    lm_head_weight: Tensor,  # [V, H]
+    target_ids: Tensor,  # [N]
+    *,
+    bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    with_stats: bool = False,
+) -> tuple[Tensor, TokenStats | None]:
+    """`token_logps` of the head's logits: z = softcap · tanh(logit_scale · (h Wᵀ + bias) / softcap)."""
+    logits = losses.at_least_fp32(hidden_states) @ losses.at_least_fp32(lm_head_weight).T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return token_logps(logits, target_ids, with_stats=with_stats)
+
+
+def segment_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum of token_logps over [cu_seqlens[i], cu_seqlens[i + 1]) -> [S]. Empty segments sum to zero."""
+    bounds = cu_seqlens.tolist()
+    sums = [token_logps[start:end].sum() for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return torch.stack(sums) if sums else token_logps.new_zeros(0)
+
+
+def pair_dpop_loss(
+    token_logps: Tensor,  # [N]
+    cu_seqlens: Tensor,  # [3B + 1]
+    ref_segment_logps: Tensor,  # [B, 3]
+    *,
+    beta: float,
+    dpop_lambda: float,
+) -> PairLosses:
+    """DPOP on segment sums (shared, chosen tail, rejected tail), pair by pair."""
+    return losses.losses_of_segments(
+        "dpop",
+        segment_sums(token_logps, cu_seqlens).view(-1, 3),
+        ref_segment_logps,
+        beta=beta,
+        dpop_lambda=dpop_lambda,
+    )
+
+
+def _token_stats(logits: Tensor, log_probs: Tensor, target_ids: Tensor) -> TokenStats:
+    # p log p with p = 0 is 0, also where the logit is -inf
+    entropy = -torch.where(log_probs > -torch.inf, log_probs.exp() * log_probs, 0).sum(-1)
+    target_logits = logits.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
+    return TokenStats(entropy, logits.mean(-1), target_logits >= logits.max(-1).values)

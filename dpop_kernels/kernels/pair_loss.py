@@ -1,0 +1,106 @@
+"""Segment sums, and the DPOP loss of a pair from its three segments in one launch.
+
+With s, c, r the sums over the shared tokens and the two tails, policy minus reference:
+
+    Δw = s + c,   m = c - r,   z = β (m - λ max(0, -Δw)),   loss = -log σ(z)
+    ∂loss/∂s = -β σ(-z) λ [Δw < 0]    ∂loss/∂c = -β σ(-z) (1 + λ [Δw < 0])    ∂loss/∂r = β σ(-z)
+
+(Pal et al. 2024, arXiv:2402.13228, equation 3.) The margin m takes the tails alone: the shared tokens cancel exactly.
+At Δw = 0 the penalty has slope 0, as relu has.
+
+A segment is summed by one program, from its own first token on, in a fixed order: the same tokens give the same bits
+wherever they lie in the batch and whichever kernel sums them.
+"""
+
+import triton
+import triton.language as tl
+
+from dpop_kernels.kernels.elementary import log1p
+
+
+@triton.jit
+def segment_sum_kernel(
+    token_logps_ptr,  # [N] in
+    cu_seqlens_ptr,  # [S + 1] in, int32 or int64
+    sums_ptr,  # [S] out, fp32
+    BLOCK_N: tl.constexpr,
+):
+    s = tl.program_id(0)
+    tl.store(sums_ptr + s, _segment_sum(token_logps_ptr, cu_seqlens_ptr, s, BLOCK_N))
+
+
+@triton.jit
+def segment_broadcast_kernel(
+    grad_ptr,  # [S / SEGMENTS_PER_GRAD] in, fp32
+    weights_ptr,  # [S] in, fp32, if HAS_WEIGHTS
+    cu_seqlens_ptr,  # [S + 1] in, int32 or int64
+    grad_token_logps_ptr,  # [N] out; tokens outside all segments are left as they are
+    HAS_WEIGHTS: tl.constexpr,
+    SEGMENTS_PER_GRAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    s = tl.program_id(0)
+    grad = tl.load(grad_ptr + s // SEGMENTS_PER_GRAD)
+    if HAS_WEIGHTS:
+        grad = grad * tl.load(weights_ptr + s)
+    end = tl.load(cu_seqlens_ptr + s + 1).to(tl.int64)
+    for start in range(tl.load(cu_seqlens_ptr + s).to(tl.int64), end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        tl.store(grad_token_logps_ptr + n, grad.to(grad_token_logps_ptr.dtype.element_ty), mask=n < end)
+
+
+@triton.jit(do_not_specialize=["B"])
+def pair_dpop_fwd_kernel(
+    token_logps_ptr,  # [N] in
+    cu_seqlens_ptr,  # [3B + 1] in, int32 or int64
+    ref_segment_logps_ptr,  # [B, 3] in: shared, chosen tail, rejected tail
+    losses_ptr,  # [B] out, fp32
+    slopes_ptr,  # [B, 3] out, fp32: d loss / d segment sum
+    metrics_ptr,  # [6, B] out, fp32: the fields of PairLosses after `losses`
+    B,
+    beta,
+    dpop_lambda,
+    BLOCK_N: tl.constexpr,
+):
+    b = tl.program_id(0)
+    shared = _segment_sum(token_logps_ptr, cu_seqlens_ptr, 3 * b, BLOCK_N)
+    chosen = _segment_sum(token_logps_ptr, cu_seqlens_ptr, 3 * b + 1, BLOCK_N)
+    rejected = _segment_sum(token_logps_ptr, cu_seqlens_ptr, 3 * b + 2, BLOCK_N)
+    ref_ptr = ref_segment_logps_ptr + 3 * b
+    shared_ratio = shared - tl.load(ref_ptr).to(tl.float32)
+    chosen_ratio = chosen - tl.load(ref_ptr + 1).to(tl.float32)
+    rejected_ratio = rejected - tl.load(ref_ptr + 2).to(tl.float32)
+
+    chosen_logratio = shared_ratio + chosen_ratio
+    margin = chosen_ratio - rejected_ratio
+    # asked this way round so that NaN is penalised and reaches the loss
+    is_penalised = ~(chosen_logratio >= 0.0)
+    penalty = dpop_lambda * tl.where(is_penalised, -chosen_logratio, 0.0)
+    z = beta * (margin - penalty)
+
+    # -log σ(z) = max(0, -z) + log1p(exp(-|z|)): no overflow, and full relative accuracy for large z
+    tail = tl.exp(-tl.abs(z))
+    tl.store(losses_ptr + b, tl.maximum(-z, 0.0) + log1p(tail))
+    pull = beta * tl.where(z >= 0.0, tail, 1.0) / (1.0 + tail)  # β σ(-z)
+    hinge_slope = tl.where(is_penalised, dpop_lambda, 0.0)
+    tl.store(slopes_ptr + 3 * b, -pull * hinge_slope)
+    tl.store(slopes_ptr + 3 * b + 1, -pull * (1.0 + hinge_slope))
+    tl.store(slopes_ptr + 3 * b + 2, pull)
+
+    tl.store(metrics_ptr + b, shared + chosen)
+    tl.store(metrics_ptr + B + b, shared + rejected)
+    tl.store(metrics_ptr + 2 * B + b, chosen_logratio)
+    tl.store(metrics_ptr + 3 * B + b, shared_ratio + rejected_ratio)
+    tl.store(metrics_ptr + 4 * B + b, margin)
+    tl.store(metrics_ptr + 5 * B + b, penalty)
+
+
+@triton.jit
+def _segment_sum(token_logps_ptr, cu_seqlens_ptr, s, BLOCK_N: tl.constexpr):
+    """Sum of tokens [cu_seqlens[s], cu_seqlens[s + 1]) in fp32: lane by lane, then one tree over the lanes."""
+    end = tl.load(cu_seqlens_ptr + s + 1).to(tl.int64)
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(tl.load(cu_seqlens_ptr + s).to(tl.int64), end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        sums += tl.load(token_logps_ptr + n, mask=n < end, other=0.0).to(tl.float32)
+    return tl.sum(sums, axis=0)

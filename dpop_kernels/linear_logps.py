@@ -1,0 +1,106 @@
+"""Per-token log-probs straight from hidden states and the head's weight: the logits never exist as a whole."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from dpop_kernels.backends import select_backend
+from dpop_kernels.outputs import TokenStats
+from dpop_kernels.validate import check_float, check_ids, check_same, check_same_device, check_softcap_and_scale
+
+
+@overload
+def linear_token_logps(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    target_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def linear_token_logps(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    target_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    return_stats: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, TokenStats]: ...
+def linear_token_logps(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    target_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, TokenStats | None]:
+    """log softmax(z)[n, target_ids[n]] with z = softcap · tanh(logit_scale · (h Wᵀ + bias) / softcap).
+
+    Logits exist one tile at a time, in fp32 straight from the accumulator. With a frozen head (weight and bias
+    without gradient) the whole of forward and backward is two matrix products; with a trainable head, four.
+
+    Args:
+        hidden_states: [N, H] float64, float32, bfloat16 or float16: the states that predict the scored tokens.
+        lm_head_weight: [V, H], same dtype and device. Under torch.autocast both are cast to the autocast dtype, as
+            torch's own linear layer does.
+        target_ids: [N] int64 or int32 in [0, V). Checked on the CPU; on a GPU the check would cost a sync.
+        bias: [V] or None.
+        logit_scale: multiplies h Wᵀ + bias (Cohere's logit_scale; 1 / Granite's logits_scaling).
+        softcap: Gemma's final_logit_softcapping, in logit units, or None.
+        return_stats: also return `TokenStats` (entropy, mean logit, top-1 hit), without gradient.
+        backend: "auto", "reference", "chunked" or "fused" (Triton).
+
+    Returns:
+        [N] log-probs in nats, fp32 (fp64 for fp64 input); with return_stats a tuple (log-probs, TokenStats).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, an id is out of range, or the backend cannot run here.
+    """
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type) and hidden_states.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden_states, lm_head_weight = hidden_states.to(dtype), lm_head_weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check(hidden_states, lm_head_weight, target_ids, bias)
+    check_softcap_and_scale(logit_scale, softcap)
+    implementation = select_backend(backend, hidden_states.device, hidden_states.dtype)
+    with torch.autocast(device_type, enabled=False):
+        logps, stats = implementation.linear_token_logps(
+            hidden_states,
+            lm_head_weight,
+            target_ids,
+            bias=bias,
+            logit_scale=float(logit_scale),
+            softcap=None if softcap is None else float(softcap),
+            with_stats=return_stats,
+        )
+    return (logps, stats) if return_stats else logps
+
+
+def _check(hidden_states: Tensor, lm_head_weight: Tensor, target_ids: Tensor, bias: Tensor | None) -> None:
+    check_float("hidden_states", hidden_states, "[N, H]")
+    check_float("lm_head_weight", lm_head_weight, "[V, H]")
+    if lm_head_weight.shape[1] != hidden_states.shape[1]:
+        raise ValueError(
+            f"lm_head_weight: expected shape [V, {hidden_states.shape[1]}] to match hidden_states, "
+            f"got {list(lm_head_weight.shape)}. The weight is stored as nn.Linear stores it, [V, H]."
+        )
+    check_same("lm_head_weight", lm_head_weight, "hidden_states", hidden_states)
+    check_same_device("target_ids", target_ids, "hidden_states", hidden_states)
+    check_ids("target_ids", target_ids, (hidden_states.shape[0],), lm_head_weight.shape[0])
+    if bias is not None:
+        check_float("bias", bias, "[V]")
+        check_same("bias", bias, "lm_head_weight", lm_head_weight)
+        if bias.shape[0] != lm_head_weight.shape[0]:
+            raise ValueError(f"bias: expected shape [{lm_head_weight.shape[0]}], got {list(bias.shape)}.")

@@ -1,0 +1,181 @@
+"""HeadTrainer: transformers.Trainer whose loss is made of token log-probs and never of logits.
+
+Everything about optimisation, checkpoints, logging back ends and distribution is transformers' and accelerate's. Added
+here, for any loss: the scoring head, the mean over all items of the global batch, metrics that stay on the device, and
+a stop before a non-finite value is trained on.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from dpop_kernels import ScoringHead
+from dpop_trainer.config import HeadConfig
+from dpop_trainer.metrics import MeanMetrics
+from dpop_trainer.run_files import RunFiles
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class NonFiniteError(ValueError):
+    """A loss, log-prob or gradient was NaN or infinite; training stopped before the optimizer step."""
+
+
+class HeadTrainer(Trainer):
+    """Base of the trainers here. A subclass says what one item (a pair, a token) is and what its loss is.
+
+    Args:
+        model: a causal LM, loaded.
+        args: the configuration.
+        data_metrics: counts of what happened to the data; logged once when training begins.
+        run_config: what config.yaml is to hold; the training arguments if not given.
+        trainer_kwargs: passed on to transformers.Trainer.
+    """
+
+    args: HeadConfig  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: HeadConfig,
+        *,
+        data_metrics: Mapping[str, float] | None = None,
+        run_config: dict[str, Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        if args.disable_dropout:
+            disable_dropout(model)
+        self.head = ScoringHead(model, backend=args.kernel_backend)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            self.head.check(model)
+        super().__init__(model=model, args=args, **trainer_kwargs)
+        # compute_loss divides by the items of the whole global batch; transformers must not divide again
+        self.model_accepts_loss_kwargs = True
+        self._mean_metrics = {"train": MeanMetrics(), "eval": MeanMetrics()}
+        self._non_finite: list[tuple[Tensor, Tensor]] = []  # per micro-batch: pair ids [B], is bad [B]
+        self._num_tokens: Tensor | float = 0.0
+        self.add_callback(RunFiles(run_config if run_config is not None else args.to_dict()))
+        self.add_callback(_StopOnNonFinite(self))
+        self.add_callback(_LogDataMetrics(self, dict(data_metrics or {})))
+
+    def num_items(self, batch: Mapping[str, Any]) -> int:
+        """How many items a batch holds, read without touching the device."""
+        raise NotImplementedError
+
+    def item_losses(
+        self, model: nn.Module, batch: dict[str, Any], mode: str
+    ) -> tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor | int]]]:
+        """-> sum of the items' losses (scalar, with gradient), is-bad flag per pair [B], metrics as sums and weights."""
+        raise NotImplementedError
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+        mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
+        loss_sum, is_bad, metrics = self.item_losses(model, inputs, mode)
+        self._mean_metrics[mode].add(metrics)
+        if mode == "train":
+            self._non_finite.append((inputs["pair_ids"], is_bad))
+            self._num_tokens = self._num_tokens + inputs["attention_mask"].sum().double()
+        if num_items_in_batch is None:
+            loss = loss_sum / self.num_items(inputs)
+        else:
+            # data parallelism averages gradients over processes, and the divisor already counts all of them
+            loss = loss_sum * (self.accelerator.num_processes / num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss, None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
+        metrics = self._mean_metrics[mode].pop(self.accelerator)
+        if mode == "train" and metrics:
+            metrics["num_tokens"] = self._total_num_tokens()
+        prefix = "eval_" if mode == "eval" else ""
+        super().log({**logs, **{prefix + key: value for key, value in metrics.items()}}, start_time)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        if not batch_samples:
+            return None
+        count = sum(self.num_items(batch) for batch in batch_samples)
+        if self.accelerator.num_processes == 1:
+            return count
+        return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._last_grad_norm = grad_norm
+        return grad_norm
+
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
+        return dataset  # the collator reads the columns that it needs; none of them is an argument of the model
+
+    def _total_num_tokens(self) -> float:
+        """Tokens trained on, all processes, resumed runs included."""
+        if isinstance(self._num_tokens, Tensor):
+            total = self.accelerator.reduce(self._num_tokens, reduction="sum")
+            self._num_tokens = 0.0
+            logged = (line["num_tokens"] for line in reversed(self.state.log_history) if "num_tokens" in line)
+            self._logged_num_tokens = next(logged, 0.0) + float(total)  # type: ignore[arg-type]
+        return self._logged_num_tokens
+
+    def stop_if_not_finite(self) -> None:
+        """
+        Raises:
+            NonFiniteError: a loss, a log-prob or the gradient of this step is NaN or infinite; names step and pairs.
+        """
+        batches, self._non_finite = self._non_finite, []
+        if not batches:
+            return
+        bad_pairs = torch.cat([is_bad for _, is_bad in batches])
+        gradient_is_bad = self._gradient_is_bad(bad_pairs.device)
+        if not bool(bad_pairs.any() | gradient_is_bad):  # the step's one sync
+            return
+        pair_ids = torch.cat([ids for ids, _ in batches])
+        named = pair_ids[bad_pairs].tolist() or pair_ids.tolist()
+        what = "a log-prob or loss" if bool(bad_pairs.any()) else "the gradient norm"
+        raise NonFiniteError(
+            f"step {self.state.global_step + 1}: expected finite values, got a NaN or infinity in {what}, pair ids "
+            f"{named[:16]}{' ...' if len(named) > 16 else ''}. Nothing of this step was applied. Look at these pairs and their "
+            "reference log-probs; if they are sound, lower learning_rate or dpop_lambda, or train in bf16 rather than fp16."
+        )
+
+    def _gradient_is_bad(self, device: torch.device) -> Tensor:
+        grad_norm = self._last_grad_norm
+        # fp16's loss scaler meets infinite gradients as a matter of course, and skips the step by itself
+        if grad_norm is None or self.accelerator.scaler is not None:
+            return torch.zeros((), dtype=torch.bool, device=device)
+        return ~torch.isfinite(torch.as_tensor(grad_norm, device=device))
+
+    _last_grad_norm: Tensor | float | None = None
+    _logged_num_tokens: float = 0.0
+
+
+class _StopOnNonFinite(TrainerCallback):
+    def __init__(self, trainer: HeadTrainer) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer.stop_if_not_finite()
+
+
+class _LogDataMetrics(TrainerCallback):
+    def __init__(self, trainer: HeadTrainer, data_metrics: dict[str, float]) -> None:
+        self._trainer, self._data_metrics = trainer, data_metrics
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self._data_metrics and state.global_step == 0:
+            self._trainer.log(dict(self._data_metrics))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set the probability of every dropout module to zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

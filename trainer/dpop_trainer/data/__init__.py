@@ -1,0 +1,19 @@
+"""From preference pairs on disk to batches of tensors: load, check, tokenise, collate."""
+
+from dpop_trainer.data.collate import PairCollator
+from dpop_trainer.data.counts import TokeniseCounts
+from dpop_trainer.data.layouts import padded_rows
+from dpop_trainer.data.load import load_pairs
+from dpop_trainer.data.pair_tree import PairTree
+from dpop_trainer.data.records import check_pairs
+from dpop_trainer.data.tokenise import tokenise_pairs
+
+__all__ = [
+    "PairCollator",
+    "PairTree",
+    "TokeniseCounts",
+    "check_pairs",
+    "load_pairs",
+    "padded_rows",
+    "tokenise_pairs",
+]

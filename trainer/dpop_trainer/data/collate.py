@@ -1,0 +1,116 @@
+"""Tokenised pairs -> one batch of CPU tensors, with everything that scoring needs worked out beforehand."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpop_trainer.data.layouts import padded_rows
+from dpop_trainer.data.pair_tree import PairTree
+from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCollator:
+    """Collates records of `tokenise_pairs` into two padded rows per pair, see `padded_rows`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    pad_token_id: int | None
+    """What fills rows up: `tokenizer.pad_token_id`."""
+    prefix_sharing: bool = True
+    """Score the tokens that both answers begin with once. False scores them in either answer."""
+    pad_to_multiple_of: int | None = None
+    """Round the batch's length up to a multiple of this."""
+    vocab_size: int | None = None
+    """If given, every input id must be below it: on a GPU an id outside the vocabulary ends the process."""
+
+    def __post_init__(self):
+        if self.pad_token_id is None or self.pad_token_id < 0:
+            raise ValueError(
+                f"pad_token_id: expected a token id, got {self.pad_token_id}. "
+                "Set tokenizer.pad_token, to tokenizer.eos_token if the tokenizer has none."
+            )
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of: expected at least 1, got {self.pad_to_multiple_of}.")
+
+    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """
+        Args:
+            records: B records with prompt_ids, chosen_ids, rejected_ids, pair_id and, in all or none,
+                ref_chosen_logps and ref_rejected_logps.
+
+        Returns:
+            The tensors of `padded_rows`, and
+            pair_ids: [B] int64.
+            ref_segment_logps: [B, 3] fp32, in nats, if the records carry reference log-probs: 0, the whole chosen
+                answer's sum, the whole rejected answer's. The loss adds segments up, so sums over whole answers
+                stand for the tails and nothing for the shared part.
+
+        Raises:
+            ValueError: a record lacks a column or a prompt token, a reference log-prob is not finite, or an id lies
+                outside the vocabulary; the message names the pair.
+        """
+        assert self.pad_token_id is not None
+        for record in records:
+            _check_record(record)
+        trees = [
+            PairTree.from_ids(*(record[column] for column in TOKEN_COLUMNS), share_prefix=self.prefix_sharing)
+            for record in records
+        ]
+        batch = padded_rows(trees, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+        batch["pair_ids"] = torch.tensor([record["pair_id"] for record in records], dtype=torch.int64)
+        if any(column in record for record in records for column in REF_COLUMNS):
+            batch["ref_segment_logps"] = _ref_segment_logps(records)
+        self._check_vocabulary(batch)
+        return batch
+
+    def _check_vocabulary(self, batch: dict[str, Tensor]) -> None:
+        input_ids = batch["input_ids"]
+        limit = self.vocab_size
+        outside = (input_ids < 0) | (input_ids >= limit) if limit is not None else input_ids < 0
+        if outside.any():
+            row, column = outside.nonzero()[0].tolist()
+            pair_id = batch["pair_ids"][row % len(batch["pair_ids"])].item()
+            bound = ">= 0" if limit is None else f"in [0, {limit})"
+            raise ValueError(
+                f"input_ids: expected ids {bound}, got {input_ids[row, column].item()} for pair {pair_id}. "
+                "Use the model's own tokenizer, and a pad token that the model has an embedding for."
+            )
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    missing = [column for column in (*TOKEN_COLUMNS, "pair_id") if column not in record]
+    if missing:
+        raise ValueError(
+            f"records: expected the columns of tokenise_pairs, got a record without {', '.join(missing)}. "
+            "Tokenise the pairs first, and let the data loader keep these columns."
+        )
+    if not record["prompt_ids"]:
+        raise ValueError(
+            f"prompt_ids: expected at least one token, got none for pair {record['pair_id']}. "
+            "Begin the prompt with a BOS token: the first answer token is predicted from it."
+        )
+
+
+def _ref_segment_logps(records: list[dict[str, Any]]) -> Tensor:
+    for record in records:
+        if any(record.get(column) is None for column in REF_COLUMNS):
+            raise ValueError(
+                f"{', '.join(REF_COLUMNS)}: expected both in every record of a batch or in none, "
+                f"got pair {record['pair_id']} without. Compute the reference log-probs of the whole data set."
+            )
+    ref_logps = torch.tensor(
+        [[0.0, *(record[column] for column in REF_COLUMNS)] for record in records], dtype=torch.float32
+    )
+    finite = ref_logps.isfinite().all(-1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"{', '.join(REF_COLUMNS)}: expected finite values, got {ref_logps[first, 1:].tolist()} "
+            f"for pair {records[first]['pair_id']}. Compute the reference log-probs again."
+        )
+    return ref_logps

@@ -1,0 +1,68 @@
+"""What tokenising did to a data set, in numbers."""
+
+from typing import NamedTuple
+
+
+class TokeniseCounts(NamedTuple):
+    """How many pairs came in, went out, were dropped and why; all other counts are over the pairs that went out."""
+
+    num_pairs_in: int
+    """Pairs in the data set that was given: `num_pairs` plus everything dropped."""
+    num_pairs: int
+    """Pairs kept."""
+    dropped_empty: int
+    """Pairs of which an answer has no tokens."""
+    dropped_no_room: int
+    """Pairs whose prompt alone fills `max_length`."""
+    dropped_identical: int
+    """Pairs whose answers have the same tokens: nothing to prefer."""
+    dropped_identical_after_truncation: int
+    """Pairs whose answers differ only in what `max_length` cut off."""
+    truncated_prompts: int
+    """Prompts that lost tokens to `max_length`."""
+    truncated_chosen: int
+    """Chosen answers that lost tokens to `max_length`."""
+    truncated_rejected: int
+    """Rejected answers that lost tokens to `max_length`."""
+    merged_boundaries: int
+    """Pairs whose prompt is shorter than when tokenised alone: tokens merge across its end, or the chat template
+    renders it differently there. The model is then trained on another context than it sees when it generates."""
+    prompt_tokens: int
+    """Tokens of all prompts."""
+    chosen_tokens: int
+    """Tokens of all chosen answers."""
+    rejected_tokens: int
+    """Tokens of all rejected answers."""
+
+    def as_metrics(self) -> dict[str, int]:
+        """Every count under the name "data/<count>"."""
+        return {f"data/{name}": count for name, count in self._asdict().items()}
+
+    def summary(self) -> str:
+        """Two lines in plain words: what was kept and dropped, and what was changed."""
+        dropped = _listed(
+            {
+                "with an empty answer": self.dropped_empty,
+                "whose prompt leaves no room for an answer": self.dropped_no_room,
+                "with identical answers": self.dropped_identical,
+                "with answers identical after truncation": self.dropped_identical_after_truncation,
+            }
+        )
+        changed = _listed(
+            {
+                "prompts truncated": self.truncated_prompts,
+                "chosen answers truncated": self.truncated_chosen,
+                "rejected answers truncated": self.truncated_rejected,
+                "prompts shortened where they meet the answer": self.merged_boundaries,
+            }
+        )
+        return (
+            f"{self.num_pairs:,} of {self.num_pairs_in:,} pairs kept; dropped: {dropped}.\n"
+            f"{self.prompt_tokens:,} prompt, {self.chosen_tokens:,} chosen and {self.rejected_tokens:,} rejected "
+            f"tokens; {changed}."
+        )
+
+
+def _listed(counts: dict[str, int]) -> str:
+    nonzero = [f"{count:,} {what}" for what, count in counts.items() if count]
+    return ", ".join(nonzero) if nonzero else "nothing"

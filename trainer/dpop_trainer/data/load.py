@@ -1,0 +1,206 @@
+"""Preference pairs from where the user keeps them (a file, a folder, the Hugging Face hub, memory) as a Dataset."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import datasets.config
+import pyarrow as pa
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from dpop_trainer.data.code_hash import code_hash
+
+_LOADERS = {".jsonl": "lines", ".json": "lines", ".parquet": "parquet", ".arrow": "arrow"}
+
+
+class _Records(NamedTuple):
+    records: list[dict[str, Any]]
+    places: list[str]
+    """Where each record stands in its file, for messages: "line 7" or "record 6"."""
+
+
+def load_pairs(
+    source: str | os.PathLike | Dataset | DatasetDict,
+    split: str = "train",
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+) -> Dataset:
+    """Load a data set of pairs, with whatever columns it has.
+
+    JSON files are read here rather than by `datasets`, so that a bad line is named and no text turns into a date.
+    The result is kept in the `datasets` cache under the file's contents, so that what is computed from it is cached
+    as well.
+
+    Args:
+        source: a file (.jsonl, .json as a list of records or one record per line, .parquet, .arrow), a folder
+            (written by `save_to_disk`, or of data files), the id of a data set on the hub, or a data set.
+        split: which split of a hub data set, a folder or a DatasetDict. A file and a Dataset are one split, whatever
+            it is called.
+        name: the configuration of a hub data set that has several.
+        revision: the branch, tag or commit of a hub data set.
+
+    Returns:
+        A Dataset with at least one row.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or hub data set.
+        ValueError: a line or record is not a JSON object, two records disagree about a field's type (the message
+            names file and line), the file cannot be read, the split is missing, or there are no rows.
+    """
+    if isinstance(source, (Dataset, DatasetDict)):
+        dataset, origin = source, "the data set given"
+    elif isinstance(source, (str, os.PathLike)):
+        dataset, origin = _open(os.fspath(source), split, name, revision), os.fspath(source)
+    else:
+        raise ValueError(
+            f"source: expected a path, a hub id, a Dataset or a DatasetDict, got {type(source).__name__}. "
+            "Load a streamed data set without streaming: pairs are counted before training."
+        )
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise ValueError(f"split: expected one of {sorted(map(str, dataset))} of {origin}, got {split!r}.")
+        dataset = dataset[split]
+    if len(dataset) == 0:
+        raise ValueError(f"source: expected at least one pair, got none in {origin}.")
+    return dataset
+
+
+def _open(source: str, split: str, name: str | None, revision: str | None) -> Dataset | DatasetDict:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(str(path), name, split=split)
+    loader = _LOADERS.get(path.suffix)
+    if path.is_file():
+        if loader is None:
+            raise ValueError(f"source: expected a file ending in {', '.join(_LOADERS)}, got {source}.")
+        return _read_file(path, loader, split)
+    if loader or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(
+            f"source: expected an existing file or folder, got {source}. "
+            f"Check the path; a relative one begins at {Path.cwd()}."
+        )
+    try:
+        return datasets.load_dataset(source, name, split=split, revision=revision)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"source: expected a file, a folder or a data set on the hub, got {source!r}. "
+            f"Check the name, and log in if the data set is private or gated. The hub says: {error}"
+        ) from error
+
+
+def _read_file(path: Path, loader: str, split: str) -> Dataset:
+    if "[" in split or "+" in split:
+        raise ValueError(
+            f"split: expected a plain name for a file, got {split!r}. Load the file, then use Dataset.select."
+        )
+    if loader == "lines":
+        return _read_json(path)
+    try:
+        return datasets.load_dataset(loader, data_files=str(path), split="train")
+    except DatasetGenerationError as error:
+        raise ValueError(f"source: expected a readable {path.suffix} file, got {path}: {error.__cause__}.") from error
+
+
+def _read_json(path: Path) -> Dataset:
+    content = path.read_bytes()
+    key = hashlib.sha256(code_hash().encode() + content).hexdigest()
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / "dpop_pairs" / f"{key}.arrow"
+    if not cached.exists():
+        content = content.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
+        parse = _parse_list if content.lstrip().startswith(b"[") and path.suffix == ".json" else _parse_lines
+        parsed = parse(content, path)
+        if not parsed.records:
+            raise ValueError(f"source: expected at least one pair, got none in {path}.")
+        _write_arrow(_as_table(parsed, path), cached)
+    return Dataset.from_file(str(cached))
+
+
+def _parse_lines(content: bytes, path: Path) -> _Records:
+    parsed = _Records([], [])
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object, got {_excerpt(line)} ({error}). "
+                "Write one record per line."
+            ) from error
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with the fields of a pair, got {_excerpt(line)}."
+            )
+        parsed.records.append(record)
+        parsed.places.append(f"line {number}")
+    return parsed
+
+
+def _parse_list(content: bytes, path: Path) -> _Records:
+    try:
+        records = json.loads(content)
+    except ValueError as error:  # the message says which line and column
+        raise ValueError(f"{path}: expected a JSON list of records, got what does not parse ({error}).") from error
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}, record {index}: expected a JSON object with the fields of a pair, "
+                f"got {_excerpt(json.dumps(record).encode())}."
+            )
+    return _Records(records, [f"record {index}" for index in range(len(records))])
+
+
+def _as_table(parsed: _Records, path: Path) -> pa.Table:
+    columns = {}
+    for field in dict.fromkeys(field for record in parsed.records for field in record):
+        values = [record.get(field) for record in parsed.records]
+        problem = _arrow_problem(values)
+        if problem:
+            place = parsed.places[_first_misfit(values)]
+            raise ValueError(
+                f"{path}, {place}: {field}: expected a value of the same type as in the records before, got another "
+                f"({problem}). Give the field one type in the whole file, or remove it."
+            )
+        columns[field] = pa.array(values)
+    return pa.table(columns)
+
+
+def _arrow_problem(values: list) -> str | None:
+    try:
+        pa.array(values)
+    except (pa.ArrowException, UnicodeError, OverflowError) as error:
+        return str(error)
+    return None
+
+
+def _first_misfit(values: list) -> int:
+    """Index of the first value that has no common type with all before it."""
+    num_good, num_bad = 0, len(values)
+    while num_bad - num_good > 1:
+        middle = (num_good + num_bad) // 2
+        if _arrow_problem(values[:middle]):
+            num_bad = middle
+        else:
+            num_good = middle
+    return num_bad - 1
+
+
+def _write_arrow(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    # another process may do the same at the same time: each reader sees a whole file
+    partial.replace(path)
+
+
+def _excerpt(content: bytes) -> str:
+    text = content.decode("utf-8", errors="replace").strip()
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,130 @@
+"""Measure a model on preference pairs: per-token log-probs, shifts against the reference, exact match of answers."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpop_kernels import ScoringHead
+from dpop_trainer.base import MODEL_INPUTS
+from dpop_trainer.data import PairCollator
+from dpop_trainer.edits import edit_regions
+from dpop_trainer.token_shift import TokenShift, token_shift
+
+
+class PairTokenLogps(NamedTuple):
+    """Per-token log-probs of one pair's two answers, in nats, fp32."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+
+class PairEvaluation(NamedTuple):
+    """A policy against its reference on preference pairs. Log-ratios are nats per answer, means over pairs."""
+
+    chosen_logratio: float
+    rejected_logratio: float
+    reward_accuracy: float
+    """Share of pairs whose chosen answer gained more than its rejected one."""
+    shift: TokenShift
+    """Change per token of the chosen answers before, at and after the edit."""
+
+
+@torch.no_grad()
+def pair_token_logps(
+    model: nn.Module, dataset: Dataset, *, pad_token_id: int, batch_size: int = 16, desc: str | None = None
+) -> list[PairTokenLogps]:
+    """Log-probs of every completion token of every pair, in the data set's order.
+
+    Args:
+        model: a causal LM without a ScoringHead; it is given one for the duration.
+        dataset: tokenised pairs, as `tokenise_pairs` returns them.
+        pad_token_id: any token; padding is masked.
+        batch_size: pairs per forward.
+        desc: label of the progress bar; None shows none.
+    """
+    collator = PairCollator(pad_token_id=pad_token_id, prefix_sharing=False)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    head = ScoringHead(model)
+    results: list[PairTokenLogps] = []
+    try:
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
+        for batch in tqdm(loader, desc=desc, disable=desc is None, leave=False):
+            bounds = batch["cu_seqlens"].tolist()
+            batch = {key: value.to(device) for key, value in batch.items()}
+            model_inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+            logps = head.token_logps(model, batch["score_positions"], batch["target_ids"], **model_inputs)
+            values = logps.float().cpu().numpy()
+            for b in range(len(bounds) // 3):  # segments: shared (empty), chosen, rejected
+                _, chosen, rejected, end = bounds[3 * b : 3 * b + 4]
+                results.append(PairTokenLogps(values[chosen:rejected], values[rejected:end]))
+    finally:
+        head.remove()
+        model.train(was_training)
+    return results
+
+
+def evaluate_pairs(
+    policy: Sequence[PairTokenLogps], reference: Sequence[PairTokenLogps], dataset: Dataset
+) -> PairEvaluation:
+    """Hold a policy's token log-probs against the reference's on the same pairs.
+
+    Raises:
+        ValueError: the two lists and the data set differ in length.
+    """
+    if not len(policy) == len(reference) == len(dataset):
+        raise ValueError(
+            f"policy, reference: expected log-probs of all {len(dataset)} pairs, got {len(policy)} and {len(reference)}."
+        )
+    chosen = np.array([p.chosen.sum() - r.chosen.sum() for p, r in zip(policy, reference, strict=True)])
+    rejected = np.array([p.rejected.sum() - r.rejected.sum() for p, r in zip(policy, reference, strict=True)])
+    regions = [edit_regions(record["chosen_ids"], record["rejected_ids"]) for record in _records(dataset)]
+    return PairEvaluation(
+        chosen_logratio=float(chosen.mean()),
+        rejected_logratio=float(rejected.mean()),
+        reward_accuracy=float((chosen > rejected).mean()),
+        shift=token_shift([p.chosen for p in policy], [r.chosen for r in reference], regions),
+    )
+
+
+@torch.no_grad()
+def generate_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    desc: str | None = None,
+) -> list[str]:
+    """Greedy completions of the prompts, in order. Prompts are tokenised as in training, and left-padded."""
+    device = next(model.parameters()).device
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    completions: list[str] = []
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc=desc, disable=desc is None, leave=False):
+        rows = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + batch_size]]
+        length = max(len(row) for row in rows)  # type: ignore[arg-type]
+        input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], device=device)  # type: ignore
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)  # type: ignore
+        output: Any = model.generate(input_ids, attention_mask=mask, generation_config=config)
+        completions += tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    return completions
+
+
+def _records(dataset: Dataset) -> Any:
+    return iter(dataset)

@@ -1,0 +1,67 @@
+"""Models and tokenizers by name or path, with the checks that save a wasted run."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    name_or_path: str, init_kwargs: dict[str, Any] | str | None = None, quantization_config: Any = None
+) -> PreTrainedModel:
+    """A causal LM from a hub id or a local folder.
+
+    Raises:
+        ValueError: nothing can be loaded from there; says what was tried.
+    """
+    kwargs = dict(init_kwargs) if isinstance(init_kwargs, dict) else {}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    _check_local_path(name_or_path, "config.json")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    except OSError as error:
+        raise ValueError(f"model: expected a hub id or a folder with a model, got {name_or_path!r}. {error}") from error
+
+
+def load_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ValueError: none is found there.
+    """
+    if not name_or_path:
+        raise ValueError(
+            "processing_class: expected a tokenizer, got None, and the model does not say where it came from. Pass the "
+            "tokenizer that the model was trained with."
+        )
+    _check_local_path(name_or_path, "")
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"processing_class: expected a tokenizer at {name_or_path!r}, found none. {error}") from error
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give it a padding token where it has none (the end of sequence: padding is masked, so any token will do).
+
+    Raises:
+        ValueError: the tokenizer has neither a padding nor an end-of-sequence token.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "processing_class: expected a tokenizer with an end-of-sequence token, got one without. Set "
+                "tokenizer.eos_token to the token that ends an answer."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _check_local_path(name_or_path: str, required_file: str) -> None:
+    path = Path(name_or_path)
+    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    if looks_local and not (path.expanduser() / required_file).exists():
+        raise ValueError(
+            f"model: expected a folder with {required_file or 'a tokenizer'}, found none at {name_or_path!r}. "
+            "Check the path (it is relative to the working directory)."
+        )

@@ -1,0 +1,150 @@
+"""SFTTrainer: supervised fine-tuning on prompt and completion, through the same head; what preference runs start from."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from dpop_kernels.pair_loss import segment_sums
+from dpop_trainer.base import MODEL_INPUTS, HeadTrainer
+from dpop_trainer.config import SFTConfig
+from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class SFTTrainer(HeadTrainer):
+    """Fine-tune a causal LM on completions: mean negative log-prob over the completion tokens of the global batch.
+
+    Args:
+        model: a causal LM, a peft model, or a name or path to load one from.
+        args: `SFTConfig`.
+        train_dataset: columns prompt and completion, or preference pairs, whose chosen answers are learned.
+        eval_dataset: the same.
+        processing_class: the tokenizer. By default loaded from the model's name or path.
+        callbacks: transformers callbacks.
+        peft_config: wraps the model, for LoRA.
+        run_config: what the run's config.yaml is to hold; the training arguments by default.
+
+    Raises:
+        ValueError: data that cannot be used: what, where, and the remedy.
+    """
+
+    args: SFTConfig  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        run_config: dict[str, Any] | None = None,
+    ) -> None:
+        args = args if args is not None else SFTConfig()
+        set_seed(args.seed)
+        if processing_class is None:
+            processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
+        prepare_tokenizer(processing_class)
+        if isinstance(model, str):
+            model = load_model(model, args.model_init_kwargs)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        if isinstance(model, PeftModel) and args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        data_metrics: dict[str, float] = {}
+        tokenised = {}
+        for name, dataset in {"train": train_dataset, "eval": eval_dataset}.items():
+            if dataset is not None:
+                tokenised[name], counts = tokenise_pairs(
+                    _as_pairs(dataset),
+                    processing_class,
+                    max_length=args.max_length,
+                    truncation_mode=args.truncation_mode,
+                    num_proc=args.dataset_num_proc,
+                    keep_identical=True,
+                    vocab_size=vocab_size,
+                )
+                logger.warning("%s data: %s", name, counts.summary())
+                data_metrics.update({f"{name}_{key}": value for key, value in counts.as_metrics().items()})
+        super().__init__(
+            model=model,  # type: ignore[arg-type]
+            args=args,
+            data_metrics=data_metrics,
+            run_config=run_config,
+            data_collator=CompletionCollator(processing_class.pad_token_id, args.pad_to_multiple_of),  # type: ignore[arg-type]
+            train_dataset=tokenised.get("train"),
+            eval_dataset=tokenised.get("eval"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+
+    def num_items(self, batch: Mapping[str, Any]) -> int:
+        return batch["target_ids"].shape[0]
+
+    def item_losses(self, model: nn.Module, batch: dict[str, Any], mode: str):
+        model_inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        logps, stats = self.head.token_logps(
+            model, batch["score_positions"], batch["target_ids"], return_stats=True, **model_inputs
+        )
+        num_tokens = self.num_items(batch)
+        sequence_logps = segment_sums(logps, batch["cu_seqlens"], backend=self.args.kernel_backend)
+        metrics: dict[str, tuple[Tensor, Tensor | int]] = {
+            "entropy": (stats.entropy.sum(), num_tokens),
+            "mean_token_accuracy": (stats.is_top1.sum(), num_tokens),
+        }
+        return -sequence_logps.sum(), ~torch.isfinite(sequence_logps.detach()), metrics
+
+
+class CompletionCollator:
+    """Records with prompt_ids and chosen_ids -> right-padded rows and the positions that score the completions.
+
+    Args:
+        pad_token_id: what rows are filled up with; masked.
+        pad_to_multiple_of: round the padded length up to a multiple of this.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+        self._pad_token_id, self._multiple = pad_token_id, pad_to_multiple_of or 1
+
+    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = [torch.tensor([*record["prompt_ids"], *record["chosen_ids"]]) for record in records]
+        length = max(len(row) for row in rows)
+        length += -length % self._multiple
+        input_ids = torch.full((len(rows), length), self._pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = row
+            attention_mask[i, : len(row)] = 1
+        starts = [len(record["prompt_ids"]) for record in records]
+        lengths = [len(record["chosen_ids"]) for record in records]
+        positions = [
+            i * length + torch.arange(start - 1, start - 1 + count)  # the token before predicts
+            for i, (start, count) in enumerate(zip(starts, lengths, strict=True))
+        ]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "score_positions": torch.cat(positions),
+            "target_ids": torch.cat([torch.tensor(record["chosen_ids"]) for record in records]),
+            "cu_seqlens": torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(),
+            "pair_ids": torch.tensor([record["pair_id"] for record in records]),
+        }
+
+
+def _as_pairs(dataset: Dataset) -> Dataset:
+    """Prompt-completion records as pairs whose answers are equal; pairs as they are."""
+    if "completion" not in dataset.column_names:
+        return dataset
+    dataset = dataset.rename_column("completion", "chosen")
+    return dataset.add_column("rejected", list(dataset["chosen"]))  # type: ignore[call-arg]
