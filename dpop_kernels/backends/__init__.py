@@ -27,13 +27,13 @@ def select_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Mo
     """The module that implements `backend` for tensors of this device and dtype.
 
     "auto" takes the Triton kernels on a GPU that has them and the chunked torch code everywhere else. A backend
-    asked for by name is used or refused, never replaced.
+    asked for by name is used or refused, never replaced; "fused" runs on a CPU under TRITON_INTERPRET=1, for tests.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot run on this device or dtype.
     """
     if backend == "auto":
-        backend = "fused" if _why_not_fused(device, dtype) is None else "chunked"
+        backend = "fused" if device.type == "cuda" and _why_not_fused(device, dtype) is None else "chunked"
     elif backend not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}.")
     elif backend == "fused" and (reason := _why_not_fused(device, dtype)):

@@ -80,7 +80,7 @@ class _Rows(NamedTuple):
     """What one group of rows yields on the way to its log-probs."""
 
     logps: Tensor  # [R]
-    lse: Tensor  # [R]
+    lse: Tensor  # [R] fp64: at |z| = 1e4 fp32 would be off by 5e-4 nat
     exps: Tensor  # [R, V] exp(z - max) with the target's own entry set to zero
     others: Tensor  # [R] their sum S'
     total: Tensor  # [R] S' + e_y
@@ -106,7 +106,7 @@ def _rows(z: Tensor, target_ids: Tensor, with_stats: bool) -> _Rows:
         own = torch.where(target_exps > 0, (target_logits - maxima) * target_exps, 0.0)
         mean_z = (torch.einsum("rv,rv->r", exps, centred) + own) / total
         stats = TokenStats(total.log() - mean_z, z.mean(dim=-1), is_top1)
-    return _Rows(logps, maxima + total.log(), exps, others, total, stats)
+    return _Rows(logps, maxima.double() + total.log(), exps, others, total, stats)
 
 
 def _groups(num_rows: int, num_columns: int) -> Iterator[slice]:
@@ -165,7 +165,9 @@ class _ChunkedTileOps:
 def _softmax_gradient(z: Tensor, target_ids: Tensor, logps: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
     """grad_logps · (onehot - exp(z - lse)) [R, C]; a target outside [0, C) has no column here."""
     num_columns = z.shape[-1]
-    grads = (z - lse.unsqueeze(-1)).exp_().mul_(-grad_logps)
+    lse_high = lse.to(z.dtype)
+    lse_low = (lse - lse_high).to(z.dtype)
+    grads = (z - lse_high.unsqueeze(-1)).sub_(lse_low.unsqueeze(-1)).exp_().mul_(-grad_logps)
     inside = ((target_ids >= 0) & (target_ids < num_columns)).unsqueeze(-1)
     targets = target_ids.clamp(0, num_columns - 1).unsqueeze(-1)
     own = -torch.expm1(logps).unsqueeze(-1) * grad_logps  # (1 - p) without a difference
@@ -182,7 +184,7 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, logits, target_ids, inplace_backward, with_stats):
         num_rows = logits.shape[0]
         logps = logits.new_empty(num_rows, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
-        lse = torch.empty_like(logps)
+        lse = torch.empty_like(logps, dtype=torch.float64)
         stats = ()
         if with_stats:
             stats = (torch.empty_like(logps), torch.empty_like(logps), torch.empty_like(logps, dtype=torch.bool))

@@ -37,7 +37,7 @@ class TileOps(Protocol):
     def forward(
         self, tile: Tensor, target_ids: Tensor, options: HeadOptions, with_stats: bool
     ) -> tuple[Tensor, Tensor, TokenStats | None]:
-        """[R, V] -> log-probs [R], log-normaliser of z [R], statistics."""
+        """[R, V] -> log-probs [R], log-normaliser of z [R] fp64, statistics."""
         ...
 
     def forward_gradient(
@@ -143,10 +143,11 @@ class _LinearTokenLogps(torch.autograd.Function):
 
 
 def _forward(ops, hidden_states, weight, bias, target_ids, options, with_stats):
-    """-> logps [N], (entropy, mean_logit, is_top1) or (), lse [N]."""
+    """-> logps [N], (entropy, mean_logit, is_top1) or (), lse [N] fp64."""
     acc_dtype = _accumulator_dtype(hidden_states)
     num_tokens = hidden_states.shape[0]
-    logps, lse = (hidden_states.new_empty(num_tokens, dtype=acc_dtype) for _ in range(2))
+    logps = hidden_states.new_empty(num_tokens, dtype=acc_dtype)
+    lse = hidden_states.new_empty(num_tokens, dtype=torch.float64)
     stats = _empty_stats(logps) if with_stats else ()
     tile_buffer = _row_tile(hidden_states, weight, acc_dtype)
     for rows in _chunks(num_tokens, tile_buffer.shape[0]):
@@ -187,7 +188,7 @@ def _backward_trainable(
     is a block and not a second [V, H].
     """
     needs_hidden, needs_weight, needs_bias = needs_input_grad
-    acc_dtype = lse.dtype
+    acc_dtype = logps.dtype
     num_tokens, (vocab_size, _) = hidden_states.shape[0], weight.shape
     tiles = _tile_shape(hidden_states)
     product_dtype = _product_dtype(hidden_states)

@@ -38,8 +38,8 @@ def expm1(x):
 def tanh(x):
     """tanh(x) as one quotient: Lambert's continued fraction up to |x| = 5/8, beyond it (e - 1) / (e + 1).
 
-    With e = exp(2|x|). The fraction x / (1 + x² / (3 + x² / (5 + x² / (7 + x² / 9)))) errs by about x¹⁰ / 945² / 11 relative, below 1e-9
-    here. Beyond, e > 3.4 and e - 1 cancels less than two bits. At |x| = 15 the result is 1 in fp32.
+    The fraction x / (1 + x² / (3 + x² / (5 + x² / (7 + x² / 9)))) errs by about x¹⁰ / 945² / 11 relative, below
+    1e-9 here. Beyond, e = exp(2|x|) > 3.4 and e - 1 loses less than a bit. At |x| = 15 the result is 1 in fp32.
     """
     magnitude = tl.abs(x)
     # a comparison and no minimum: NaN fails it and stays NaN

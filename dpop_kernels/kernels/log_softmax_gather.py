@@ -128,15 +128,15 @@ def log_softmax_gather_bwd_kernel(
     lse_high = tl.where(has_weight, lse_high, float("inf"))
     lse_low = tl.where(has_weight, lse_low, 0.0)
     logp = tl.where(has_weight, logp, 0.0)
+    num_read = tl.where(has_weight, V, 0)
 
-    in_row = v < V
-    logits = tl.load(logits_ptr + n * stride_logits_n + v, mask=in_row & has_weight, other=float("-inf"))
+    logits = tl.load(logits_ptr + n * stride_logits_n + v, mask=v < num_read, other=float("-inf"))
     z = _transform(logits.to(tl.float32), logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     target_v = (tl.load(target_ids_ptr + n) - vocab_start).to(tl.int32)
     grad_z = grad_logp * tl.where(v == target_v, -expm1(logp), -tl.exp((z - lse_high) - lse_low))
     grad_logits = grad_z * _slope(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     out_ptr = grad_logits_ptr + n * stride_grad_logits_n + v
-    tl.store(out_ptr, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=in_row)
+    tl.store(out_ptr, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=v < V)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ class HeadTrainer(Trainer):
     Args:
         model: a causal LM, loaded.
         args: the configuration.
-        data_metrics: counts of what happened to the data; logged once when training begins.
+        data_metrics: counts of what happened to the data; the first line of metrics.jsonl.
         run_config: what config.yaml is to hold; the training arguments if not given.
         trainer_kwargs: passed on to transformers.Trainer.
     """
@@ -58,9 +58,8 @@ class HeadTrainer(Trainer):
         self._mean_metrics = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self._non_finite: list[tuple[Tensor, Tensor]] = []  # per micro-batch: pair ids [B], is bad [B]
         self._num_tokens: Tensor | float = 0.0
-        self.add_callback(RunFiles(run_config if run_config is not None else args.to_dict()))
+        self.add_callback(RunFiles(run_config if run_config is not None else args.to_dict(), dict(data_metrics or {})))
         self.add_callback(_StopOnNonFinite(self))
-        self.add_callback(_LogDataMetrics(self, dict(data_metrics or {})))
 
     def num_items(self, batch: Mapping[str, Any]) -> int:
         """How many items a batch holds, read without touching the device."""
@@ -163,15 +162,6 @@ class _StopOnNonFinite(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._trainer.stop_if_not_finite()
-
-
-class _LogDataMetrics(TrainerCallback):
-    def __init__(self, trainer: HeadTrainer, data_metrics: dict[str, float]) -> None:
-        self._trainer, self._data_metrics = trainer, data_metrics
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self._data_metrics and state.global_step == 0:
-            self._trainer.log(dict(self._data_metrics))
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -70,6 +70,8 @@ class HeadConfig(TrainingArguments):
             raise ValueError(f"max_length: expected None or at least 2 tokens, got {self.max_length}.")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
         super().__post_init__()
 
 

@@ -1,7 +1,7 @@
 """Where the chosen and the rejected answer of a pair differ, in tokens.
 
-    chosen     [a b c X d e]        prefix 3, suffix 2
-    rejected   [a b c Y d e]        before = [0, 3)   at = [3, 4)   after = [4, 6)
+chosen     [a b c X d e]        prefix 3, suffix 2
+rejected   [a b c Y d e]        before = [0, 3)   at = [3, 4)   after = [4, 6)
 """
 
 from collections.abc import Sequence

@@ -15,10 +15,11 @@ class RunFiles(TrainerCallback):
 
     Args:
         run_config: written to config.yaml; plain values only.
+        data_metrics: what happened to the data; written as step 0 of metrics.jsonl.
     """
 
-    def __init__(self, run_config: dict[str, Any]) -> None:
-        self._run_config = run_config
+    def __init__(self, run_config: dict[str, Any], data_metrics: dict[str, float]) -> None:
+        self._run_config, self._data_metrics = run_config, data_metrics
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -28,6 +29,7 @@ class RunFiles(TrainerCallback):
         (folder / "config.yaml").write_text(yaml.safe_dump(self._run_config, sort_keys=True, allow_unicode=True))
         # a resumed run continues from its checkpoint: lines after that step are about to be written again
         kept = [line for line in read_metrics(folder) if line["step"] <= state.global_step] if state.global_step else []
+        kept = kept or [{"step": 0, **self._data_metrics}]
         (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):

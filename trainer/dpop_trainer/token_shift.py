@@ -5,7 +5,7 @@
 Plain DPO on low-edit pairs raises the edited token and lowers those after it. Means are over tokens, not over
 answers: a long answer counts for more.
 
-Source: Pal et al. 2024, arXiv:2402.13228, figure 4 and section 3.1.
+Source: Pal et al. 2024, arXiv:2402.13228, figure 4.
 """
 
 from collections.abc import Sequence
@@ -84,10 +84,7 @@ def token_shift(
             "policy_logps, ref_logps, regions: expected the same number of pairs, at least one, "
             f"got {len(policy_logps)}, {len(ref_logps)} and {len(regions)}."
         )
-    pairs = [
-        _check_pair(index, *pair)
-        for index, pair in enumerate(zip(policy_logps, ref_logps, regions, strict=True))
-    ]
+    pairs = [_check_pair(index, *pair) for index, pair in enumerate(zip(policy_logps, ref_logps, regions, strict=True))]
     policy = np.concatenate([policy for policy, _, _ in pairs])
     ref = np.concatenate([ref for _, ref, _ in pairs])
     offsets = np.concatenate([_offsets(len(policy), region) for policy, _, region in pairs])
@@ -113,9 +110,7 @@ def _region_shift(policy: NDArray[np.float64], ref: NDArray[np.float64], mask: N
     return RegionShift(float((policy - ref).mean()), float(policy.mean()), float(ref.mean()), num_tokens)
 
 
-def _offset_profile(
-    changes: NDArray[np.float64], offsets: NDArray[np.int64], first: int, last: int
-) -> OffsetProfile:
+def _offset_profile(changes: NDArray[np.float64], offsets: NDArray[np.int64], first: int, last: int) -> OffsetProfile:
     inside = (first <= offsets) & (offsets <= last)
     slots = offsets[inside] - first
     counts = np.bincount(slots, minlength=last - first + 1)

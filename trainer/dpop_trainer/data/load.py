@@ -104,8 +104,9 @@ def _read_file(path: Path, loader: str, split: str) -> Dataset:
         return _read_json(path)
     try:
         return datasets.load_dataset(loader, data_files=str(path), split="train")
-    except DatasetGenerationError as error:
-        raise ValueError(f"source: expected a readable {path.suffix} file, got {path}: {error.__cause__}.") from error
+    except (DatasetGenerationError, pa.ArrowException) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"source: expected a readable {path.suffix} file, got {path} ({reason}).") from error
 
 
 def _read_json(path: Path) -> Dataset:

@@ -185,7 +185,7 @@ def _problem(record: Any, read_pair: Callable) -> str | None:
 
 def _check_token_column(dataset: Dataset, column: str) -> None:
     item = getattr(dataset.features[column], "feature", None)
-    if not str(getattr(item, "dtype", None)).startswith(("int", "uint")):
+    if not str(getattr(item, "dtype", None)).startswith(("int", "uint", "null")):
         raise ValueError(f"{column}: expected lists of integer token ids, got {dataset.features[column]}.")
 
 

@@ -6,10 +6,12 @@
 Everything after the wrong number stays as it was, the final answer too. Such pairs are where plain DPO lowers the
 chosen answer: its tokens after the edit are the rejected answer's tokens as well.
 
-Source: Pal et al. 2024, arXiv:2402.13228, section 4 (the paper's MetaMath pairs). Works on MetaMath, GSM8K and
-anything else that writes steps as equations and the final answer after "####".
+Works on MetaMath, GSM8K and anything else that writes its steps as equations and its final answer after "####".
+
+Source: Pal et al. 2024, arXiv:2402.13228 (the paper's MetaMath pairs).
 """
 
+import itertools
 import json
 import os
 import random
@@ -21,10 +23,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
-# "= 12", "= $1,250.50", "= -3", "= .5": the sign and the currency stay outside the group that is replaced
-_RESULT = re.compile(r"=\s*-?[$€£]?\s?-?(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
-# what shows that the number is not a result: "= 48/2", "= 24 + 3 = 27", "= 3x", "= (…", "= 5 1/2", "= 3:15"
-_GOES_ON = re.compile(r"[\d.,:]*\d|[A-Za-z_](?![A-Za-z])|%?\s*(?:[-+*/×÷·^]|x(?=\s*[\d$(]))\s*[-$€£(.\\\w]|\s*\(|\s+\d+/\d")
+# "= 12", "= $1,250.50", "= -3", "= .5": only the number itself is in the group, so sign and currency stay
+_RESULT = re.compile(r"= *-?[$€£]? ?-?(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+# What follows a number that is not a result but part of something longer.
+_GOES_ON = re.compile(
+    r"""  [\d.,:]*\d                      # 1,00000   3:15
+        | [A-Za-z_](?![A-Za-z])           # 3x, but not 3km
+        | [ ]*\(                          # 3(x + 1)
+        | [ ]+\d+/\d                      # 5 1/2
+        | %?[ ]*(?:[-+*/×÷·^]|x(?=[ ]*[$\d(]))                    # 48/2   24 + 3   3 x 4
+          [ ]*(?:[-$€£(.\\\d]|[A-Za-z](?![A-Za-z]))               #   but neither $5/hour nor "12 - which"
+    """,
+    re.VERBOSE,
+)
 _FINAL_ANSWER = re.compile(r"####|the (?:final )?answer is", re.IGNORECASE)
 
 NO_RESULT = "no equation with a numeric result before the final answer"
@@ -100,9 +111,7 @@ def corrupt_intermediate_result(answer: str, rng: random.Random) -> Corruption |
         ValueError: the answer holds calculator marks, in which the same result would stand twice.
     """
     if _CALCULATOR_MARK.search(answer):
-        raise ValueError(
-            "answer: expected no calculator marks, got <<...>>. Call strip_calculator_marks on it first."
-        )
+        raise ValueError("answer: expected no calculator marks, got <<...>>. Call strip_calculator_marks on it first.")
     final = _FINAL_ANSWER.search(answer)
     steps = answer[: final.start()] if final else answer
     results = [match for match in _RESULT.finditer(steps) if not _GOES_ON.match(steps, match.end())]
@@ -174,7 +183,7 @@ def write_pairs(
         source_path: one JSON object per line; blank lines are passed over.
         out_path: where the pairs go, replaced if it exists; missing folders are made.
         seed: as in `build_pairs`.
-        limit: stop after this many pairs; None takes the whole file.
+        limit: read the first so many records; None reads them all.
         question_field: as in `build_pairs`.
         answer_field: as in `build_pairs`.
 
@@ -188,17 +197,14 @@ def write_pairs(
         raise ValueError(f"limit: expected a number >= 1 or None, got {limit}.")
     source_path, out_path = Path(source_path), Path(out_path)
     counts = PairCounts()
-    pairs = build_pairs(
-        _read_jsonl(source_path), seed, question_field=question_field, answer_field=answer_field, counts=counts
-    )
+    records = itertools.islice(_read_jsonl(source_path), limit)
+    pairs = build_pairs(records, seed, question_field=question_field, answer_field=answer_field, counts=counts)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = out_path.with_name(out_path.name + ".partial")
     try:
         with partial_path.open("w", encoding="utf-8") as out:
             for pair in pairs:
                 out.write(json.dumps(pair, ensure_ascii=False) + "\n")
-                if counts.built == limit:
-                    break
         partial_path.replace(out_path)
     finally:
         partial_path.unlink(missing_ok=True)

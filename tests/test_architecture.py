@@ -1,0 +1,85 @@
+"""The house stays as drawn: imports go one way, and the kernels' package needs torch alone to be imported."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# file or folder -> what of the project it may import; anything else of the project is a wrong direction
+KERNEL_RULES = {
+    "outputs.py": [],
+    "losses.py": ["outputs"],
+    "validate.py": [],
+    "backends/__init__.py": [],
+    "backends/reference.py": ["losses", "outputs"],
+    "backends/linear_tiles.py": ["outputs"],
+    "backends/chunked.py": ["backends", "losses", "outputs"],
+    "backends/fused.py": ["backends", "kernels", "outputs"],
+    "kernels": ["kernels"],
+    "token_logps.py": ["backends", "outputs", "validate"],
+    "linear_logps.py": ["backends", "outputs", "validate"],
+    "pair_loss.py": ["backends", "losses", "outputs", "validate"],
+    "dpop_losses.py": ["linear_logps", "losses", "pair_loss", "token_logps", "validate"],
+    "head.py": ["linear_logps", "outputs", "token_logps"],
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules.add(node.module or "")
+    return modules
+
+
+def test_kernels_import_one_way():
+    package = ROOT / "dpop_kernels"
+    for place, allowed in KERNEL_RULES.items():
+        target = package / place
+        for path in [target] if target.is_file() else target.rglob("*.py"):
+            for module in imported_modules(path):
+                assert not module.startswith(("dpop_trainer", "transformers", "datasets", "peft")), (path, module)
+                if module.startswith("dpop_kernels."):
+                    assert module.split(".")[1] in allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_triton_is_imported_by_kernels_and_fused_alone():
+    for path in (ROOT / "dpop_kernels").rglob("*.py"):
+        relative = path.relative_to(ROOT / "dpop_kernels")
+        if relative.parts[0] == "kernels" or relative.name in ("fused.py", "aot.py"):
+            continue
+        uses = {module for module in imported_modules(path) if module.startswith(("triton", "dpop_kernels.kernels"))}
+        assert not uses, f"{relative} imports {uses}"
+
+
+def test_data_path_knows_no_model_and_no_kernel():
+    for path in (ROOT / "trainer" / "dpop_trainer" / "data").rglob("*.py"):
+        for module in imported_modules(path):
+            assert not module.startswith("dpop_kernels"), (path, module)
+            assert not module.startswith("dpop_trainer") or module.startswith(("dpop_trainer.data", "dpop_trainer.edits")), (
+                path,
+                module,
+            )
+
+
+def test_import_needs_neither_triton_nor_transformers():
+    code = """
+import sys
+for name in ("triton", "transformers", "datasets", "peft", "accelerate"):
+    sys.modules[name] = None  # importing it raises ImportError
+import dpop_kernels
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_public_name_is_documented():
+    import dpop_kernels
+
+    for name in dpop_kernels.__all__:
+        doc = getattr(dpop_kernels, name).__doc__ or ""
+        assert len(doc.splitlines()[0]) > 20, name

@@ -1,0 +1,126 @@
+"""pair_loss in torch: segments, layouts, metrics, gradients; the fused kernel is held against the same in test_fused."""
+
+import pytest
+import torch
+
+from dpop_kernels import dpo_loss, dpop_loss, ipo_loss, pair_loss, slic_loss
+from dpop_kernels.pair_loss import segment_sums
+
+BACKENDS = ["reference", "chunked"]
+LOSSES = {"dpop": dpop_loss, "dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
+
+
+def pack(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_by_hand(backend):
+    # one pair: shared [-1, -2], chosen tail [-3], rejected tail [-4, -5]
+    token_logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0], requires_grad=True)
+    ref = torch.tensor([[-2.5, -2.0, -10.0]])
+    out = pair_loss(token_logps, pack([2, 1, 2]), ref, beta=0.1, dpop_lambda=5.0, backend=backend)
+    # shared -0.5, chosen -1, rejected +1: Δw = -1.5, Δl = 0.5, m = -2, penalty 7.5, z = 0.1 · (-2 - 7.5) = -0.95
+    assert out.chosen_logps.tolist() == [-6.0]
+    assert out.rejected_logps.tolist() == [-12.0]
+    assert out.chosen_logratios.tolist() == [-1.5]
+    assert out.rejected_logratios.tolist() == [0.5]
+    assert out.margins.tolist() == [-2.0]
+    assert out.penalties.tolist() == [7.5]
+    z = torch.tensor(-0.95)
+    torch.testing.assert_close(out.losses, torch.log1p(torch.exp(-z)).unsqueeze(0))
+    out.losses.sum().backward()
+    pull = 0.1 * torch.sigmoid(-z)
+    # shared tokens: chosen and rejected pulls cancel, the penalty's stays: -β σ(-z) λ
+    expected = torch.stack([-5 * pull, -5 * pull, -6 * pull, pull, pull])
+    torch.testing.assert_close(token_logps.grad, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_equals_the_losses_of_whole_answers(backend, loss_type):
+    lengths = [3, 2, 4, 0, 5, 1, 2, 0, 3, 4, 6, 0]  # without shared tokens, without a chosen, without a rejected tail
+    token_logps = -torch.rand(sum(lengths), dtype=torch.float64) * 3
+    ref = torch.randn(4, 3, dtype=torch.float64)
+    out = pair_loss(token_logps, pack(lengths), ref, loss_type=loss_type, backend=backend)
+    parts = torch.stack([part.sum() for part in token_logps.split(lengths)]).view(4, 3)
+    whole = [parts[:, 0] + parts[:, 1], parts[:, 0] + parts[:, 2], ref[:, 0] + ref[:, 1], ref[:, 0] + ref[:, 2]]
+    torch.testing.assert_close(out.losses, LOSSES[loss_type](*whole, reduction="none"))
+    torch.testing.assert_close(out.chosen_logps, whole[0])
+    torch.testing.assert_close(out.rejected_logratios, whole[1] - whole[3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_reference_sums_give_the_same_losses(backend):
+    token_logps, ref = -torch.rand(9, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+    whole = torch.stack([torch.zeros(1), ref[:, 0] + ref[:, 1], ref[:, 0] + ref[:, 2]], dim=-1).double()
+    cu_seqlens = pack([4, 3, 2])
+    by_segment = pair_loss(token_logps, cu_seqlens, ref, backend=backend)
+    by_answer = pair_loss(token_logps, cu_seqlens, whole, backend=backend)
+    for ours, theirs in zip(by_segment, by_answer, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_gradcheck(backend, loss_type):
+    token_logps = torch.randn(14, dtype=torch.float64, requires_grad=True)
+    # the first token and the last two belong to no segment
+    cu_seqlens = 1 + pack([2, 0, 3, 0, 4, 2])
+    ref = torch.randn(2, 3, dtype=torch.float64)
+
+    def function(token_logps):
+        return pair_loss(token_logps, cu_seqlens, ref, loss_type=loss_type, backend=backend).losses
+
+    assert torch.autograd.gradcheck(function, token_logps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shared_tokens_cancel_exactly(backend):
+    # log-probs of a size where fp32 sums of whole answers would lose the difference of the tails
+    shared = torch.full((2000,), -7.3)
+    tails = torch.tensor([-1e-4, -3e-4])
+    out = pair_loss(torch.cat([shared, tails]), pack([2000, 1, 1]), torch.zeros(1, 3), backend=backend)
+    assert out.margins.item() == (tails[0] - tails[1]).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_zero_is_exactly_the_tie(backend):
+    token_logps = (-torch.rand(300) * 5).requires_grad_()
+    cu_seqlens = pack([100, 90, 110])
+    ref = segment_sums(token_logps.detach(), cu_seqlens, backend=backend).view(1, 3)
+    out = pair_loss(token_logps, cu_seqlens, ref, backend=backend)
+    assert out.chosen_logratios.item() == 0.0
+    out.losses.sum().backward()
+    # slope 0 at the tie: DPO's first gradient, not 51 times that
+    assert torch.equal(token_logps.grad[:100], torch.zeros(100))
+    assert torch.equal(token_logps.grad[100:190], torch.full((90,), -0.15))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_pairs(backend):
+    out = pair_loss(torch.zeros(0), torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3), backend=backend)
+    assert all(value.shape == (0,) for value in out)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"token_logps": torch.zeros(5).bfloat16()}, "token_logps: expected float32 or float64, got torch.bfloat16"),
+        ({"cu_seqlens": torch.tensor([0, 2, 1, 5])}, "cu_seqlens: expected non-decreasing bounds"),
+        ({"cu_seqlens": torch.tensor([0, 2, 3, 6])}, r"cu_seqlens: expected non-decreasing bounds within \[0, 5\]"),
+        ({"cu_seqlens": torch.tensor([0, 2, 5])}, r"ref_segment_logps: expected shape \[B, 3\] with cu_seqlens \[3B \+ 1\]"),
+        ({"ref_segment_logps": torch.zeros(1, 2)}, r"ref_segment_logps: expected shape \[B, 3\]"),
+        ({"loss_type": "sigmoid"}, "loss_type: expected one of"),
+        ({"beta": -1.0}, "beta: expected"),
+    ],
+)
+def test_bad_input_is_named(kwargs, message):
+    arguments = {
+        "token_logps": torch.zeros(5),
+        "cu_seqlens": torch.tensor([0, 2, 3, 5]),
+        "ref_segment_logps": torch.zeros(1, 3),
+        **kwargs,
+    }
+    with pytest.raises(ValueError, match=message):
+        pair_loss(**arguments)

@@ -1,0 +1,449 @@
+"""Pairs become token ids: where answers begin and end, how they are cut, what is dropped, what is counted."""
+
+import json
+
+import datasets.config
+import numpy as np
+import pytest
+from datasets import Dataset
+from dpop_trainer.data import TokeniseCounts, load_pairs, tokenise, tokenise_pairs
+from dpop_trainer.data.pair_tree import PairIds
+from dpop_trainer.data.truncate import truncate_pair
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+UNK, BOS, EOS, A, B, C, D, E, USER, ASSISTANT, END = range(11)
+WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e", "<user>", "<assistant>", "<end>"]
+
+# every turn ends with <end>, not with EOS; a generation prompt is the role alone
+TEMPLATE = (
+    "{% if tools %}e {% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "<{{ message['role'] }}> {{ message['content'] }} <end> "
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def word_tokenizer(single: str = "$A", **special_tokens) -> PreTrainedTokenizerFast:
+    """Words are tokens; `single` says which special tokens are added, as "<s> $A </s>" does."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    special_tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", **special_tokens}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
+
+
+def chat_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
+    tokenizer = word_tokenizer("<s> $A")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-pair encoding of the letters a, b, c in which "a" followed by "b" is one token."""
+    vocab = {"</s>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}
+    tokenizer = Tokenizer(models.BPE(vocab, [("a", "b")]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def texts(*pairs: tuple[str, str, str]) -> Dataset:
+    return Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs])
+
+
+def tokens(*pairs: tuple[list[int], list[int], list[int]], **columns) -> Dataset:
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return Dataset.from_dict({**dict(zip(names, map(list, zip(*pairs, strict=True)), strict=True)), **columns})
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def ids_of(dataset: Dataset) -> list[tuple[list[int], list[int], list[int]]]:
+    return [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in dataset.to_list()]
+
+
+def counts_of(**counts: int) -> TokeniseCounts:
+    return TokeniseCounts(**{**dict.fromkeys(TokeniseCounts._fields, 0), **counts})
+
+
+def test_texts_and_their_counts():
+    tokenised, counts = tokenise_pairs(texts(("a b", " c", " d"), ("a", " b c", " b")), word_tokenizer("<s> $A"))
+    assert ids_of(tokenised) == [
+        ([BOS, A, B], [C, EOS], [D, EOS]),
+        ([BOS, A], [B, C, EOS], [B, EOS]),
+    ]
+    assert tokenised.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "pair_id"]
+    assert tokenised["pair_id"][:] == [0, 1]
+    assert counts == counts_of(num_pairs_in=2, num_pairs=2, prompt_tokens=5, chosen_tokens=5, rejected_tokens=4)
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>"])
+def test_eos_ends_each_answer_exactly_once(single):
+    """Whether the text has it, has it twice or lacks it, and whether or not the tokenizer appends it."""
+    dataset = texts(("a", " b </s>", " c"), ("a", " b </s> </s>", " </s>"))
+    tokenised, counts = tokenise_pairs(dataset, word_tokenizer(single))
+    assert ids_of(tokenised) == [
+        ([BOS, A], [B, EOS], [C, EOS]),
+        ([BOS, A], [B, EOS], [EOS]),
+    ]
+    assert counts.merged_boundaries == 0
+
+
+def test_empty_prompt_is_the_tokenizers_bos():
+    tokenised, counts = tokenise_pairs(texts(("", "b", "c")), word_tokenizer("<s> $A"))
+    assert ids_of(tokenised) == [([BOS], [B, EOS], [C, EOS])]
+    assert counts.merged_boundaries == 0
+
+
+def test_prompt_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="record 1: prompt_ids: expected at least one token"):
+        tokenise_pairs(texts(("a", " b", " c"), ("", "b", "c")), word_tokenizer())
+    # "a" followed by "b" is one token, so nothing of the prompt is left before it
+    with pytest.raises(ValueError, match="record 0: prompt_ids: expected at least one token"):
+        tokenise_pairs(texts(("a", "b", "c")), merging_tokenizer())
+    with pytest.raises(ValueError, match="record 0: prompt_ids: expected at least one token"):
+        tokenise_pairs(tokens(([], [1], [2])), word_tokenizer())
+
+
+def test_tokens_merge_across_the_boundary():
+    """ "ca" is [c, a] but "cab" is [c, ab]: the prompt ends where all three agree, for both answers."""
+    tokenised, counts = tokenise_pairs(texts(("ca", "b", "c"), ("ca", "c", "a")), merging_tokenizer())
+    assert ids_of(tokenised) == [
+        ([3], [4, 0], [1, 3, 0]),
+        ([3, 1], [3, 0], [1, 0]),
+    ]
+    assert counts.merged_boundaries == 1
+
+
+def test_answer_without_tokens_is_dropped():
+    """White space is no token of this tokenizer, so " " is an answer of none."""
+    tokenised, counts = tokenise_pairs(texts(("a", " ", " b"), ("a", " b", "  "), ("a", " b", " c")), word_tokenizer())
+    assert tokenised["pair_id"][:] == [2]
+    assert (counts.num_pairs_in, counts.num_pairs, counts.dropped_empty) == (3, 1, 2)
+
+
+def test_identical_answers_are_dropped_or_kept():
+    dataset = texts(("a", " b", " b </s>"), ("a", " b c", " b d"), ("a", " b", " c"))
+    # there is room for one answer token, and the second pair's answers part at their second
+    tokenised, counts = tokenise_pairs(dataset, word_tokenizer(), max_length=2)
+    assert ids_of(tokenised) == [([A], [B], [C])]
+    assert tokenised["pair_id"][:] == [2]
+    assert counts == counts_of(
+        num_pairs_in=3,
+        num_pairs=1,
+        dropped_identical=1,
+        dropped_identical_after_truncation=1,
+        truncated_chosen=1,
+        truncated_rejected=1,
+        prompt_tokens=1,
+        chosen_tokens=1,
+        rejected_tokens=1,
+    )
+    tokenised, counts = tokenise_pairs(dataset, word_tokenizer(), max_length=2, keep_identical=True)
+    assert ids_of(tokenised) == [([A], [B], [B]), ([A], [B], [B]), ([A], [B], [C])]
+    assert counts == counts_of(
+        num_pairs_in=3,
+        num_pairs=3,
+        truncated_chosen=3,
+        truncated_rejected=3,
+        prompt_tokens=3,
+        chosen_tokens=3,
+        rejected_tokens=3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_length", "mode", "expected"),
+    [
+        pytest.param(7, "keep_start", ([1, 2, 3], [4, 5, 6, 7], [4, 8]), id="fits"),
+        pytest.param(6, "keep_start", ([1, 2, 3], [4, 5, 6], [4, 8]), id="end of the longer answer"),
+        pytest.param(4, "keep_start", ([1, 2, 3], [4], [4]), id="end of both"),
+        pytest.param(3, "keep_start", None, id="no room"),
+        pytest.param(7, "keep_end", ([1, 2, 3], [4, 5, 6, 7], [4, 8]), id="fits from the end"),
+        pytest.param(6, "keep_end", ([2, 3], [4, 5, 6, 7], [4, 8]), id="start of the prompt, for both"),
+        pytest.param(5, "keep_end", ([3], [4, 5, 6, 7], [4, 8]), id="all but one of the prompt"),
+        pytest.param(4, "keep_end", ([3], [5, 6, 7], [4, 8]), id="start of the longer answer"),
+        pytest.param(2, "keep_end", ([3], [7], [8]), id="shortest"),
+    ],
+)
+def test_truncation(max_length, mode, expected):
+    pair = PairIds([1, 2, 3], [4, 5, 6, 7], [4, 8])
+    assert truncate_pair(pair, max_length, mode) == expected
+
+
+def test_truncation_is_counted():
+    pairs = tokens(([1, 2], [3, 4, 5], [3]), ([1, 2, 3, 4], [5], [6]), ([1], [2], [3, 4, 5]), ([1], [2], [3]))
+    tokenised, counts = tokenise_pairs(pairs, word_tokenizer(), max_length=3)
+    # the second has no room; the first's answers are the same once cut to one token
+    assert ids_of(tokenised) == [([1], [2], [3, 4]), ([1], [2], [3])]
+    assert tokenised["pair_id"][:] == [2, 3]
+    assert counts == counts_of(
+        num_pairs_in=4,
+        num_pairs=2,
+        dropped_no_room=1,
+        dropped_identical_after_truncation=1,
+        truncated_rejected=1,
+        prompt_tokens=2,
+        chosen_tokens=2,
+        rejected_tokens=3,
+    )
+    tokenised, counts = tokenise_pairs(pairs, word_tokenizer(), max_length=3, truncation_mode="keep_end")
+    assert ids_of(tokenised) == [([2], [4, 5], [3]), ([3, 4], [5], [6]), ([1], [2], [4, 5]), ([1], [2], [3])]
+    assert counts == counts_of(
+        num_pairs_in=4,
+        num_pairs=4,
+        truncated_prompts=2,
+        truncated_chosen=1,
+        truncated_rejected=1,
+        prompt_tokens=5,
+        chosen_tokens=5,
+        rejected_tokens=5,
+    )
+
+
+def test_messages():
+    question, right, wrong = turn("user", "a b"), turn("assistant", "c"), turn("assistant", "d")
+    explicit = Dataset.from_list([{"prompt": [question], "chosen": [right], "rejected": [wrong]}])
+    implicit = Dataset.from_list([{"chosen": [question, right], "rejected": [question, wrong]}])
+    repeated = Dataset.from_list([{"prompt": "a b", "chosen": [question, right], "rejected": [question, wrong]}])
+    # neither BOS nor EOS is in the template, so neither is in the ids
+    expected = [([USER, A, B, END, ASSISTANT], [C, END], [D, END])]
+    for dataset in (explicit, implicit, repeated):
+        tokenised, counts = tokenise_pairs(dataset, chat_tokenizer())
+        assert ids_of(tokenised) == expected
+        assert counts.merged_boundaries == 0
+
+
+def test_template_that_ends_turns_with_eos_gets_no_second():
+    dataset = Dataset.from_list(
+        [{"prompt": [turn("user", "a")], "chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "c")]}]
+    )
+    template = TEMPLATE.replace("<end>", "{{ eos_token }}")
+    tokenised, _ = tokenise_pairs(dataset, chat_tokenizer(template))
+    assert ids_of(tokenised) == [([USER, A, EOS, ASSISTANT], [B, EOS], [C, EOS])]
+
+
+def test_template_whose_generation_prompt_is_not_in_the_conversation():
+    """A thinking template adds more to the prompt than stays before an answer."""
+    template = TEMPLATE.replace("%}<assistant>{%", "%}<assistant> e{%")
+    dataset = Dataset.from_list(
+        [{"prompt": [turn("user", "a")], "chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "c")]}]
+    )
+    tokenised, counts = tokenise_pairs(dataset, chat_tokenizer(template))
+    assert ids_of(tokenised) == [([USER, A, END, ASSISTANT], [B, END], [C, END])]
+    assert counts.merged_boundaries == 1
+
+
+@pytest.mark.parametrize("tools", ['[{"name": "adder"}]', [{"name": "adder"}]])
+def test_tools_and_template_arguments_reach_the_template(tools):
+    record = {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "c")]}
+    dataset = Dataset.from_list([{**record, "tools": tools, "chat_template_kwargs": {"word": "d"}}])
+    tokenised, _ = tokenise_pairs(dataset, chat_tokenizer("{{ word }} " + TEMPLATE))
+    assert ids_of(tokenised) == [([D, E, USER, A, END, ASSISTANT], [B, END], [C, END])]
+    tokenised, _ = tokenise_pairs(Dataset.from_list([{**record, "tools": "[]"}]), chat_tokenizer())
+    assert ids_of(tokenised) == [([USER, A, END, ASSISTANT], [B, END], [C, END])]
+
+
+def test_template_error_names_the_record():
+    good, bad = turn("user", "a"), turn("system", "a")
+    answers = {"chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "c")]}
+    dataset = Dataset.from_list([{"prompt": [good], **answers}, {"prompt": [bad], **answers}])
+    with pytest.raises(ValueError, match=r"record 1: expected messages that the chat template accepts.*no system turn"):
+        tokenise_pairs(dataset, chat_tokenizer())
+
+
+def test_token_ids_are_taken_as_they_are():
+    pairs = [([9, 1], [2], [3, 4])]
+    tokenised, counts = tokenise_pairs(tokens(*pairs, pair_id=[7]), word_tokenizer())
+    assert ids_of(tokenised) == pairs
+    assert tokenised["pair_id"][:] == [0]
+    again, same_counts = tokenise_pairs(tokenised, word_tokenizer())
+    assert (ids_of(again), same_counts) == (pairs, counts)
+
+
+@pytest.mark.parametrize(
+    ("pair", "vocab_size", "message"),
+    [
+        pytest.param(([1], [-100], [2]), None, r"record 1: chosen_ids: expected ids >= 0, got -100", id="label mask"),
+        pytest.param(([1], [2], [9]), 9, r"record 1: rejected_ids: expected ids in \[0, 9\), got 9", id="first beyond"),
+        pytest.param(([99], [2], [3]), 9, r"record 1: prompt_ids: expected ids in \[0, 9\), got 99", id="prompt"),
+    ],
+)
+def test_ids_outside_the_vocabulary(pair, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        tokenise_pairs(tokens(([8], [7], [6]), pair), word_tokenizer(), vocab_size=vocab_size)
+
+
+def test_reference_log_probs_are_carried_unless_their_pair_is_cut():
+    columns = {"ref_chosen_logps": [-1.25, -2.0], "ref_rejected_logps": [-3.0, -4.5]}
+    dataset = tokens(([1], [2], [2]), ([1], [2, 3], [4]), **columns)
+    tokenised, _ = tokenise_pairs(dataset, word_tokenizer(), max_length=3)
+    assert tokenised.to_list() == [
+        {
+            "prompt_ids": [1],
+            "chosen_ids": [2, 3],
+            "rejected_ids": [4],
+            "pair_id": 1,
+            "ref_chosen_logps": -2.0,
+            "ref_rejected_logps": -4.5,
+        }
+    ]
+    with pytest.raises(ValueError, match="record 1: ref_chosen_logps: expected a pair that fits max_length"):
+        tokenise_pairs(dataset, word_tokenizer(), max_length=2)
+
+
+def test_no_pair_left():
+    with pytest.raises(ValueError, match=r"0 of 2 pairs kept; dropped: 1 whose prompt .*, 1 with identical answers"):
+        tokenise_pairs(tokens(([1, 2], [3], [4]), ([1], [3], [3])), word_tokenizer(), max_length=2)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "dataset", "options", "message"),
+    [
+        pytest.param(
+            word_tokenizer(eos_token=None), texts(("a", " b", " c")), {}, "with an EOS token", id="no EOS token"
+        ),
+        pytest.param(
+            word_tokenizer(),
+            Dataset.from_list(
+                [{"prompt": [turn("user", "a")], "chosen": [turn("x", "b")], "rejected": [turn("x", "c")]}]
+            ),
+            {},
+            "processing_class: expected a tokenizer with a chat template",
+            id="no chat template",
+        ),
+        pytest.param(word_tokenizer(), texts(("a", "", " c")), {}, "record 0: chosen: expected an answer", id="record"),
+        pytest.param(word_tokenizer(), texts(("a", "b", "c")), {"max_length": 1}, "max_length: .* at least 2", id="1"),
+        pytest.param(
+            word_tokenizer(),
+            texts(("a", "b", "c")),
+            {"truncation_mode": "keep"},
+            "truncation_mode: .*'keep'",
+            id="mode",
+        ),
+        pytest.param(
+            word_tokenizer(), texts(("a", "b", "c")).to_iterable_dataset(), {}, "got IterableDataset", id="streamed"
+        ),
+    ],
+)
+def test_unusable_arguments(tokenizer, dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        tokenise_pairs(dataset, tokenizer, **options)
+
+
+def mixed_pairs() -> Dataset:
+    """Pairs of every outcome, in an order that splits them unevenly over processes."""
+    kinds = [
+        ("a", " b c d", " b c e"),
+        ("a b c d e", " a", " b"),
+        ("a", " b", " b"),
+        ("a", " c", " d"),
+        ("b", " ", " c"),
+    ]
+    return texts(*(kinds[index] for index in np.random.default_rng(0).integers(len(kinds), size=97)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_processes_change_nothing():
+    alone, counts = tokenise_pairs(mixed_pairs(), word_tokenizer(), max_length=4)
+    together, same_counts = tokenise_pairs(mixed_pairs(), word_tokenizer(), max_length=4, num_proc=2)
+    assert together.to_list() == alone.to_list()
+    assert same_counts == counts
+    drawn = np.bincount(np.random.default_rng(0).integers(5, size=97), minlength=5)
+    # the first kind has room for b c d and b c e, without EOS
+    assert counts.truncated_chosen == counts.truncated_rejected == drawn[0]
+    assert (counts.dropped_no_room, counts.dropped_identical, counts.dropped_empty) == tuple(drawn[[1, 2, 4]])
+    assert counts.num_pairs == drawn[0] + drawn[3]
+
+
+def test_cached_result_is_used_and_counted_alike(tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, mixed_pairs().to_list())))
+    first, counts = tokenise_pairs(load_pairs(path), word_tokenizer(), max_length=4)
+    monkeypatch.setattr(tokenise, "encode_records", None)  # a call would raise
+    again, same_counts = tokenise_pairs(load_pairs(path), word_tokenizer(), max_length=4)
+    assert (again.to_list(), same_counts) == (first.to_list(), counts)
+    assert again._fingerprint == first._fingerprint
+    # whether identical pairs are kept and how large the vocabulary is do not change the tokens
+    tokenise_pairs(load_pairs(path), word_tokenizer(), max_length=4, keep_identical=True, vocab_size=100)
+    # what does change them is tokenised anew
+    for tokenizer, max_length in [(word_tokenizer(), 5), (word_tokenizer("<s> $A"), 4)]:
+        with pytest.raises(TypeError, match="not callable"):
+            tokenise_pairs(load_pairs(path), tokenizer, max_length=max_length)
+    monkeypatch.setattr(tokenise, "code_hash", lambda: "another version")
+    with pytest.raises(TypeError, match="not callable"):
+        tokenise_pairs(load_pairs(path), word_tokenizer(), max_length=4)
+
+
+def test_counts_in_words_and_as_metrics():
+    counts = counts_of(
+        num_pairs_in=1284,
+        num_pairs=1280,
+        dropped_no_room=3,
+        dropped_identical=1,
+        truncated_chosen=7,
+        prompt_tokens=20100,
+        chosen_tokens=30000,
+        rejected_tokens=999,
+    )
+    assert counts.summary() == (
+        "1,280 of 1,284 pairs kept; dropped: 3 whose prompt leaves no room for an answer, 1 with identical answers.\n"
+        "20,100 prompt, 30,000 chosen and 999 rejected tokens; 7 chosen answers truncated."
+    )
+    metrics = counts.as_metrics()
+    assert metrics["data/num_pairs"] == 1280
+    assert set(metrics) == {f"data/{name}" for name in TokeniseCounts._fields}
+
+
+@pytest.fixture(scope="module", params=["gpt2", "mistral"])
+def real_tokenizer(request, shared_data) -> PreTrainedTokenizerFast:
+    path = shared_data.parent / "tokenizers" / request.param / "tokenizer.json"
+    if not path.exists():
+        pytest.skip(f"the tokenizer of {request.param} is not beside this checkout")
+    ends = {"gpt2": ("<|endoftext|>", "<|endoftext|>"), "mistral": ("<s>", "</s>")}[request.param]
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token=ends[0], eos_token=ends[1])
+
+
+def test_real_texts(real_tokenizer, shared_data):
+    """Prompt and answer together are the tokens of the whole text, and EOS."""
+    records = load_pairs(shared_data / "prefs" / "tulu_preference_sample.jsonl")
+    dataset = texts(
+        *((r["prompt"], "\n" + r["chosen"][-1]["content"], "\n" + r["rejected"][-1]["content"]) for r in records)
+    )
+    tokenised, counts = tokenise_pairs(dataset, real_tokenizer, vocab_size=len(real_tokenizer))
+    assert counts.num_pairs_in == len(records) == counts.num_pairs + counts.dropped_identical
+    for row in tokenised.to_list():
+        text = dataset[row["pair_id"]]
+        for answer in ("chosen", "rejected"):
+            whole = real_tokenizer(text["prompt"] + text[answer], verbose=False)["input_ids"]
+            assert row["prompt_ids"] + row[f"{answer}_ids"] == [*whole, real_tokenizer.eos_token_id]
+
+
+def test_real_conversations(real_tokenizer, shared_data):
+    """Every prompt ends with the generation prompt, and every token of the rendered conversation is there."""
+    real_tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    )
+    dataset = load_pairs(shared_data / "prefs" / "tulu_preference_sample.jsonl")
+    tokenised, counts = tokenise_pairs(dataset, real_tokenizer, max_length=512)
+    dropped = counts.dropped_no_room + counts.dropped_identical + counts.dropped_identical_after_truncation
+    assert counts.num_pairs + dropped + counts.dropped_empty == counts.num_pairs_in == 100
+    rows = tokenised.to_list()
+    assert counts.prompt_tokens == sum(len(row["prompt_ids"]) for row in rows)
+    for row in rows:
+        for answer in ("chosen", "rejected"):
+            conversation = dataset[row["pair_id"]][answer]
+            whole = real_tokenizer.apply_chat_template(conversation, tokenize=False)
+            ids = real_tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+            assert row["prompt_ids"] + row[f"{answer}_ids"] == ids[:512]
