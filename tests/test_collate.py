@@ -1,5 +1,7 @@
 """Batches: the tensors of small pairs written out by hand, and the scores of a real model through them."""
 
+import itertools
+
 import pytest
 import torch
 from dpop_trainer.data import PairCollator, PairTree, padded_rows
@@ -200,7 +202,7 @@ def test_a_models_scores_through_the_batch(model, prefix_sharing, pad_to_multipl
     token_logps = scored.gather(-1, batch["target_ids"].unsqueeze(-1)).squeeze(-1)
     bounds = batch["cu_seqlens"].tolist()
     assert bounds[-1] == len(token_logps)
-    sums = [token_logps[start:end].sum().item() for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    sums = [token_logps[start:end].sum().item() for start, end in itertools.pairwise(bounds)]
     for pair, (shared, chosen, rejected) in zip(pairs, zip(*[iter(sums)] * 3, strict=True), strict=True):
         assert shared + chosen == pytest.approx(answer_logp(model, pair["prompt_ids"], pair["chosen_ids"]), abs=1e-10)
         assert shared + rejected == pytest.approx(

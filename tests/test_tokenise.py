@@ -398,7 +398,7 @@ def test_counts_in_words_and_as_metrics():
     )
     assert counts.summary() == (
         "1,280 of 1,284 pairs kept; dropped: 3 whose prompt leaves no room for an answer, 1 with identical answers.\n"
-        "20,100 prompt, 30,000 chosen and 999 rejected tokens; 7 chosen answers truncated."
+        "20,100 prompt, 30,000 chosen and 999 rejected tokens; changed: 7 chosen answers truncated."
     )
     metrics = counts.as_metrics()
     assert metrics["data/num_pairs"] == 1280

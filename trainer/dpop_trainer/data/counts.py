@@ -59,7 +59,7 @@ class TokeniseCounts(NamedTuple):
         return (
             f"{self.num_pairs:,} of {self.num_pairs_in:,} pairs kept; dropped: {dropped}.\n"
             f"{self.prompt_tokens:,} prompt, {self.chosen_tokens:,} chosen and {self.rejected_tokens:,} rejected "
-            f"tokens; {changed}."
+            f"tokens; changed: {changed}."
         )
 
 
