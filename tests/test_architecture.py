@@ -61,7 +61,9 @@ def test_data_path_knows_no_model_and_no_kernel():
     for path in (ROOT / "trainer" / "dpop_trainer" / "data").rglob("*.py"):
         for module in imported_modules(path):
             assert not module.startswith("dpop_kernels"), (path, module)
-            assert not module.startswith("dpop_trainer") or module.startswith(("dpop_trainer.data", "dpop_trainer.edits")), (
+            assert not module.startswith("dpop_trainer") or module.startswith(
+                ("dpop_trainer.data", "dpop_trainer.edits")
+            ), (
                 path,
                 module,
             )

@@ -62,26 +62,36 @@ def fused_value_and_grad(logits, target_ids, grad_logps=None, **options):
 
 
 def reference_value_and_grad(logits, target_ids):
-    logps, (grad,) = value_and_grads(
-        lambda logits: reference_logps(logits, target_ids.long()), [logits], weights(len(logits))
-    )
-    return logps, grad
+    return value_and_grads(lambda logits: reference_logps(logits, target_ids), [logits], weights(len(logits)))
+
+
+def as_stored(values, dtype):
+    """Round as a kernel's store does: to the nearest on a GPU, but Triton's interpreter cuts fp32 off to bf16."""
+    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
+        values = (values.view(torch.int32) & -(2**16)).view(torch.float32)
+    return values.to(dtype)
 
 
 def assert_errs_at_most_as_eager(candidate, eager, truth, slack=1e-6):
-    """The largest error of all elements; the slack is below the rounding of any 16-bit gradient that matters."""
+    """Compares the largest errors over all elements."""
     error = (candidate.double() - truth).abs().max()
     assert error <= (eager.double() - truth).abs().max() + slack
 
 
+def assert_equal_but_for_order(values, expected):
+    """Another alignment or stride may sum in another order: fp32 rounding, which may move a 16-bit store by one."""
+    rtol = 1e-6 if values.dtype == torch.float32 else torch.finfo(values.dtype).eps
+    torch.testing.assert_close(values, expected, rtol=rtol, atol=1e-6)
+
+
 def assert_holds_against_fp64(logits, target_ids):
-    truth, true_grad = reference_value_and_grad(logits.double(), target_ids)
-    eager, eager_grad = reference_value_and_grad(logits, target_ids)
+    truth, (true_grad,) = reference_value_and_grad(logits.double(), target_ids)
+    eager, (eager_grad,) = reference_value_and_grad(logits.float(), target_ids)
     logps, grad = fused_value_and_grad(logits, target_ids)
     assert logps.dtype == torch.float32
     assert grad.dtype == logits.dtype
     assert_errs_at_most_as_eager(logps, eager, truth)
-    assert_errs_at_most_as_eager(grad, eager_grad, true_grad)
+    assert_errs_at_most_as_eager(grad, as_stored(eager_grad, logits.dtype), true_grad)
     return logps, truth
 
 
@@ -119,7 +129,7 @@ def test_confident_tokens_keep_their_relative_accuracy(dtype):
     logps, grad = fused_value_and_grad(logits.to(DEVICE), target_ids.to(DEVICE), torch.ones(12, device=DEVICE))
     assert (logps.cpu().double() / truth - 1).abs().max() <= 1e-5
     target_grads = grad.cpu()[rows, target_ids].double()
-    rounding = {"fp32": 0, "bf16": 2.0**-8}[dtype]  # of the stored gradient itself
+    rounding = {"fp32": 0, "bf16": 2.0**-7}[dtype]  # of the stored gradient itself, cut off or to the nearest
     assert (target_grads / -torch.expm1(truth) - 1).abs().max() <= 1e-5 + rounding
 
 
@@ -140,10 +150,10 @@ def test_gradient_rows_sum_to_zero(shape):
 
 
 def masked(rows, width=1003):
-    """Normal logits whose rows are overwritten by {column or slice: value}."""
+    """Normal logits whose rows are overwritten by pairs (column or slice, value)."""
     logits = torch.randn(len(rows), width)
     for n, values in enumerate(rows):
-        for columns, value in values.items():
+        for columns, value in values:
             logits[n, columns] = value
     return logits.to(DEVICE)
 
@@ -154,7 +164,7 @@ def test_masked_vocabulary(dtype, hidden):
     """-inf, or the lowest finite number as attention masks use it: a first block, a last block, a scattered half."""
     width = 2 * LAUNCH.block_v + 100
     first, last = slice(0, LAUNCH.block_v), slice(2 * LAUNCH.block_v, width)
-    rows = [{first: hidden}, {last: hidden}, {first: hidden, last: hidden}, {slice(0, width, 2): hidden}]
+    rows = [[(first, hidden)], [(last, hidden)], [(first, hidden), (last, hidden)], [(slice(0, width, 2), hidden)]]
     logits = masked(rows, width).clamp_min(torch.finfo(DTYPES[dtype]).min if hidden == LOWEST else -INF)
     logits = logits.to(DTYPES[dtype])
     target_ids = on_device([LAUNCH.block_v + 7] * 4)
@@ -169,16 +179,16 @@ def test_infinities_and_nan():
     """What log_softmax says of each row, derived: p(target) is 1, 0, undefined; NaN is never lost."""
     everything = slice(None)
     cases = [
-        ({everything: -INF, 5: 2.0}, 0.0),  # only the target is left
-        ({5: -INF}, -INF),  # the target itself is masked
-        ({everything: -INF, 9: 1.0}, -INF),  # all probability is elsewhere
-        ({everything: -INF}, NAN),
-        ({5: INF}, NAN),
-        ({9: INF}, NAN),
-        ({9: INF, 700: INF}, NAN),
-        ({5: NAN}, NAN),
-        ({9: NAN}, NAN),
-        ({everything: NAN}, NAN),
+        ([(everything, -INF), (5, 2.0)], 0.0),  # only the target is left
+        ([(5, -INF)], -INF),  # the target itself is masked
+        ([(everything, -INF), (9, 1.0)], -INF),  # all probability is elsewhere
+        ([(everything, -INF)], NAN),
+        ([(5, INF)], NAN),
+        ([(9, INF)], NAN),
+        ([(9, INF), (700, INF)], NAN),
+        ([(5, NAN)], NAN),
+        ([(9, NAN)], NAN),
+        ([(everything, NAN)], NAN),
     ]
     logits = masked([values for values, _ in cases])
     target_ids = on_device([5] * len(cases))
@@ -192,8 +202,7 @@ def test_infinities_and_nan():
     assert grad[2, 9] == -1
     assert grad[3:].isnan().any(-1).all()
     others = torch.arange(1003, device=DEVICE) != 5
-    softmax = masked([{}]).new_zeros(1003).masked_scatter(others, logits[1, others].softmax(-1))
-    assert (grad[1, others] + softmax[others]).abs().max() <= 1e-6
+    assert (grad[1, others] + logits[1, others].softmax(-1)).abs().max() <= 1e-6
 
 
 def test_target_id_outside_the_vocabulary_gives_nan_and_reads_nothing():
@@ -248,8 +257,8 @@ def test_layout_of_the_logits_does_not_matter(layout, dtype):
     assert not view.is_contiguous()
     logps = fused_logps(view, target_ids)
     (grad,) = torch.autograd.grad(logps, view, weights(7))
-    assert torch.equal(logps, expected)
-    assert torch.equal(grad, expected_grad)
+    assert_equal_but_for_order(logps, expected)
+    assert_equal_but_for_order(grad, expected_grad)
 
 
 def test_layout_of_ids_and_gradients_does_not_matter():
@@ -291,7 +300,7 @@ def test_inplace_backward_stays_within_its_columns():
     view = sliced_columns(logits).requires_grad_()
     (grad,) = torch.autograd.grad(fused_logps(view, target_ids, inplace_backward=True), view, weights(7))
     assert grad.data_ptr() == view.data_ptr()
-    assert torch.equal(grad, expected_grad)
+    assert_equal_but_for_order(grad, expected_grad)
     padded = torch.as_strided(view.detach(), (7, 1007), (1007, 1), 0)
     assert padded[:, [0, 1004, 1005, 1006]].isnan().all()
 
@@ -358,19 +367,25 @@ def test_statistics(shape, dtype):
     assert torch.equal(stats.is_top1, truth.is_top1)
 
 
+@pytest.mark.usefixtures("_numpy_like_a_gpu")  # the mean of many lowest numbers overflows to -inf, in eager too
 def test_statistics_of_derived_rows():
-    """Uniform, one-hot, two equal halves, a tie, and a masked half after a masked block."""
-    width = LAUNCH.block_v + 1000
-    half = {slice(0, LAUNCH.block_v + 500): -INF, slice(LAUNCH.block_v + 500, width): 3.0}
-    lowest = {slice(0, LAUNCH.block_v + 500): LOWEST, slice(LAUNCH.block_v + 500, width): 3.0}
-    zeros = {slice(0, width): 0.0}
-    rows = [zeros, {**zeros, 7: 1e4}, {**zeros, 7: 100.0, 4500: 100.0}, half, lowest]
+    """Uniform, one-hot, two equal logits, and 500 of them after two blocks of masked ones."""
+    width = 2 * LAUNCH.block_v + 1000
+    hidden, shown = slice(0, width - 500), slice(width - 500, width)
+    zeros = (slice(0, width), 0.0)
+    rows = [
+        [zeros],
+        [zeros, (7, 1e4)],
+        [zeros, (7, 100.0), (4500, 100.0)],
+        [(hidden, -INF), (shown, 3.0)],
+        [(hidden, LOWEST), (shown, 3.0)],
+    ]
     targets = [7, 7, 4500, width - 1, width - 1]
     _, stats = fused.token_logps(masked(rows, width), on_device(targets), with_stats=True)
     entropies = [math.log(width), 0.0, math.log(2), math.log(500), math.log(500)]
     assert (stats.entropy - on_device(entropies)).abs().max() <= 1e-5
     assert torch.allclose(stats.mean_logit[:3], on_device([0.0, 1e4 / width, 200.0 / width]))
-    assert stats.mean_logit[3] == -INF
+    assert (stats.mean_logit[3:] == -INF).all()
     assert stats.is_top1.tolist() == [True] * 5
     _, stats = fused.token_logps(masked(rows, width), on_device([8, 8, 8, width - 1, 0]), with_stats=True)
     assert stats.is_top1.tolist() == [True, False, False, True, False]
@@ -404,8 +419,8 @@ def test_offsets_beyond_int32():
     logps = fused_logps(spread, target_ids, inplace_backward=True)
     (grad,) = torch.autograd.grad(logps, spread, weights(3))
     assert grad.data_ptr() == spread.data_ptr()
-    assert torch.equal(logps, expected)
-    assert torch.equal(grad, expected_grad)
+    assert_equal_but_for_order(logps, expected)
+    assert_equal_but_for_order(grad, expected_grad)
 
 
 TRANSFORMS = {
@@ -455,7 +470,7 @@ def test_tiles(transform):
 
     short = torch.empty_like(tile, dtype=torch.bfloat16)
     fused.tile_backward(tile, target_ids, logps, lse, weights(3), options, out=short)
-    assert torch.equal(short, grad.to(torch.bfloat16))
+    assert torch.equal(short, as_stored(grad, torch.bfloat16))
     fused.tile_backward(tile, target_ids, logps, lse.float(), weights(3), options, out=tile)
     assert (tile - true_grad).abs().max() <= 1e-5
 

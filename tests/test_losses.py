@@ -48,15 +48,11 @@ def test_lambda_zero_is_dpo_bit_for_bit(dtype):
     arguments = [torch.randn(257, dtype=dtype).mul_(20).requires_grad_() for _ in range(4)]
     dpop, dpo = dpop_loss(*arguments, dpop_lambda=0.0), dpo_loss(*arguments)
     assert torch.equal(dpop, dpo)
-    for of_dpop, of_dpo in zip(
-        torch.autograd.grad(dpop, arguments), torch.autograd.grad(dpo, arguments), strict=True
-    ):
+    for of_dpop, of_dpo in zip(torch.autograd.grad(dpop, arguments), torch.autograd.grad(dpo, arguments), strict=True):
         assert torch.equal(of_dpop, of_dpo)
 
 
-@pytest.mark.parametrize(
-    ("chosen_logratio", "hinge"), [(-0.5, 1), (0.0, 0), (0.5, 0)], ids=["below", "tie", "above"]
-)
+@pytest.mark.parametrize(("chosen_logratio", "hinge"), [(-0.5, 1), (0.0, 0), (0.5, 0)], ids=["below", "tie", "above"])
 def test_gradient_is_the_papers(chosen_logratio, hinge):
     beta, dpop_lambda, rejected_logratio = 0.3, 50.0, -0.25
     chosen, rejected, ref_chosen, ref_rejected = logps(-10 + chosen_logratio, -12 + rejected_logratio, -10.0, -12.0)

@@ -109,7 +109,10 @@ def test_no_pairs(backend):
         ({"token_logps": torch.zeros(5).bfloat16()}, "token_logps: expected float32 or float64, got torch.bfloat16"),
         ({"cu_seqlens": torch.tensor([0, 2, 1, 5])}, "cu_seqlens: expected non-decreasing bounds"),
         ({"cu_seqlens": torch.tensor([0, 2, 3, 6])}, r"cu_seqlens: expected non-decreasing bounds within \[0, 5\]"),
-        ({"cu_seqlens": torch.tensor([0, 2, 5])}, r"ref_segment_logps: expected shape \[B, 3\] with cu_seqlens \[3B \+ 1\]"),
+        (
+            {"cu_seqlens": torch.tensor([0, 2, 5])},
+            r"ref_segment_logps: expected shape \[B, 3\] with cu_seqlens \[3B \+ 1\]",
+        ),
         ({"ref_segment_logps": torch.zeros(1, 2)}, r"ref_segment_logps: expected shape \[B, 3\]"),
         ({"loss_type": "sigmoid"}, "loss_type: expected one of"),
         ({"beta": -1.0}, "beta: expected"),

@@ -51,7 +51,9 @@ def tiny_llama(seed=0):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(VOCAB_SIZE - 3))])}
+    vocabulary = {
+        word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(VOCAB_SIZE - 3))])
+    }
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -96,7 +98,9 @@ def config(tmp_path, **overrides):
     return DPOPConfig(**settings)
 
 
-def trainer(tmp_path, tokenizer, model=None, *, records=None, eval_dataset=None, peft_config=None, ref_model=None, **overrides):
+def trainer(
+    tmp_path, tokenizer, model=None, *, records=None, eval_dataset=None, peft_config=None, ref_model=None, **overrides
+):
     return DPOPTrainer(
         model if model is not None else tiny_llama(),
         ref_model=ref_model,
@@ -219,7 +223,9 @@ def test_given_reference_columns_are_used(tmp_path, tokenizer):
 
 
 def test_metrics_are_trls_and_dpops(tmp_path, tokenizer):
-    run = trainer(tmp_path, tokenizer, eval_dataset=Dataset.from_list(token_pairs(4, seed=9)), eval_strategy="steps", eval_steps=3)
+    run = trainer(
+        tmp_path, tokenizer, eval_dataset=Dataset.from_list(token_pairs(4, seed=9)), eval_strategy="steps", eval_steps=3
+    )
     run.train()
     first = next(line for line in run.state.log_history if "loss" in line)
     assert first.keys() >= TRL_METRICS | {"dpop/penalty", "dpop/active_fraction", "dpop/chosen_deficit"}
@@ -268,7 +274,9 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, tokenizer):
         assert torch.equal(ours, theirs)
     assert logged(resumed, "loss") == logged(whole, "loss")
     assert logged(resumed, "num_tokens") == logged(whole, "num_tokens")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "half" / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "half" / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(steps)
     assert steps.count(6) == 1
 
@@ -284,7 +292,9 @@ def test_saved_model_loads_and_generates(tmp_path, tokenizer):
     output = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert output.shape[1] > 3
 
-    adapted = trainer(tmp_path / "lora", tokenizer, peft_config=LoraConfig(r=4, target_modules="all-linear"), learning_rate=1e-2)
+    adapted = trainer(
+        tmp_path / "lora", tokenizer, peft_config=LoraConfig(r=4, target_modules="all-linear"), learning_rate=1e-2
+    )
     adapted.train()
     adapted.save_model()
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora" / "run")

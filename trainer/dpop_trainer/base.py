@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from dpop_kernels import ScoringHead
 from dpop_trainer.config import HeadConfig
 from dpop_trainer.metrics import MeanMetrics
+from dpop_trainer.progress import RunProgress
 from dpop_trainer.run_files import RunFiles
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -60,6 +61,8 @@ class HeadTrainer(Trainer):
         self._num_tokens: Tensor | float = 0.0
         self.add_callback(RunFiles(run_config if run_config is not None else args.to_dict(), dict(data_metrics or {})))
         self.add_callback(_StopOnNonFinite(self))
+        if self.pop_callback(ProgressCallback) is not None:  # which prints every log line in full
+            self.add_callback(RunProgress(type(self).__name__))
 
     def num_items(self, batch: Mapping[str, Any]) -> int:
         """How many items a batch holds, read without touching the device."""

@@ -69,7 +69,9 @@ class HeadConfig(TrainingArguments):
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length: expected None or at least 2 tokens, got {self.max_length}.")
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = (
+                not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
         super().__post_init__()

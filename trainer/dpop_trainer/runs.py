@@ -110,9 +110,7 @@ def evaluation_as_dict(evaluation: PairEvaluation) -> dict[str, Any]:
         "chosen_logratio": evaluation.chosen_logratio,
         "rejected_logratio": evaluation.rejected_logratio,
         "reward_accuracy": evaluation.reward_accuracy,
-        **{
-            f"{region}_edit": getattr(evaluation.shift, region)._asdict() for region in ("before", "at", "after")
-        },
+        **{f"{region}_edit": getattr(evaluation.shift, region)._asdict() for region in ("before", "at", "after")},
     }
 
 

@@ -1,8 +1,8 @@
 """Grade-school word problems with worked answers, drawn from tables by a seeded generator, and their tokenizer.
 
-    Question: Mia has 14 plums in the basket. Then Mia buys 6 plums at the market. Later Mia gives 5 plums to Omar.
-    How many plums does Mia have now?
-    Answer: First Mia takes in 6 more, so 14 + 6 = 20 plums stand by the old door.
+    Question: Mia has 14 plums in the basket. Then Mia buys 6 plums in a shop. Later Mia gives 5 plums to Omar. How
+    many plums does Mia have now?
+    Answer: Next Mia takes in 6, so 14 + 6 = 20 plums stand by the old door.
     Now 20 - 5 = 15 plums remain to be counted, because Mia lets go of 5, while Lena waits near the green chair.
     #### 15
 
@@ -24,7 +24,7 @@ __all__ = ["MAX_NUMBER", "Problem", "build_tokenizer", "final_answer", "generate
 
 MAX_NUMBER = 30
 """Largest number of any problem: small enough for a model of a million parameters to learn the sums."""
-MIN_STEPS, MAX_STEPS = 2, 4
+MIN_STEPS, MAX_STEPS = 2, 3
 
 
 class Problem(NamedTuple):
@@ -67,7 +67,7 @@ STORIES = (
     _Story(
         things=("apples", "pears", "plums", "lemons", "figs"),
         places=("in the basket", "on the kitchen table", "in a wooden crate"),
-        gains=("picks {b} {things} in the garden", "buys {b} {things} at the market", "gets {b} {things} from {friend}"),
+        gains=("picks {b} {things} in the garden", "buys {b} {things} in a shop", "gets {b} {things} from {friend}"),
         losses=("eats {b} {things}", "gives {b} {things} to {friend}", "bakes {b} {things} into a pie"),
     ),
     _Story(
@@ -79,8 +79,8 @@ STORIES = (
     _Story(
         things=("coins", "stamps", "marbles", "shells", "cards"),
         places=("in a tin", "in the top drawer", "in a small bag"),
-        gains=("wins {b} {things} in a game", "trades with {friend} for {b} {things}", "finds {b} {things} on the beach"),
-        losses=("loses {b} {things} on the way", "gives {b} {things} to {friend}", "drops {b} {things} into the river"),
+        gains=("wins {b} {things} in a game", "trades with {friend} for {b} {things}", "finds {b} {things} in the sand"),
+        losses=("loses {b} {things} on the way", "gives {b} {things} to {friend}", "drops {b} {things} into a well"),
     ),
     _Story(
         things=("hens", "ducks", "goats", "sheep", "rabbits"),
@@ -119,8 +119,8 @@ LINES = (
     "{opener} it is {a} {symbol} {b} = {c}, since {name} {verb}, and the {things} {state}{aside}.",
 )
 OPENERS = (
-    "First", "Then", "Next", "Now", "So", "Here", "This time", "At this point", "As we read", "With that",
-    "From the story", "In this step",
+    "Then", "Next", "Now", "So", "Here", "This time", "At this point", "With that", "In this step", "From the story",
+    "As told", "By that",
 )  # fmt: skip
 STATES = (
     "are there", "remain to be counted", "wait in a neat row", "stand by the old door", "fill the room",
@@ -130,7 +130,7 @@ STATES = (
 ASIDES = (
     ", while {friend} {pastime} near the {colour} {item}",
     ", and {friend} {pastime} by the {colour} {item}",
-    ", as {friend} {pastime} with a {colour} {item}",
+    ", as {friend} {pastime} behind the {colour} {item}",
 )
 PASTIMES = ("waits", "sings", "reads", "paints", "dances", "sleeps", "whistles", "writes")
 COLOURS = ("red", "blue", "green", "yellow", "white", "brown", "grey", "pink")
@@ -158,7 +158,7 @@ def generate(num_problems: int, seed: int) -> list[Problem]:
         seed: any integer.
 
     Returns:
-        Problems of 2 to 4 steps with numbers from 1 to `MAX_NUMBER`. Any slice of the list is disjoint in questions
+        Problems of 2 or 3 steps with numbers from 1 to `MAX_NUMBER`. Any slice of the list is disjoint in questions
         from any other, so it can be cut into training and held-out problems.
 
     Raises:
@@ -177,9 +177,9 @@ def generate(num_problems: int, seed: int) -> list[Problem]:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The word-level tokenizer of these problems: a token is a word, a number or a mark, with the space before it.
 
-    The vocabulary comes from the generator's tables, so no problem holds an unknown word, and numbers up to 99 are
-    in it, so no corrupted result does. Decoding restores the text exactly. Nothing is added on encoding: no bos, no eos.
-    Text that ends with ":" or a newline encodes the same alone as before any continuation.
+    The vocabulary comes from the generator's tables, so no problem holds an unknown word, and it holds all numbers
+    below 100, so no corrupted result is unknown either. Decoding restores the text exactly. Encoding adds nothing: no
+    bos, no eos. A prompt (it ends with ":") encodes the same alone as in front of its completion.
     """
     words = sorted({word for text in _ALL_TEXT for word in re.findall("[A-Za-z]+", re.sub(r"\{\w+\}", "", text))})
     numbers = [str(number) for number in range(100)]

@@ -1,0 +1,77 @@
+"""Every kernel compiles for every target without a GPU, and none of them spills a register."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpop_kernels import aot
+from dpop_kernels.backends import fused
+
+KERNELS = Path(aot.__file__).parent / "kernels"
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Rows (kernel, launch, target, registers, spill stores, spill loads, shared) of a real run, nothing cached."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    command = [sys.executable, "-m", "dpop_kernels.aot"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    header, *lines = run.stdout.splitlines()
+    assert header.split()[:3] == ["kernel", "launch", "target"]
+    pattern = r"(\w+)\s+(\S.*?)\s+(\w+)\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)"
+    matches = [re.fullmatch(pattern, line) for line in lines]
+    assert all(matches), run.stdout
+    return [match.groups() for match in matches]
+
+
+def test_every_launch_compiles_for_every_target_without_spills(table):
+    compiled = {(launch, target) for _, launch, target, *_ in table}
+    assert compiled == {(launch, target) for launch in fused.aot_launches() for target in aot.TARGETS}
+    assert len(compiled) == len(table)
+    for row in table:
+        registers, spill_stores, spill_loads, shared_memory = map(int, row[3:])
+        assert spill_stores == spill_loads == 0, row
+        assert 1 <= registers <= 255, row  # 255 is what an instruction can address; a wrong parse shows here
+        assert shared_memory < 48 * 1024, row  # what any program may use without asking
+
+
+def test_every_kernel_is_compiled(table):
+    defined = {
+        name for path in KERNELS.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert len(defined) == 5
+    assert {kernel for kernel, *_ in table} == defined
+
+
+@pytest.mark.parametrize(("usage", "status"), [((40, 0, 0, 32), 0), ((255, 8, 0, 32), 1), ((255, 0, 4, 32), 1)])
+def test_exit_status_tells_of_spills(usage, status, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # restored afterwards: the command switches the interpreter off
+    targets = []
+
+    def compile_launch(launch, target):
+        targets.append(target)
+        return aot.Usage(*usage)
+
+    monkeypatch.setattr(aot, "compile_launch", compile_launch)
+    assert aot.main(["--target", "sm_90"]) == status
+    assert set(targets) == {"sm_90"}
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(fused.aot_launches())
+
+
+def test_unknown_target_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        aot.main(["--target", "sm_1"])
+    assert "gfx942" in capsys.readouterr().err
+
+
+def test_reports_are_read():
+    """One line each of what the two assemblers print; AMD's spills of both register files count."""
+    spilled = ".vgpr_count:     128\n    .vgpr_spill_count: 3\n .sgpr_spill_count: 2\n"
+    assert aot._amdgcn_usage(spilled) == (128, 5, 5)
+    with pytest.raises(AssertionError, match="the compiler's report has changed"):
+        aot._number(r"Used (\d+) registers", "ptxas info : nothing of the kind")
