@@ -40,7 +40,7 @@ class ScoringHead:
         self._request: tuple[Tensor, Tensor, bool] | None = None
         self._result: tuple[Tensor, TokenStats | None] | None = None
         for linear in self._linears:
-            linear.forward = _ScoringForward(self, linear)
+            linear.forward = _ScoringForward(self, linear)  # type: ignore[method-assign]
 
     def token_logps(
         self,
@@ -74,8 +74,8 @@ class ScoringHead:
             self._request = self._result = None
         if result is None:
             raise RuntimeError(
-                f"{type(model).__name__}: expected the forward to call the head that this ScoringHead was put on, and it "
-                "did not. Pass the same model, or a wrapper around it."
+                f"{type(model).__name__}: expected the forward to call the head that this ScoringHead was put on, "
+                "and it did not. Pass the same model, or a wrapper around it."
             )
         return result if return_stats else result[0]
 
@@ -103,9 +103,9 @@ class ScoringHead:
         error = float((logps - expected).abs().max())
         if not error <= tolerance:
             raise ValueError(
-                f"model: expected {type(model).__name__}'s logits to be softcap · tanh(scale · (h Wᵀ + bias) / softcap) with "
-                f"scale {self.logit_scale} and softcap {self.softcap}, but its log-probs differ by {error:.2e} nats. "
-                "The model transforms its logits in a way that is not supported; use its logits with token_logps."
+                f"model: expected {type(model).__name__}'s logits to be softcap · tanh(scale · (h Wᵀ + bias) / softcap) "
+                f"with scale {self.logit_scale} and softcap {self.softcap}, but its log-probs differ by {error:.2e} "
+                "nats. The model transforms its logits in a way that is not supported; use its logits with token_logps."
             )
 
     def remove(self) -> None:
@@ -121,7 +121,7 @@ class ScoringHead:
             raise RuntimeError("model: expected one call of the head per forward, got a second one.")
         score_positions, target_ids, return_stats = self._request
         rows = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, score_positions)
-        scored = linear_token_logps(
+        scored: Any = linear_token_logps(
             rows,
             linear.weight,
             target_ids,
@@ -129,10 +129,10 @@ class ScoringHead:
             logit_scale=self.logit_scale,
             softcap=self.softcap,
             backend=self._backend,
-            return_stats=return_stats,
+            return_stats=return_stats,  # type: ignore[arg-type]
         )
         logps, stats = scored if return_stats else (scored, None)
-        self._result = logps, stats
+        self._result = (logps, stats)
         # the model goes on with this as its "logits": whatever it does to them is discarded
         return logps.view(1, -1, 1)
 

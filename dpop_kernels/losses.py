@@ -260,7 +260,8 @@ def _check_logps(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejec
     others = {"rejected_logps": rejected, "ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
     if chosen.dim() != 1:
         raise ValueError(
-            f"chosen_logps: expected shape [B], got {list(chosen.shape)}. Sum the token log-probs over each answer first."
+            f"chosen_logps: expected shape [B], got {list(chosen.shape)}. "
+            "Sum the token log-probs over each answer first."
         )
     for name, tensor in {"chosen_logps": chosen, **others}.items():
         if not tensor.is_floating_point():

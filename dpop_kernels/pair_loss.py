@@ -1,7 +1,7 @@
 """From token log-probs and segment bounds to per-pair losses: the right side of the narrow waist.
 
 One pair is three segments of scored tokens: *shared* (completion tokens that both answers begin with), *chosen tail*,
-*rejected tail*. Their log-prob sums s, c, r give log π(y_w) = s + c and log π(y_l) = s + r; the margin needs c - r alone.
+*rejected tail*. Their log-prob sums s, c, r give log π(y_w) = s + c and log π(y_l) = s + r; the margin is of c - r.
 """
 
 import torch
@@ -102,6 +102,6 @@ def _check_bounds(token_logps: Tensor, cu_seqlens: Tensor) -> None:
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first < 0 or last > token_logps.shape[0] or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(
-                f"cu_seqlens: expected non-decreasing bounds within [0, {token_logps.shape[0]}], got {first} to {last}, "
-                f"smallest step {int(cu_seqlens.diff().min()) if len(cu_seqlens) > 1 else 0}."
+                f"cu_seqlens: expected non-decreasing bounds within [0, {token_logps.shape[0]}], "
+                f"got {first} to {last}, smallest step {int(cu_seqlens.diff().min()) if len(cu_seqlens) > 1 else 0}."
             )

@@ -5,8 +5,15 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
-from transformers import Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen2Config,
+)
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.backends import reference
@@ -115,7 +122,7 @@ def test_a_failed_forward_leaves_the_head_ready():
 def test_another_model_is_noticed():
     input_ids, positions, target_ids = batch()
     head = ScoringHead(build("llama"))
-    with pytest.raises(RuntimeError, match="did not. Pass the same model"):
+    with pytest.raises(RuntimeError, match=r"did not\. Pass the same model"):
         head.token_logps(build("llama"), positions, target_ids, input_ids=input_ids)
 
 

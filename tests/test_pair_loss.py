@@ -1,4 +1,4 @@
-"""pair_loss in torch: segments, layouts, metrics, gradients; the fused kernel is held against the same in test_fused."""
+"""pair_loss in torch: segments, layouts, metrics, gradients. The fused kernel has test_fused_pairs."""
 
 import pytest
 import torch

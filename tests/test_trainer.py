@@ -7,12 +7,11 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer.base import NonFiniteError
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer.base import NonFiniteError
 
 VOCAB_SIZE = 61
 UNUSED_ID = 60  # occurs in no pair

@@ -74,7 +74,7 @@ class TileShape:
 
 
 # 64 MiB keeps the whole call under 128 MiB on a CPU (the second half: cache-sized temporaries and grad buffers) and
-# still gives 128 rows per product at V = 131072. Blocks of 512 x 4096 (8 MiB) keep the products compute-bound at H >= 64.
+# still gives 128 rows per product at V = 131072. Blocks of 512 x 4096 (8 MiB) keep the products compute-bound.
 CPU_TILES = TileShape(row_tile_bytes=64 << 20, block_rows=512, block_columns=4096)
 # Chosen by arithmetic, not yet by measurement: 256 MiB is 512 rows at V = 131072, two waves of 128 x 256 output tiles
 # on 132 multiprocessors, and with the 16-bit gradient tile stays under 512 MiB.
@@ -219,9 +219,9 @@ def _backward_trainable(
                 _mm_accumulate(grad_hidden[rows], grad_tile, weight_block)
             if grad_weight_block is not None:
                 _mm_accumulate(grad_weight_block, grad_tile.T, hidden_rows)
-        if grad_weight is not None:
+        if grad_weight is not None and grad_weight_block is not None:
             grad_weight[columns] = grad_weight_block
-        if grad_bias is not None:
+        if grad_bias is not None and grad_bias_block is not None:
             grad_bias[columns] = grad_bias_block
     return None if grad_hidden is None else grad_hidden.to(hidden_states.dtype), grad_weight, grad_bias
 

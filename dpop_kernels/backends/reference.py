@@ -3,6 +3,8 @@
 The other backends are held against this one in fp64. Nothing here is written for speed.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def linear_token_logps(
 def segment_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum of token_logps over [cu_seqlens[i], cu_seqlens[i + 1]) -> [S]. Empty segments sum to zero."""
     bounds = cu_seqlens.tolist()
-    sums = [token_logps[start:end].sum() for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    sums = [token_logps[start:end].sum() for start, end in itertools.pairwise(bounds)]
     return torch.stack(sums) if sums else token_logps.new_zeros(0)
 
 

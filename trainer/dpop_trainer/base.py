@@ -5,6 +5,7 @@ here, for any loss: the scoring head, the mean over all items of the global batc
 a stop before a non-finite value is trained on.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,13 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from dpop_kernels import ScoringHead
 from dpop_trainer.config import HeadConfig
+from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.loading import Policy
 from dpop_trainer.metrics import MeanMetrics
 from dpop_trainer.progress import RunProgress
 from dpop_trainer.run_files import RunFiles
+
+logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -71,7 +76,7 @@ class HeadTrainer(Trainer):
     def item_losses(
         self, model: nn.Module, batch: dict[str, Any], mode: str
     ) -> tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor | int]]]:
-        """-> sum of the items' losses (scalar, with gradient), is-bad flag per pair [B], metrics as sums and weights."""
+        """-> sum of the items' losses (with gradient), is-bad flag per pair [B], metrics as sums and weights."""
         raise NotImplementedError
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
@@ -143,9 +148,10 @@ class HeadTrainer(Trainer):
         named = pair_ids[bad_pairs].tolist() or pair_ids.tolist()
         what = "a log-prob or loss" if bool(bad_pairs.any()) else "the gradient norm"
         raise NonFiniteError(
-            f"step {self.state.global_step + 1}: expected finite values, got a NaN or infinity in {what}, pair ids "
-            f"{named[:16]}{' ...' if len(named) > 16 else ''}. Nothing of this step was applied. Look at these pairs and their "
-            "reference log-probs; if they are sound, lower learning_rate or dpop_lambda, or train in bf16 rather than fp16."
+            f"step {self.state.global_step + 1}: expected finite values, got a NaN or infinity in {what}, "
+            f"pair ids {named[:16]}{' ...' if len(named) > 16 else ''}. Nothing of this step was applied. Look at "
+            "these pairs and their reference log-probs; if they are sound, lower learning_rate or dpop_lambda, or "
+            "train in bf16, not fp16."
         )
 
     def _gradient_is_bad(self, device: torch.device) -> Tensor:
@@ -172,3 +178,29 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def tokenise_for_training(
+    dataset: Dataset | None,
+    name: str,
+    policy: Policy,
+    args: HeadConfig,
+    data_metrics: dict[str, float],
+    *,
+    keep_identical: bool,
+) -> Dataset | None:
+    """Tokenise a split as the configuration says, tell what became of its pairs, and add the counts to data_metrics."""
+    if dataset is None:
+        return None
+    dataset, counts = tokenise_pairs(
+        dataset,
+        policy.tokenizer,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
+        num_proc=args.dataset_num_proc,
+        keep_identical=keep_identical,
+        vocab_size=policy.vocab_size,
+    )
+    logger.warning("%s data: %s", name, counts.summary())
+    data_metrics.update({f"{name}_{key}": value for key, value in counts.as_metrics().items()})
+    return dataset

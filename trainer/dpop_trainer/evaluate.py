@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpop_kernels import ScoringHead
 from dpop_trainer.base import MODEL_INPUTS
@@ -82,11 +82,13 @@ def evaluate_pairs(
     """
     if not len(policy) == len(reference) == len(dataset):
         raise ValueError(
-            f"policy, reference: expected log-probs of all {len(dataset)} pairs, got {len(policy)} and {len(reference)}."
+            f"policy, reference: expected log-probs of all {len(dataset)} pairs, "
+            f"got {len(policy)} and {len(reference)}."
         )
     chosen = np.array([p.chosen.sum() - r.chosen.sum() for p, r in zip(policy, reference, strict=True)])
     rejected = np.array([p.rejected.sum() - r.rejected.sum() for p, r in zip(policy, reference, strict=True)])
-    regions = [edit_regions(record["chosen_ids"], record["rejected_ids"]) for record in _records(dataset)]
+    records: Any = dataset
+    regions = [edit_regions(record["chosen_ids"], record["rejected_ids"]) for record in records]
     return PairEvaluation(
         chosen_logratio=float(chosen.mean()),
         rejected_logratio=float(rejected.mean()),
@@ -97,7 +99,7 @@ def evaluate_pairs(
 
 @torch.no_grad()
 def generate_completions(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
@@ -105,7 +107,10 @@ def generate_completions(
     batch_size: int = 64,
     desc: str | None = None,
 ) -> list[str]:
-    """Greedy completions of the prompts, in order. Prompts are tokenised as in training, and left-padded."""
+    """Greedy completions of the prompts by a Hugging Face causal LM, in order.
+
+    Prompts are tokenised as in training, and padded on the left.
+    """
     device = next(model.parameters()).device
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(
@@ -121,10 +126,6 @@ def generate_completions(
         length = max(len(row) for row in rows)  # type: ignore[arg-type]
         input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], device=device)  # type: ignore
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)  # type: ignore
-        output: Any = model.generate(input_ids, attention_mask=mask, generation_config=config)
+        output = model.generate(input_ids, attention_mask=mask, generation_config=config)
         completions += tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
     return completions
-
-
-def _records(dataset: Dataset) -> Any:
-    return iter(dataset)

@@ -1,9 +1,45 @@
 """Models and tokenizers by name or path, with the checks that save a wasted run."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Policy(NamedTuple):
+    """What a trainer trains, ready: the model (wrapped for peft where asked), its tokenizer, its vocabulary's size."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+
+
+def prepare_policy(
+    model: str | PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    init_kwargs: dict[str, Any] | str | None = None,
+    quantization_config: Any = None,
+    peft_config: PeftConfig | None = None,
+    gradient_checkpointing: bool = False,
+) -> Policy:
+    """Load what is given by name and put the adapter on.
+
+    Raises:
+        ValueError: something cannot be loaded, or an adapter is asked for on a model that has one.
+    """
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
+    prepare_tokenizer(tokenizer)
+    loaded: Any = load_model(model, init_kwargs, quantization_config) if isinstance(model, str) else model
+    if peft_config is not None:
+        if isinstance(loaded, PeftModel):
+            raise ValueError("peft_config: expected None with a model that is a peft model already, got one.")
+        loaded = get_peft_model(loaded, peft_config)
+    if isinstance(loaded, PeftModel) and gradient_checkpointing:
+        loaded.enable_input_require_grads()  # else no gradient reaches the checkpointed blocks' adapters
+    return Policy(loaded, tokenizer, loaded.get_input_embeddings().weight.shape[0])
 
 
 def load_model(

@@ -35,7 +35,7 @@ class RunProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._bar is not None:
-            self._shown |= {name: f"{logs[key]:.3g}" for key, name in SHOWN.items() if key in (logs or {})}
+            self._shown |= {name: f"{logs[key]:.3g}" for key, name in SHOWN.items() if logs and key in logs}
             self._bar.set_postfix(self._shown, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from dpop_trainer.trainer import DPOPTrainer
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: Any) -> Any:
     """An independent copy in eval mode whose parameters take no gradient."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 

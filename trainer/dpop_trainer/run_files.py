@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -24,7 +24,7 @@ class RunFiles(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir)
+        folder = _folder(args)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(self._run_config, sort_keys=True, allow_unicode=True))
         # a resumed run continues from its checkpoint: lines after that step are about to be written again
@@ -34,7 +34,7 @@ class RunFiles(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            with (Path(args.output_dir) / METRICS_FILE).open("a") as file:
+            with (_folder(args) / METRICS_FILE).open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
     def on_save(self, args, state, control, **kwargs):
@@ -45,7 +45,12 @@ class RunFiles(TrainerCallback):
 
     def _plot(self, args, state) -> None:
         if state.is_world_process_zero:
-            plot_metrics(read_metrics(Path(args.output_dir)), Path(args.output_dir) / "metrics.png")
+            plot_metrics(read_metrics(_folder(args)), _folder(args) / "metrics.png")
+
+
+def _folder(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

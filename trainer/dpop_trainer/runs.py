@@ -129,6 +129,7 @@ def format_evaluation(evaluation: PairEvaluation) -> str:
 
 def _train_and_save(trainer: HeadTrainer, config: HeadConfig) -> None:
     checkpoint: Any = config.resume_from_checkpoint
+    assert config.output_dir is not None
     if checkpoint is None and Path(config.output_dir).is_dir():
         checkpoint = get_last_checkpoint(config.output_dir)
     if checkpoint is not None:

@@ -1,22 +1,18 @@
-"""SFTTrainer: supervised fine-tuning on prompt and completion, through the same head; what preference runs start from."""
+"""SFTTrainer: supervised fine-tuning through the same head; what preference runs start from."""
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpop_kernels.pair_loss import segment_sums
-from dpop_trainer.base import MODEL_INPUTS, HeadTrainer
+from dpop_trainer.base import MODEL_INPUTS, HeadTrainer, tokenise_for_training
 from dpop_trainer.config import SFTConfig
-from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
-
-logger = logging.getLogger(__name__)
+from dpop_trainer.loading import prepare_policy
 
 
 class SFTTrainer(HeadTrainer):
@@ -52,40 +48,29 @@ class SFTTrainer(HeadTrainer):
     ) -> None:
         args = args if args is not None else SFTConfig()
         set_seed(args.seed)
-        if processing_class is None:
-            processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
-        prepare_tokenizer(processing_class)
-        if isinstance(model, str):
-            model = load_model(model, args.model_init_kwargs)
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-        if isinstance(model, PeftModel) and args.gradient_checkpointing:
-            model.enable_input_require_grads()
-        vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        policy = prepare_policy(
+            model,
+            processing_class,
+            init_kwargs=args.model_init_kwargs,
+            peft_config=peft_config,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
         data_metrics: dict[str, float] = {}
-        tokenised = {}
-        for name, dataset in {"train": train_dataset, "eval": eval_dataset}.items():
-            if dataset is not None:
-                tokenised[name], counts = tokenise_pairs(
-                    _as_pairs(dataset),
-                    processing_class,
-                    max_length=args.max_length,
-                    truncation_mode=args.truncation_mode,
-                    num_proc=args.dataset_num_proc,
-                    keep_identical=True,
-                    vocab_size=vocab_size,
-                )
-                logger.warning("%s data: %s", name, counts.summary())
-                data_metrics.update({f"{name}_{key}": value for key, value in counts.as_metrics().items()})
+        train_dataset, eval_dataset = (
+            None
+            if dataset is None
+            else tokenise_for_training(_as_pairs(dataset), name, policy, args, data_metrics, keep_identical=True)
+            for name, dataset in (("train", train_dataset), ("eval", eval_dataset))
+        )
         super().__init__(
-            model=model,  # type: ignore[arg-type]
-            args=args,
+            policy.model,
+            args,
             data_metrics=data_metrics,
             run_config=run_config,
-            data_collator=CompletionCollator(processing_class.pad_token_id, args.pad_to_multiple_of),  # type: ignore[arg-type]
-            train_dataset=tokenised.get("train"),
-            eval_dataset=tokenised.get("eval"),
-            processing_class=processing_class,
+            data_collator=CompletionCollator(policy.tokenizer.pad_token_id, args.pad_to_multiple_of),  # type: ignore[arg-type]
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=policy.tokenizer,
             callbacks=callbacks,
         )
 

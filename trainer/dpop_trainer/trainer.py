@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpop_kernels import ScoringHead, pair_loss
-from dpop_trainer.base import MODEL_INPUTS, HeadTrainer, disable_dropout
+from dpop_trainer.base import MODEL_INPUTS, HeadTrainer, disable_dropout, tokenise_for_training
 from dpop_trainer.config import DPOPConfig
-from dpop_trainer.data import PairCollator, tokenise_pairs
-from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
+from dpop_trainer.data import PairCollator
+from dpop_trainer.loading import prepare_policy
 from dpop_trainer.metrics import pair_metrics, token_metrics
 from dpop_trainer.reference import adapter_off, frozen_copy, precompute_reference, reference_segment_logps
 
@@ -78,40 +78,33 @@ class DPOPTrainer(HeadTrainer):
                 "computes; read the logged metrics instead, or use a callback."
             )
         set_seed(args.seed)  # peft draws the adapter's initial weights
-        if processing_class is None:
-            processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
-        prepare_tokenizer(processing_class)
-        if isinstance(model, str):
-            model = load_model(model, args.model_init_kwargs, quantization_config)
-        if peft_config is not None:
-            if isinstance(model, PeftModel):
-                raise ValueError("peft_config: expected None with a model that is a peft model already, got one.")
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-        if isinstance(model, PeftModel) and args.gradient_checkpointing:
-            model.enable_input_require_grads()
-
-        vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        policy = prepare_policy(
+            model,
+            processing_class,
+            init_kwargs=args.model_init_kwargs,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
         data_metrics: dict[str, float] = {}
-        train_dataset = self._tokenise(train_dataset, "train", processing_class, args, vocab_size, data_metrics)
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {
-                name: self._tokenise(part, name, processing_class, args, vocab_size, data_metrics)
-                for name, part in eval_dataset.items()
-            }
-        else:
-            eval_dataset = self._tokenise(eval_dataset, "eval", processing_class, args, vocab_size, data_metrics)
 
+        def tokenise(dataset: Any, name: str) -> Any:
+            if isinstance(dataset, Mapping):
+                return {part_name: tokenise(part, part_name) for part_name, part in dataset.items()}
+            return tokenise_for_training(dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical)
+
+        train_dataset, eval_dataset = tokenise(train_dataset, "train"), tokenise(eval_dataset, "eval")
         has_columns = [_has_reference_columns(part) for part in _parts(train_dataset, eval_dataset)]
         self._reference_from_columns = all(has_columns) or args.precompute_ref_log_probs
-        self._reference_is_adapter_off = ref_model is None and isinstance(model, PeftModel)
+        self._reference_is_adapter_off = ref_model is None and isinstance(policy.model, PeftModel)
         if ref_model is None and not self._reference_is_adapter_off and not all(has_columns):
-            ref_model = frozen_copy(model)  # type: ignore[assignment]
+            ref_model = frozen_copy(policy.model)
         self.ref_model = ref_model
         if ref_model is not None:
-            if ref_model is model:
+            if ref_model is policy.model:
                 raise ValueError(
-                    "ref_model: expected a model of its own, got the policy itself, which would train the reference too. "
-                    "Pass None for a frozen copy."
+                    "ref_model: expected a model of its own, got the policy itself, which would train the reference "
+                    "too. Pass None for a frozen copy."
                 )
             ref_model.eval().requires_grad_(False)
             if args.disable_dropout:
@@ -119,20 +112,20 @@ class DPOPTrainer(HeadTrainer):
             self.ref_head = ScoringHead(ref_model, backend=args.kernel_backend)
 
         super().__init__(
-            model=model,  # type: ignore[arg-type]
-            args=args,
+            policy.model,
+            args,
             data_metrics=data_metrics,
             run_config=run_config,
             data_collator=data_collator
             or PairCollator(
-                pad_token_id=processing_class.pad_token_id,  # type: ignore[arg-type]
+                pad_token_id=policy.tokenizer.pad_token_id,  # type: ignore[arg-type]
                 prefix_sharing=args.prefix_sharing,
                 pad_to_multiple_of=args.pad_to_multiple_of,
-                vocab_size=vocab_size,
+                vocab_size=policy.vocab_size,
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=policy.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -175,9 +168,9 @@ class DPOPTrainer(HeadTrainer):
             logs = {**logs, "dpop/step_0_max_logratio": largest}
             if largest > STEP_0_TOLERANCE:
                 logger.warning(
-                    "Policy and reference differ by up to %.3g nats per answer before the first update. Expected when the "
-                    "reference is another model; otherwise look for dropout, another dtype, a trained adapter, or stale "
-                    "reference log-probs.",
+                    "Policy and reference differ by up to %.3g nats per answer before the first update. Expected when "
+                    "the reference is another model; otherwise look for dropout, another dtype, a trained adapter, "
+                    "or stale reference log-probs.",
                     largest,
                 )
         super().log(logs, start_time)
@@ -188,7 +181,8 @@ class DPOPTrainer(HeadTrainer):
         backend = self.args.kernel_backend
         if self._reference_is_adapter_off:
             with adapter_off(self.accelerator.unwrap_model(self.model)):
-                return reference_segment_logps(self.head, self.model_wrapped, batch, model_inputs, backend)
+                wrapped: Any = self.model_wrapped
+                return reference_segment_logps(self.head, wrapped, batch, model_inputs, backend)
         return reference_segment_logps(self.ref_head, self.ref_model, batch, model_inputs, backend)  # type: ignore[arg-type]
 
     def _precompute_reference(self) -> None:
@@ -204,23 +198,6 @@ class DPOPTrainer(HeadTrainer):
                 self.eval_dataset[name] = with_reference(part, args.per_device_eval_batch_size)
         elif self.eval_dataset is not None:
             self.eval_dataset = with_reference(self.eval_dataset, args.per_device_eval_batch_size)  # type: ignore[arg-type]
-
-    @staticmethod
-    def _tokenise(dataset, name, tokenizer, args, vocab_size, data_metrics):
-        if dataset is None:
-            return None
-        dataset, counts = tokenise_pairs(
-            dataset,
-            tokenizer,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            num_proc=args.dataset_num_proc,
-            keep_identical=args.keep_identical,
-            vocab_size=vocab_size,
-        )
-        logger.warning("%s data: %s", name, counts.summary())
-        data_metrics.update({f"{name}_{key}": value for key, value in counts.as_metrics().items()})
-        return dataset
 
 
 def _parts(train_dataset, eval_dataset) -> list[Dataset]:

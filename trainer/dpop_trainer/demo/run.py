@@ -1,4 +1,4 @@
-"""`dpop demo`: a tiny Llama learns word problems, then DPO and DPOP train it on low-edit pairs, and the two are compared.
+"""`dpop demo`: a tiny Llama learns word problems, DPO and DPOP train it on low-edit pairs, and the two are compared.
 
 Everything is generated, trained and measured here, offline. DPO and DPOP start from the same weights, see the same
 pairs in the same order, and are measured on the same held-out pairs.
@@ -150,9 +150,9 @@ def _supervised(
             num_key_value_heads=settings.num_heads,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,  # type: ignore[arg-type]
+            eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
+            pad_token_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
         )
     )
     config = SFTConfig(

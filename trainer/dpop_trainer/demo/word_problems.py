@@ -79,7 +79,7 @@ STORIES = (
     _Story(
         things=("coins", "stamps", "marbles", "shells", "cards"),
         places=("in a tin", "in the top drawer", "in a small bag"),
-        gains=("wins {b} {things} in a game", "trades with {friend} for {b} {things}", "finds {b} {things} in the sand"),
+        gains=("wins {b} {things} in a game", "gets {b} {things} from {friend}", "finds {b} {things} in the sand"),
         losses=("loses {b} {things} on the way", "gives {b} {things} to {friend}", "drops {b} {things} into a well"),
     ),
     _Story(

@@ -1,0 +1,160 @@
+"""The demo's two figures: log-ratios over training, and the change per token around the edit.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; line styles, markers and hatches differ as well, so
+the figures read in grey. Figures are made without pyplot: no global state, no display.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dpop_trainer.token_shift import TokenShift
+
+_ZERO_LINE: dict[str, Any] = {"color": "0.35", "linewidth": 0.8, "zorder": 1}
+_GRID: dict[str, Any] = {"color": "0.9", "linewidth": 0.6}
+_FEW_TOKENS = 0.1
+
+
+class _Style(NamedTuple):
+    color: str
+    linestyle: str
+    marker: str
+    hatch: str
+
+
+_STYLES = (
+    _Style("#D55E00", "--", "o", "////"),  # vermillion
+    _Style("#0072B2", "-", "s", ""),  # blue
+    _Style("#009E73", "-.", "^", "...."),  # green
+    _Style("#CC79A7", ":", "D", "xxxx"),  # purple
+)
+
+
+def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike[str]) -> None:
+    """Writes a PNG of the answers' log-ratios over training: chosen left, rejected right, one line per method.
+
+    Args:
+        histories: by method, equally long lists "step" (optimizer steps), "chosen" and "rejected": mean over pairs of
+            log π - log π_ref of the whole answer, in nats.
+        path: the PNG; missing folders are made.
+
+    Raises:
+        ValueError: there is no method, or a method's lists are missing or differ in length.
+    """
+    _check_methods("histories", histories)
+    for name, history in histories.items():
+        lengths = {key: len(history[key]) if key in history else None for key in ("step", "chosen", "rejected")}
+        if None in lengths.values() or len(set(lengths.values())) > 1:
+            raise ValueError(f"histories[{name!r}]: expected three lists of one length, got lengths {lengths}.")
+    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, answer in zip(panels, ("chosen", "rejected"), strict=True):
+        axes.axhline(0, **_ZERO_LINE)
+        for style, (name, history) in zip(_styles(histories), histories.items(), strict=True):
+            _line(axes, history["step"], history[answer], style, name)
+        _finish(axes, f"{answer.capitalize()} answers", "optimizer step", "log π − log π_ref (nats per answer)")
+    panels[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_token_shift(shifts: Mapping[str, TokenShift], path: str | os.PathLike[str]) -> None:
+    """Writes a PNG of the chosen answers' change per token: bars before, at and after the edit, and by distance.
+
+    Offsets with fewer than a tenth of the tokens that the best-filled offset beside the edit has are left out: means
+    over a handful of long answers are noise.
+
+    Args:
+        shifts: by method, from `token_shift.token_shift`.
+        path: the PNG; missing folders are made.
+
+    Raises:
+        ValueError: there is no method.
+    """
+    _check_methods("shifts", shifts)
+    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    bars, profile = figure.subplots(1, 2, width_ratios=(2, 3))
+    _plot_regions(bars, shifts)
+    _plot_profile(profile, shifts)
+    profile.legend(frameon=False)
+    _save(figure, path)
+
+
+def _plot_regions(axes: Axes, shifts: Mapping[str, TokenShift]) -> None:
+    width = 0.8 / len(shifts)
+    for i, (style, (name, shift)) in enumerate(zip(_styles(shifts), shifts.items(), strict=True)):
+        changes = [shift.before.mean_change, shift.at.mean_change, shift.after.mean_change]
+        positions = np.arange(3) + (i - (len(shifts) - 1) / 2) * width
+        bars = axes.bar(
+            positions,
+            changes,
+            0.92 * width,
+            label=name,
+            color=style.color,
+            hatch=style.hatch,
+            edgecolor="white",
+            zorder=2,
+        )
+        axes.bar_label(bars, fmt=_bar_text, padding=2, fontsize=6.5)
+    axes.axhline(0, **_ZERO_LINE)
+    axes.set_xticks(range(3), ["before", "at", "after"])
+    axes.margins(y=0.15)  # room for the numbers
+    _finish(axes, "Around the edit", "chosen answer's tokens, relative to the edit", "mean change (nats per token)")
+    axes.grid(visible=False, axis="x")
+
+
+def _plot_profile(axes: Axes, shifts: Mapping[str, TokenShift]) -> None:
+    axes.axhline(0, **_ZERO_LINE)
+    axes.axvline(0, color="0.35", linewidth=0.8, linestyle=":", zorder=1)
+    for style, (name, shift) in zip(_styles(shifts), shifts.items(), strict=True):
+        offsets, changes, counts = shift.profile
+        enough = counts >= max(1, _FEW_TOKENS * counts[offsets != 0].max(initial=0))
+        _line(axes, offsets[enough], changes[enough], style, name)
+    _finish(axes, "By distance from the edit", "token offset (0: the edited number)", "mean change (nats per token)")
+
+
+def _line(axes: Axes, x: Any, y: Any, style: _Style, label: str) -> None:
+    axes.plot(
+        x,
+        y,
+        label=label,
+        color=style.color,
+        linestyle=style.linestyle,
+        marker=style.marker,
+        markersize=3,
+        markevery=max(1, len(x) // 12),
+        linewidth=1.5,
+    )
+
+
+def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(xlabel, fontsize=8)
+    axes.set_ylabel(ylabel, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(visible=True, **_GRID)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _bar_text(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _styles(methods: Mapping[str, Any]) -> list[_Style]:
+    return [_STYLES[i % len(_STYLES)] for i in range(len(methods))]
+
+
+def _check_methods(name: str, methods: Mapping[str, Any]) -> None:
+    if not methods:
+        raise ValueError(f"{name}: expected at least one method, got none.")
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=200, facecolor="white")
