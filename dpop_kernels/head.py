@@ -103,7 +103,7 @@ class ScoringHead:
         error = float((logps - expected).abs().max())
         if not error <= tolerance:
             raise ValueError(
-                f"model: expected {type(model).__name__}'s logits to be softcap · tanh(scale · (h Wᵀ + bias) / softcap) "
+                f"model: expected {type(model).__name__}'s logits = softcap · tanh(scale · (h Wᵀ + bias) / softcap) "
                 f"with scale {self.logit_scale} and softcap {self.softcap}, but its log-probs differ by {error:.2e} "
                 "nats. The model transforms its logits in a way that is not supported; use its logits with token_logps."
             )

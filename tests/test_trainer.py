@@ -10,11 +10,9 @@ from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.base import NonFiniteError
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer
+from transformers import AutoModelForCausalLM
 
-VOCAB_SIZE = 61
-UNUSED_ID = 60  # occurs in no pair
 TRL_METRICS = {
     "entropy",
     "num_tokens",
@@ -30,50 +28,9 @@ TRL_METRICS = {
 }
 
 
-def tiny_llama(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {
-        word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(VOCAB_SIZE - 3))])
-    }
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<pad>"
-    )
-
-
-def token_pairs(num_pairs=5, seed=1):
-    """Pre-tokenised low-edit pairs of ragged lengths: one token of the answer differs."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(length):
-        return torch.randint(3, UNUSED_ID, (length,), generator=generator).tolist()
-
-    records = []
-    for i in range(num_pairs):
-        chosen = ids(4 + 2 * i)
-        rejected = list(chosen)
-        rejected[1 + i] = 3 + (rejected[1 + i] - 2) % (UNUSED_ID - 3)
-        records.append({"prompt_ids": ids(3 + i % 3), "chosen_ids": chosen, "rejected_ids": rejected})
-    return records
+    return word_tokenizer()
 
 
 def config(tmp_path, **overrides):

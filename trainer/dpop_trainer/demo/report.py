@@ -43,8 +43,9 @@ _COLUMNS = (
 )
 _LEGEND = (
     "Δ is the log-prob under the trained model minus the log-prob under the SFT model that it started from, on "
-    "held-out pairs: mean per answer, or per token after the edit. Reward accuracy is the share of pairs whose chosen answer "
-    "gained more than the rejected one. Exact match is the share of held-out problems that end in the right number."
+    "held-out pairs: mean per answer, or per token after the edit. Reward accuracy is the share of pairs whose chosen "
+    "answer gained more than the rejected one. Exact match is the share of held-out problems that end in the right "
+    "number."
 )
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5d5d66; --line: #d5d5dc; --page: #ffffff; --box: #f5f5f8;
@@ -112,8 +113,8 @@ def write_report(
     data = summary["data"]
     introduction = (
         f"A tiny Llama learned {data['num_train_problems']:,} generated word problems (SFT). From there DPO and DPOP "
-        f"each trained it on the same {data['num_pairs']:,} low-edit pairs, in which the rejected answer is the chosen one "
-        f"with one intermediate result wrong. Measured on {data['num_eval_pairs']:,} held-out pairs; answers average "
+        f"each trained it on the same {data['num_pairs']:,} low-edit pairs, in which the rejected answer is the chosen "
+        f"one with one intermediate result wrong. Measured on {data['num_eval_pairs']:,} held-out pairs; answers average "
         f"{data['mean_answer_tokens']:.0f} tokens out of a vocabulary of {data['vocab_size']:,}. The whole run took "
         f"{summary['seconds']:.0f} s on {summary['device']}."
     )
