@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from dpop_trainer.data import PairCollator, PairTree, padded_rows
-from dpop_trainer.data.pair_tree import common_prefix_length
+from dpop_trainer.edits import common_prefix_length
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PAD = 0

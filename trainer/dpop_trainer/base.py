@@ -192,15 +192,16 @@ def tokenise_for_training(
     """Tokenise a split as the configuration says, tell what became of its pairs, and add the counts to data_metrics."""
     if dataset is None:
         return None
-    dataset, counts = tokenise_pairs(
-        dataset,
-        policy.tokenizer,
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
-        num_proc=args.dataset_num_proc,
-        keep_identical=keep_identical,
-        vocab_size=policy.vocab_size,
-    )
+    with args.main_process_first(desc="tokenising"):  # the others find its work in the cache
+        dataset, counts = tokenise_pairs(
+            dataset,
+            policy.tokenizer,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
+            num_proc=args.dataset_num_proc,
+            keep_identical=keep_identical,
+            vocab_size=policy.vocab_size,
+        )
     logger.warning("%s data: %s", name, counts.summary())
     data_metrics.update({f"{name}_{key}": value for key, value in counts.as_metrics().items()})
     return dataset

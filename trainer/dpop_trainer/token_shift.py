@@ -2,8 +2,8 @@
 
     change[t] = log π(y_w[t] | x, y_w[<t]) - log π_ref(y_w[t] | x, y_w[<t])         in nats
 
-Plain DPO on low-edit pairs raises the edited token and lowers those after it. Means are over tokens, not over
-answers: a long answer counts for more.
+Plain DPO on low-edit pairs lowers the tokens after the edit, which both answers share. Means are over tokens, not
+over answers: a long answer counts for more.
 
 Source: Pal et al. 2024, arXiv:2402.13228, figure 4.
 """

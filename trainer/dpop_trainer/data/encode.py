@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
-from dpop_trainer.data.pair_tree import PairIds, common_prefix_length
+from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.records import Form, read_messages_pair, read_text_pair, read_token_pair
+from dpop_trainer.edits import common_prefix_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

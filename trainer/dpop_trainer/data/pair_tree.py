@@ -1,7 +1,8 @@
 """One tokenised pair, as the token ids of a prompt and two answers, and as a tree that stores common tokens once."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
+
+from dpop_trainer.edits import common_prefix_length
 
 
 class PairIds(NamedTuple):
@@ -43,13 +44,3 @@ class PairTree(NamedTuple):
         """
         num_shared = common_prefix_length(chosen_ids, rejected_ids) if share_prefix else 0
         return cls(prompt_ids, chosen_ids[:num_shared], chosen_ids[num_shared:], rejected_ids[num_shared:])
-
-
-def common_prefix_length(first: Sequence, second: Sequence) -> int:
-    """How many leading items two sequences have in common."""
-    length = 0
-    for item, other in zip(first, second, strict=False):
-        if item != other:
-            break
-        length += 1
-    return length

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from datasets import Dataset
 
-from dpop_trainer.data.pair_tree import PairIds, common_prefix_length
+from dpop_trainer.data.pair_tree import PairIds
+from dpop_trainer.edits import common_prefix_length
 
 Form = Literal["text", "messages", "tokens"]
 Message: TypeAlias = dict[str, Any]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from dpop_trainer.token_shift import TokenShift
 
-_ZERO_LINE: dict[str, Any] = {"color": "0.35", "linewidth": 0.8, "zorder": 1}
+_ZERO_LINE: dict[str, Any] = {"color": "0.35", "linewidth": 0.8}
 _GRID: dict[str, Any] = {"color": "0.9", "linewidth": 0.6}
 _FEW_TOKENS = 0.1
 
@@ -57,8 +57,13 @@ def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path:
         axes.axhline(0, **_ZERO_LINE)
         for style, (name, history) in zip(_styles(histories), histories.items(), strict=True):
             _line(axes, history["step"], history[answer], style, name)
-        _finish(axes, f"{answer.capitalize()} answers", "optimizer step", "log π − log π_ref (nats per answer)")
-    panels[0].legend(frameon=False)
+        _finish(
+            axes,
+            f"{answer.capitalize()} answers",
+            "optimizer step",
+            r"$\log\,\pi - \log\,\pi_\mathrm{ref}$ (nats per answer)",
+        )
+    panels[0].legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
@@ -80,7 +85,7 @@ def plot_token_shift(shifts: Mapping[str, TokenShift], path: str | os.PathLike[s
     bars, profile = figure.subplots(1, 2, width_ratios=(2, 3))
     _plot_regions(bars, shifts)
     _plot_profile(profile, shifts)
-    profile.legend(frameon=False)
+    profile.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
@@ -100,7 +105,7 @@ def _plot_regions(axes: Axes, shifts: Mapping[str, TokenShift]) -> None:
             zorder=2,
         )
         axes.bar_label(bars, fmt=_bar_text, padding=2, fontsize=6.5)
-    axes.axhline(0, **_ZERO_LINE)
+    axes.axhline(0, zorder=3, **_ZERO_LINE)
     axes.set_xticks(range(3), ["before", "at", "after"])
     axes.margins(y=0.15)  # room for the numbers
     _finish(axes, "Around the edit", "chosen answer's tokens, relative to the edit", "mean change (nats per token)")
@@ -109,12 +114,12 @@ def _plot_regions(axes: Axes, shifts: Mapping[str, TokenShift]) -> None:
 
 def _plot_profile(axes: Axes, shifts: Mapping[str, TokenShift]) -> None:
     axes.axhline(0, **_ZERO_LINE)
-    axes.axvline(0, color="0.35", linewidth=0.8, linestyle=":", zorder=1)
+    axes.axvline(0, color="0.35", linewidth=0.8, linestyle=":")
     for style, (name, shift) in zip(_styles(shifts), shifts.items(), strict=True):
         offsets, changes, counts = shift.profile
         enough = counts >= max(1, _FEW_TOKENS * counts[offsets != 0].max(initial=0))
         _line(axes, offsets[enough], changes[enough], style, name)
-    _finish(axes, "By distance from the edit", "token offset (0: the edited number)", "mean change (nats per token)")
+    _finish(axes, "By distance from the edit", "token offset (0: the edit)", "mean change (nats per token)")
 
 
 def _line(axes: Axes, x: Any, y: Any, style: _Style, label: str) -> None:
@@ -142,7 +147,7 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 
 def _bar_text(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return "" if np.isnan(value) else f"{value:+.2f}".replace("-", "−")
 
 
 def _styles(methods: Mapping[str, Any]) -> list[_Style]:

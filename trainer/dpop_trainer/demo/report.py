@@ -67,7 +67,8 @@ pre { padding: .8rem 1rem; background: var(--box); white-space: pre-wrap; overfl
       font: .875rem/1.5 ui-monospace, monospace; }
 mark { color: inherit; padding: 0 .15em; border-radius: .2em; font-weight: bold; }
 mark.chosen { background: var(--good); } mark.rejected { background: var(--bad); }
-figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; padding: .4rem; background: white; }
+figure { margin: 1.2rem 0; }
+img { box-sizing: border-box; max-width: 100%; height: auto; padding: .4rem; background: white; }
 .facts { columns: 2; } .facts td, .facts th { padding: .15rem .9rem .15rem 0; font-size: .875rem; }
 """
 
@@ -87,8 +88,8 @@ def format_table(summary: Mapping[str, Any]) -> str:
 
 
 def format_verdict(summary: Mapping[str, Any]) -> str:
-    """What the numbers say about DPO and DPOP, in three sentences. Changes that round to 0.00 count as none."""
-    dpo, dpop = summary["methods"]["dpo"], summary["methods"]["dpop"]
+    """What the numbers say about DPO and DPOP, in a few sentences. Changes that round to 0.00 count as none."""
+    sft, dpo, dpop = (summary["methods"][method] for method in ("sft", "dpo", "dpop"))
     moved = (
         f"DPO {_movement(dpo['chosen_logratio'])}; DPOP {_movement(dpop['chosen_logratio'])} "
         "(mean log-prob of the held-out chosen answers, relative to the SFT model)."
@@ -97,7 +98,11 @@ def format_verdict(summary: Mapping[str, Any]) -> str:
         f"Per token after the edit the change is {_nats(dpo['after_edit_per_token'], 3)} with DPO and "
         f"{_nats(dpop['after_edit_per_token'], 3)} with DPOP."
     )
-    return f"{moved} {after} {_conclusion(dpo['chosen_logratio'], dpop['chosen_logratio'])}"
+    solved = (
+        f"Exact match is {dpo['exact_match']:.1%} after DPO and {dpop['exact_match']:.1%} after DPOP; "
+        f"the SFT model had {sft['exact_match']:.1%}."
+    )
+    return f"{moved} {after} {solved} {_conclusion(dpo['chosen_logratio'], dpop['chosen_logratio'])}"
 
 
 def write_report(
@@ -114,9 +119,9 @@ def write_report(
     introduction = (
         f"A tiny Llama learned {data['num_train_problems']:,} generated word problems (SFT). From there DPO and DPOP "
         f"each trained it on the same {data['num_pairs']:,} low-edit pairs, in which the rejected answer is the chosen "
-        f"one with one intermediate result wrong. Measured on {data['num_eval_pairs']:,} held-out pairs; answers average "
-        f"{data['mean_answer_tokens']:.0f} tokens out of a vocabulary of {data['vocab_size']:,}. The whole run took "
-        f"{summary['seconds']:.0f} s on {summary['device']}."
+        f"one with one intermediate result wrong. Measured on {data['num_eval_pairs']:,} held-out pairs; answers "
+        f"average {data['mean_answer_tokens']:.0f} tokens out of a vocabulary of {data['vocab_size']:,}. The whole run "
+        f"took {summary['seconds']:.0f} s (device: {summary['device']})."
     )
     sections = [
         "<h1>DPO and DPOP on low-edit pairs</h1>",
@@ -213,7 +218,7 @@ def _html_figure(title: str, path: str | os.PathLike[str]) -> str:
 
 def _html_example(example: Mapping[str, str]) -> str:
     """Prompt and both answers, with the words that differ marked."""
-    chosen, rejected = (re.findall(r"\s|\w+|[^\w\s]", example[answer]) for answer in ("chosen", "rejected"))
+    chosen, rejected = (re.findall(r"\s|\w+|[^\w\s]", example[answer].strip()) for answer in ("chosen", "rejected"))
     return (
         f"<p>Prompt</p><pre>{escape(example['prompt'])}</pre>"
         f"<p>Chosen</p><pre>{_mark(chosen, edit_regions(chosen, rejected), 'chosen')}</pre>"

@@ -117,6 +117,7 @@ def run_demo(
     names = {"dpo": "DPO", "dpop": "DPOP"}
     plot_logratios({names[key]: method.history for key, method in methods.items()}, folder / "logratios.png")
     plot_token_shift({names[key]: m.evaluation.shift for key, m in methods.items()}, folder / "token_shift.png")
+    summary["histories"] = {names[key]: method.history for key, method in methods.items()}
     summary["seconds"] = time.perf_counter() - start
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
     figures = [

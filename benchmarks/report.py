@@ -1,0 +1,126 @@
+"""Write the figures in README and docs from the committed records: `python -m benchmarks.report`.
+
+Between `<!-- NAME -->` and `<!-- /NAME -->` in a page stands what the function for NAME makes of the records. No figure
+there is typed by hand; `--check` only says whether the pages are up to date.
+
+    benchmarks/results/demo/*.json     summary.json of `dpop demo`, one per seed
+    benchmarks/results/gsm8k/*.json    shift.json of `dpop inspect`, one per loss (docs/gsm8k.md)
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpop_trainer.plots import plot_logratios
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "images" / "demo.png"
+
+
+def demo() -> str:
+    """README's table: each figure is the median over the seeds, with its range."""
+    records = _records("demo")
+
+    def cell(method: str, key: str, text: Callable[[float], str]) -> str:
+        values = [record["methods"][method][key] for record in records if key in record["methods"][method]]
+        if not values:
+            return "–"
+        low, high = text(min(values)), text(max(values))
+        return f"**{text(statistics.median(values))}** ({low} … {high})"
+
+    columns: list[tuple[str, str, Callable[[float], str]]] = [
+        ("chosen Δ, nats", "chosen_logratio", "{:+.1f}".format),
+        ("rejected Δ, nats", "rejected_logratio", "{:+.1f}".format),
+        ("after the edit, nats/token", "after_edit_per_token", "{:+.3f}".format),
+        ("reward accuracy", "reward_accuracy", "{:.0%}".format),
+        ("exact match", "exact_match", "{:.0%}".format),
+    ]
+    rows = [
+        [name, *(cell(method, key, text) for _, key, text in columns)]
+        for name, method in (("before (SFT)", "sft"), ("DPO", "dpo"), ("DPOP", "dpop"))
+    ]
+    first = records[0]
+    seconds = statistics.median(record["seconds"] for record in records)
+    note = (
+        f"`make demo`, median (range) of {len(records)} seeds, {first['data']['num_eval_pairs']} held-out pairs; Δ is the "
+        f"change of an answer's log-prob against the model before. {seconds / 60:.1f} minutes on two CPU cores "
+        f"(torch {first['versions']['torch']})."
+    )
+    return f"{_table(['', *(title for title, _, _ in columns)], rows)}\n\n{note}\n\n![{_picture_text()}](docs/images/demo.png)"
+
+
+def gsm8k() -> str:
+    """docs/gsm8k.md's table: what the two losses did to the chosen answers."""
+    titles = ["", "chosen Δ, nats", "rejected Δ, nats", "before", "at", "after the edit, nats/token", "reward accuracy"]
+    rows = []
+    for record in _records("gsm8k"):
+        regions = [f"{record[f'{region}_edit']['mean_change']:+.3f}" for region in ("before", "at", "after")]
+        answers = [f"{record[f'{side}_logratio']:+.1f}" for side in ("chosen", "rejected")]
+        rows.append([record["name"], *answers, *regions, f"{record['reward_accuracy']:.1%}"])
+    return _table(titles, rows)
+
+
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"demo": demo},
+    ROOT / "docs" / "gsm8k.md": {"gsm8k": gsm8k},
+}
+
+
+def updated(page: Path) -> str:
+    """The page with every generated part renewed.
+
+    Raises:
+        ValueError: the page lacks the marks of a part.
+    """
+    text = page.read_text()
+    for name, make in PAGES[page].items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if not begin or not end:
+            raise ValueError(f"{page.name}: expected the marks <!-- {name} --> and <!-- /{name} -->, found them not.")
+        text = f"{before}{begin}{make()}\n{end}{after}"
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
+    options = parser.parse_args(argv)
+    stale = [page for page in PAGES if page.read_text() != updated(page)]
+    if options.check:
+        for page in stale:
+            print(f"{page.relative_to(ROOT)} is out of date: run python -m benchmarks.report", file=sys.stderr)
+        return 1 if stale else 0
+    for page in stale:
+        page.write_text(updated(page))
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    plot_logratios(_records("demo")[0]["histories"], PICTURE)
+    print(
+        f"Updated: {', '.join(str(page.relative_to(ROOT)) for page in stale) or 'no page'}; {PICTURE.relative_to(ROOT)}"
+    )
+    return 0
+
+
+def _records(folder: str) -> list[dict[str, Any]]:
+    paths = sorted((RESULTS / folder).glob("*.json"))
+    if not paths:
+        raise ValueError(f"benchmarks/results/{folder}: expected at least one record, found none.")
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def _picture_text() -> str:
+    return "Log-ratio of chosen and rejected answers over training, DPO against DPOP"
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
