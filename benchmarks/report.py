@@ -47,11 +47,12 @@ def demo() -> str:
     first = records[0]
     seconds = statistics.median(record["seconds"] for record in records)
     note = (
-        f"`make demo`, median (range) of {len(records)} seeds, {first['data']['num_eval_pairs']} held-out pairs; Δ is the "
-        f"change of an answer's log-prob against the model before. {seconds / 60:.1f} minutes on two CPU cores "
+        f"`make demo`, median (range) of {len(records)} seeds, {first['data']['num_eval_pairs']} held-out pairs; Δ is "
+        f"the change of an answer's log-prob against the model before. {seconds / 60:.1f} minutes on two CPU cores "
         f"(torch {first['versions']['torch']})."
     )
-    return f"{_table(['', *(title for title, _, _ in columns)], rows)}\n\n{note}\n\n![{_picture_text()}](docs/images/demo.png)"
+    picture = "![Log-ratio of chosen and rejected answers over training, DPO against DPOP](docs/images/demo.png)"
+    return f"{_table(['', *(title for title, _, _ in columns)], rows)}\n\n{note}\n\n{picture}"
 
 
 def gsm8k() -> str:
@@ -100,9 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         page.write_text(updated(page))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     plot_logratios(_records("demo")[0]["histories"], PICTURE)
-    print(
-        f"Updated: {', '.join(str(page.relative_to(ROOT)) for page in stale) or 'no page'}; {PICTURE.relative_to(ROOT)}"
-    )
+    names = [str(path.relative_to(ROOT)) for path in (*stale, PICTURE)]
+    print(f"Updated: {', '.join(names)}")
     return 0
 
 
@@ -111,10 +111,6 @@ def _records(folder: str) -> list[dict[str, Any]]:
     if not paths:
         raise ValueError(f"benchmarks/results/{folder}: expected at least one record, found none.")
     return [json.loads(path.read_text()) for path in paths]
-
-
-def _picture_text() -> str:
-    return "Log-ratio of chosen and rejected answers over training, DPO against DPOP"
 
 
 def _table(titles: list[str], rows: list[list[str]]) -> str:

@@ -40,7 +40,7 @@ class DemoSettings:
     """Held out from both trainings: their pairs are what the two methods are measured on."""
     num_exact_match: int = 128
     """How many of them are answered by generation."""
-    num_pairs: int = 1600
+    num_pairs: int = 2000
 
     hidden_size: int = 128
     num_layers: int = 4
@@ -50,9 +50,9 @@ class DemoSettings:
     sft_batch_size: int = 32
     sft_learning_rate: float = 3e-3
 
-    preference_steps: int = 80
-    preference_batch_size: int = 8
-    preference_learning_rate: float = 5e-4
+    preference_steps: int = 120
+    preference_batch_size: int = 16
+    preference_learning_rate: float = 8e-4
     beta: float = 0.3
     dpop_lambda: float = 50.0
 
@@ -190,7 +190,8 @@ def _preference(
         max_steps=settings.preference_steps,
         per_device_train_batch_size=settings.preference_batch_size,
         learning_rate=settings.preference_learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="linear",
+        warmup_steps=5,
     )
     trainer = DPOPTrainer(
         str(sft_folder),

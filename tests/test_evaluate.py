@@ -1,0 +1,62 @@
+"""Measuring a model on pairs: token log-probs against a plain forward, shifts by hand, greedy completions."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs, generate_completions, pair_token_logps
+from tiny import text_pairs, tiny_llama, token_pairs, word_tokenizer
+
+
+def tokenised(records):
+    return tokenise_pairs(Dataset.from_list(records), word_tokenizer())[0]
+
+
+def test_token_logps_are_the_models_own():
+    model, records = tiny_llama().requires_grad_(False).train(), token_pairs()
+    results = pair_token_logps(model, tokenised(records), pad_token_id=0, batch_size=2)
+    assert len(results) == len(records)
+    assert model.training
+    assert "forward" not in model.lm_head.__dict__  # the head it was given is gone
+    model.eval()
+    for record, result in zip(records, results, strict=True):
+        for answer_ids, logps in ((record["chosen_ids"], result.chosen), (record["rejected_ids"], result.rejected)):
+            ids = torch.tensor([record["prompt_ids"] + answer_ids])
+            log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            expected = log_probs.gather(-1, ids[0, 1:, None])[len(record["prompt_ids"]) - 1 :, 0]
+            np.testing.assert_allclose(logps, expected.numpy(), atol=1e-5)
+
+
+def test_evaluation_by_hand():
+    # answers of four tokens that differ in the second; the policy changes them by the numbers below
+    dataset = tokenised([{"prompt_ids": [5], "chosen_ids": [6, 7, 8, 9], "rejected_ids": [6, 10, 8, 9]}] * 2)
+    reference = [PairTokenLogps(np.full(4, -2.0), np.full(4, -3.0))] * 2
+    policy = [
+        PairTokenLogps(np.array([-2.0, -1.0, -4.0, -3.0]), np.array([-3.0, -9.0, -3.0, -3.0])),
+        PairTokenLogps(np.array([-1.5, -2.5, -2.0, -4.0]), np.full(4, -3.0)),
+    ]
+    evaluation = evaluate_pairs(policy, reference, dataset)
+    assert evaluation.chosen_logratio == pytest.approx((-2.0 - 2.0) / 2)
+    assert evaluation.rejected_logratio == pytest.approx((-6.0 + 0.0) / 2)
+    assert evaluation.reward_accuracy == 0.5  # -2 > -6, and -2 < 0
+    assert evaluation.shift.before.mean_change == pytest.approx(0.25)
+    assert evaluation.shift.at.mean_change == pytest.approx((1.0 - 0.5) / 2)
+    assert evaluation.shift.after.mean_change == pytest.approx((-2.0 - 1.0 + 0.0 - 2.0) / 4)
+    with pytest.raises(ValueError, match="expected log-probs of all 2 pairs, got 1 and 2"):
+        evaluate_pairs(policy[:1], reference, dataset)
+
+
+def test_greedy_completions_do_not_depend_on_the_batch():
+    model, tokenizer = tiny_llama().eval(), word_tokenizer()
+    prompts = [pair["prompt"] for pair in text_pairs()] + ["w1 w2 w3 w4 w5"]  # of unequal length
+    together = generate_completions(model, tokenizer, prompts, max_new_tokens=6, batch_size=7)
+    alone = [generate_completions(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    assert together == alone
+    ids = tokenizer(prompts[0])["input_ids"]
+    expected = []
+    for _ in range(6):
+        expected.append(int(model(input_ids=torch.tensor([ids + expected])).logits[0, -1].argmax()))
+        if expected[-1] == tokenizer.eos_token_id:
+            break
+    assert together[0] == tokenizer.decode(expected, skip_special_tokens=True)
