@@ -1,13 +1,20 @@
 """The losses on summed log-probs: values by hand, gradients by the paper's formula, the tie, λ = 0, bad input."""
 
+import doctest
 import math
 
 import pytest
 import torch
 
+import dpop_kernels.losses
 from dpop_kernels import dpo_loss, dpop_loss, ipo_loss, slic_loss
 
 LOSSES = [dpop_loss, dpo_loss, ipo_loss, slic_loss]
+
+
+def test_the_docstrings_example():
+    assert doctest.testmod(dpop_kernels.losses).attempted > 0
+    assert doctest.testmod(dpop_kernels.losses).failed == 0
 
 
 def logps(chosen, rejected, ref_chosen, ref_rejected, dtype=torch.float64):

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.base import NonFiniteError
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 TRL_METRICS = {
     "entropy",
@@ -326,6 +326,17 @@ def test_bad_arguments_are_named(tmp_path, tokenizer):
     peft_model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="peft_config: expected None"):
         trainer(tmp_path, tokenizer, peft_model, peft_config=LoraConfig())
+    with pytest.raises(ValueError, match=r"train_dataset: expected one data set, got several: \['test', 'train'\]"):
+        DPOPTrainer(
+            tiny_llama(),
+            args=config(tmp_path),
+            train_dataset=DatasetDict(train=Dataset.from_list(token_pairs()), test=Dataset.from_list(token_pairs())),
+            processing_class=tokenizer,
+        )
+    with pytest.raises(ValueError, match="args: expected a DPOPConfig, got TrainingArguments"):
+        DPOPTrainer(tiny_llama(), args=TrainingArguments(), train_dataset=Dataset.from_list(token_pairs()))
+    with pytest.raises(ValueError, match="model: expected a causal LM, or a name or path to load one, got int"):
+        DPOPTrainer(3, args=config(tmp_path), train_dataset=Dataset.from_list(token_pairs()))
     with pytest.raises(ValueError, match="compute_metrics: expected None"):
         DPOPTrainer(
             tiny_llama(),

@@ -76,7 +76,7 @@ def run_inspect(
     Raises:
         ValueError: a model or the pairs cannot be loaded, or the reference is neither given nor known.
     """
-    from dpop_trainer.demo.plots import plot_token_shift
+    from dpop_trainer.plots import plot_token_shift
 
     tokenizer = load_tokenizer(model)
     prepare_tokenizer(tokenizer)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpop_kernels import ScoringHead, pair_loss
@@ -70,8 +70,7 @@ class DPOPTrainer(HeadTrainer):
         run_config: dict[str, Any] | None = None,
     ) -> None:
         args = args if args is not None else DPOPConfig()
-        if train_dataset is None and eval_dataset is None:
-            raise ValueError("train_dataset: expected a data set (or at least an eval_dataset), got None.")
+        _check_arguments(model, args, train_dataset, eval_dataset)
         if compute_metrics is not None:
             raise ValueError(
                 "compute_metrics: expected None, got a function. It would be given logits, which this trainer never "
@@ -198,6 +197,19 @@ class DPOPTrainer(HeadTrainer):
                 self.eval_dataset[name] = with_reference(part, args.per_device_eval_batch_size)
         elif self.eval_dataset is not None:
             self.eval_dataset = with_reference(self.eval_dataset, args.per_device_eval_batch_size)  # type: ignore[arg-type]
+
+
+def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    if not isinstance(model, str | nn.Module):
+        raise ValueError(f"model: expected a causal LM, or a name or path to load one, got {type(model).__name__}.")
+    if not isinstance(args, DPOPConfig):
+        raise ValueError(f"args: expected a DPOPConfig, got {type(args).__name__}. Its fields have TRL's names.")
+    if train_dataset is None and eval_dataset is None:
+        raise ValueError("train_dataset: expected a data set (or at least an eval_dataset), got None.")
+    if isinstance(train_dataset, Mapping):
+        raise ValueError(
+            f"train_dataset: expected one data set, got several: {sorted(map(str, train_dataset))}. Pass one split."
+        )
 
 
 def _parts(train_dataset, eval_dataset) -> list[Dataset]:

@@ -21,11 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 import dpop_kernels
 from dpop_trainer.config import DPOPConfig, SFTConfig
 from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.demo.plots import plot_logratios, plot_token_shift
 from dpop_trainer.demo.report import format_table, write_report
 from dpop_trainer.demo.word_problems import Problem, build_tokenizer, final_answer, generate
 from dpop_trainer.evaluate import PairEvaluation, evaluate_pairs, generate_completions, pair_token_logps
 from dpop_trainer.pairs.metamath import build_pairs
+from dpop_trainer.plots import plot_logratios, plot_token_shift
 from dpop_trainer.progress import RunProgress
 from dpop_trainer.sft import SFTTrainer
 from dpop_trainer.trainer import DPOPTrainer

@@ -7,8 +7,8 @@
     #### 15
 
 The numbers of an answer follow from its question; its wording does not. Each line draws its opener, form, verb, state
-and a possible aside, several nats per line. That is on purpose: preference training can only lower the log-prob of
-tokens that the model is not already sure of, and in a fully determined text there would be nothing to see.
+and a possible aside, several nats per line. That is on purpose: tokens of which the model is certain carry next to no
+gradient, so in a fully determined text preference training would leave little to see after an edit.
 """
 
 import random

@@ -191,7 +191,8 @@ def write_pairs(
         How many pairs were built and why records were skipped.
 
     Raises:
-        ValueError: a line is not a JSON object (file and line are named), a record is malformed, or limit < 1.
+        ValueError: a line is not a JSON object (file and line are named), a record is malformed (file, record and
+            field are named), or limit < 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected a number >= 1 or None, got {limit}.")
@@ -202,10 +203,12 @@ def write_pairs(
     out_path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = out_path.with_name(out_path.name + ".partial")
     try:
-        with partial_path.open("w", encoding="utf-8") as out:
+        with partial_path.open("w", encoding="ascii") as out:
             for pair in pairs:
-                out.write(json.dumps(pair, ensure_ascii=False) + "\n")
+                out.write(json.dumps(pair) + "\n")  # escaped: a raw U+2028 ends the line for some readers
         partial_path.replace(out_path)
+    except ValueError as error:
+        raise ValueError(f"{source_path}: {error}") from error
     finally:
         partial_path.unlink(missing_ok=True)
     return counts
@@ -228,14 +231,14 @@ def _text_field(record: Mapping[str, Any], name: str, index: int) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for line_number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{line_number}: expected a JSON object, got {error}.") from error
+                record = json.loads(line)  # decodes UTF-8 with or without a byte order mark
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"line {line_number}: expected a JSON object, got {error}.") from error
             if not isinstance(record, dict):
-                raise ValueError(f"{path}:{line_number}: expected a JSON object, got {type(record).__name__}.")
+                raise ValueError(f"line {line_number}: expected a JSON object, got {type(record).__name__}.")
             yield record

@@ -1,4 +1,4 @@
-"""The demo's two figures: log-ratios over training, and the change per token around the edit.
+"""Figures: log-ratios over training, and the change per token around the edit.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart; line styles, markers and hatches differ as well, so
 the figures read in grey. Figures are made without pyplot: no global state, no display.
