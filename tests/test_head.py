@@ -4,9 +4,16 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
-from transformers import Qwen2Config
+from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen2Config,
+)
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.backends import reference
@@ -115,7 +122,7 @@ def test_a_failed_forward_leaves_the_head_ready():
 def test_another_model_is_noticed():
     input_ids, positions, target_ids = batch()
     head = ScoringHead(build("llama"))
-    with pytest.raises(RuntimeError, match="did not. Pass the same model"):
+    with pytest.raises(RuntimeError, match=r"did not\. Pass the same model"):
         head.token_logps(build("llama"), positions, target_ids, input_ids=input_ids)
 
 
@@ -137,8 +144,8 @@ def test_trained_copy_of_the_head_under_peft():
     torch.testing.assert_close(logps, reference.token_logps(without, target_ids)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_adapter_on_the_head_is_refused_by_name():
-    model = get_peft_model(build("llama"), LoraConfig(target_modules=["lm_head"]))
+def test_adapter_other_than_lora_on_the_head_is_refused_by_name():
+    model = get_peft_model(build("llama"), IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
     with pytest.raises(ValueError, match=r"an adapter on the head.*Leave lm_head out of target_modules"):
         ScoringHead(model)
 
