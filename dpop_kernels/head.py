@@ -142,8 +142,9 @@ class ScoringHead:
             return_stats=request.return_stats,
             backend=self._backend,
         )
-        # the model goes on with this as its "logits": whatever it does to them is discarded
-        return self._result[0].view(1, -1, 1)
+        # the model goes on with this as its "logits": whatever it does to them is discarded. No view: FSDP's hooks and
+        # a model that works in place want a tensor of its own
+        return self._result[0].unsqueeze(0).unsqueeze(-1).clone()
 
 
 class _Request(NamedTuple):

@@ -92,7 +92,7 @@ def check_transform(
         raise ValueError(
             f"model: expected {name}'s head to make logits of shape {list(expected_shape)} and the model to return "
             f"them, got {list(raw_logits.shape)} and {list(logits.shape)}. It transforms its logits in a way that "
-            "is not supported (virtual tokens, several heads, a part of the vocabulary); use its logits with token_logps."
+            "is not supported (virtual tokens, several heads, part of the vocabulary); use its logits with token_logps."
         )
     expected = transform(raw_logits.double())
     # a 16-bit model rounds its logits, by half an eps, after each of up to three operations

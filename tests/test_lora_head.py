@@ -31,8 +31,9 @@ def test_values_and_all_gradients_against_fp64(backend, options, monkeypatch):
     monkeypatch.setattr(linear_parts, "BLOCK_ROWS", 4)
     monkeypatch.setattr(linear_parts, "BLOCK_COLUMNS", 32)
     monkeypatch.setattr(linear_parts, "ROW_TILE_BYTES", 5 * 101 * 4)
-    *inputs, target_ids = lora_inputs(13, 101, 24, 3)
-    inputs, grad = [*inputs, torch.randn(101)], torch.randn(13)
+    device = "cuda" if backend == "fused" and torch.cuda.is_available() else "cpu"
+    *inputs, target_ids = (tensor.to(device) for tensor in lora_inputs(13, 101, 24, 3))
+    inputs, grad = [*inputs, torch.randn(101, device=device)], torch.randn(13, device=device)
 
     def candidate(hidden_states, weight, states, low_rank_weight, bias):
         return lora_token_logps(
