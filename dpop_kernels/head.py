@@ -23,8 +23,9 @@ class ScoringHead:
     Args:
         model: a Hugging Face causal LM, or a peft model around one. Its output embedding must be a linear layer: plain,
             a `modules_to_save` copy, or one with peft's LoRA on it (any number of active adapters, dropout, a bias;
-            merged and switched-off adapters are followed). Weights may be sharded (FSDP2, DDP, ZeRO-3): they are read
-            only inside the head's own call. What the config says about logit scales and softcaps is applied.
+            merged and switched-off adapters are followed). Weights may be sharded (FSDP2, ZeRO-3), being read only
+            inside the head's own call, or tensor-parallel (the rows of a plain head spread over a mesh). What the
+            config says about logit scales and softcaps is applied.
         backend: "auto", "reference", "chunked" or "fused".
 
     Raises:

@@ -1,4 +1,4 @@
-"""The layers that act as a model's head, and the log-probs behind each kind: a plain linear layer, peft's LoRA on one.
+"""The layers that act as a model's head, and the log-probs behind each kind: a linear layer, peft's LoRA on one.
 
 A weight is read inside the call of its own module, so that hooks which gather it (FSDP, DeepSpeed, accelerate's
 offloading) have run; `StandIn` is how code gets there.
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dpop_kernels.linear_logps import linear_token_logps
 from dpop_kernels.lora_logps import lora_token_logps
 from dpop_kernels.outputs import TokenStats
+from dpop_kernels.vocab_parallel import vocab_parallel_token_logps
 
 
 class StandIn:
@@ -30,8 +30,12 @@ class StandIn:
         setattr(module, slot, self)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = self._handler(self, hidden_states)
-        return self._own_forward(hidden_states, *args, **kwargs) if output is None else output
+        inputs: Any = hidden_states
+        is_dtensor = _is_dtensor(inputs)  # in a tensor-parallel layer; whole on every rank
+        output = self._handler(self, inputs.to_local() if is_dtensor else inputs)
+        if output is None:
+            return self._own_forward(inputs, *args, **kwargs)
+        return type(inputs).from_local(output, inputs.device_mesh) if is_dtensor else output
 
     def remove(self) -> None:
         """Give the module its own forward back."""
@@ -120,6 +124,11 @@ def layer_token_logps(
     return _inside([base, *lora_b], hidden_states, score)
 
 
+def _is_dtensor(tensor: Any) -> bool:
+    """By its attributes: not every build of torch has the class."""
+    return is_traceable_wrapper_subclass(tensor) and hasattr(tensor, "device_mesh")
+
+
 def is_lora(layer: Any) -> bool:
     """Whether the layer is peft's LoRA on a linear layer, by name: peft need not be installed."""
     return any(
@@ -134,7 +143,7 @@ def _check_linear(layer: Any) -> None:
         or type(layer).forward is not nn.Linear.forward
         or not layer.weight.is_floating_point()
         or layer.weight.dtype.itemsize < 2
-        or (is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor))
+        or (is_traceable_wrapper_subclass(weight) and not _is_dtensor(weight))
     ):
         raise ValueError(
             f"model: expected a plain floating-point linear lm_head, got {type(layer).__name__} with a weight of "
@@ -175,9 +184,35 @@ def _linear_logps(
     linear: Any, hidden_states: Tensor, target_ids: Tensor, *, return_stats: bool, **options: Any
 ) -> tuple[Tensor, TokenStats | None]:
     weight, bias = linear.weight, linear.bias
+    if _is_dtensor(weight):
+        return _tensor_parallel_logps(weight, bias, hidden_states, target_ids, return_stats, **options), None
     if return_stats:
         return linear_token_logps(hidden_states, weight, target_ids, bias=bias, return_stats=True, **options)
     return linear_token_logps(hidden_states, weight, target_ids, bias=bias, **options), None
+
+
+def _tensor_parallel_logps(
+    weight: Any, bias: Any, hidden_states: Tensor, target_ids: Tensor, return_stats: bool, **options: Any
+) -> Tensor:
+    """Log-probs [N] behind a head that is still a DTensor inside its own call: each rank has some rows of it."""
+    mesh = weight.device_mesh
+    if mesh.ndim != 1 or not weight.placements[0].is_shard(0):
+        raise ValueError(
+            f"lm_head: expected a weight sharded by rows over one mesh dimension, got {weight.placements} on a mesh of "
+            f"shape {tuple(mesh.shape)}. Parallelise lm_head with ColwiseParallel."
+        )
+    if return_stats:
+        raise ValueError("return_stats: expected False with a tensor-parallel lm_head, got True. Leave it off there.")
+    rows_per_rank = -(-weight.shape[0] // mesh.size())  # as DTensor splits: the last ranks may have fewer
+    return vocab_parallel_token_logps(
+        hidden_states,
+        weight.to_local(),
+        target_ids,
+        vocab_start=min(mesh.get_local_rank() * rows_per_rank, weight.shape[0]),
+        process_group=mesh.get_group(),
+        bias_shard=None if bias is None else bias.to_local(),
+        **options,
+    )
 
 
 def _inside(

@@ -53,6 +53,8 @@ def vocab_parallel_token_logps(
     hidden_states, weight_shard, bias_shard = as_autocast(hidden_states, weight_shard, bias_shard)
     check_linear(hidden_states, weight_shard, target_ids, bias_shard, whole_vocabulary=False)
     check_softcap_and_scale(logit_scale, softcap)
+    if weight_shard.shape[0] == 0:
+        raise ValueError("weight_shard: expected at least one row, got none. Spread the head over fewer ranks.")
     if backend == "reference":
         raise ValueError(
             "backend: expected 'auto', 'chunked' or 'fused' for a sliced head, got 'reference'. "

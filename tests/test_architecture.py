@@ -26,7 +26,7 @@ KERNEL_RULES = {
     "lora_logps.py": ["backends", "linear_logps", "losses", "outputs", "validate"],
     "vocab_parallel.py": ["backends", "linear_logps", "validate"],
     "head_transforms.py": [],
-    "head_layers.py": ["linear_logps", "lora_logps", "outputs"],
+    "head_layers.py": ["linear_logps", "lora_logps", "outputs", "vocab_parallel"],
     "head.py": ["head_layers", "head_transforms", "outputs"],
 }
 
