@@ -6,27 +6,31 @@ logits. Hooks on the module (FSDP, DeepSpeed, accelerate) fire as ever, `generat
 ordinary head, and `remove()` leaves no trace.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from dpop_kernels.linear_logps import linear_token_logps
+from dpop_kernels.head_layers import StandIn, layer_token_logps, output_layers
+from dpop_kernels.head_transforms import check_transform, logit_transform, probe_logits
 from dpop_kernels.outputs import TokenStats
-from dpop_kernels.token_logps import token_logps
 
 
 class ScoringHead:
     """Token log-probs of any causal LM without its logits.
 
     Args:
-        model: a Hugging Face causal LM, or a peft model around one. Its output embedding must be a plain linear
-            layer (a `modules_to_save` copy of one included).
+        model: a Hugging Face causal LM, or a peft model around one. Its output embedding must be a linear layer: plain,
+            a `modules_to_save` copy, or one with peft's LoRA on it (any number of active adapters, dropout, a bias;
+            merged and switched-off adapters are followed). Weights may be sharded (FSDP2, ZeRO-3), being read only
+            inside the head's own call, or tensor-parallel (the rows of a plain head spread over a mesh). What the
+            config says about logit scales and softcaps is applied.
         backend: "auto", "reference", "chunked" or "fused".
 
     Raises:
-        ValueError: the model has no output embedding, or it is not a linear layer (a LoRA adapter on the head, a
-            quantised head): what was found, and what to do instead.
+        ValueError: the model has no output embedding, several, an encoder, or one that is not such a linear layer
+            (quantised, or with another kind of adapter): what was found, and what to do instead.
 
     Example:
         >>> head = ScoringHead(model)                                                       # doctest: +SKIP
@@ -35,12 +39,10 @@ class ScoringHead:
 
     def __init__(self, model: nn.Module, *, backend: str = "auto") -> None:
         self._backend = backend
-        self.logit_scale, self.softcap = _logit_transform(model)
-        self._linears = _output_linears(model)
-        self._request: tuple[Tensor, Tensor, bool] | None = None
+        self._transform = logit_transform(model)
+        self._request: _Request | None = None
         self._result: tuple[Tensor, TokenStats | None] | None = None
-        for linear in self._linears:
-            linear.forward = _ScoringForward(self, linear)  # type: ignore[method-assign]
+        self._stand_ins = [StandIn(layer, self._in_place_of_logits) for layer in output_layers(model)]
 
     def token_logps(
         self,
@@ -66,127 +68,110 @@ class ScoringHead:
         Raises:
             RuntimeError: the model's forward did not call its head, or called it more than once.
         """
-        self._request, self._result = (score_positions, target_ids, return_stats), None
-        try:
-            model(**model_inputs, use_cache=False)
-            result = self._result
-        finally:
-            self._request = self._result = None
-        if result is None:
-            raise RuntimeError(
-                f"{type(model).__name__}: expected the forward to call the head that this ScoringHead was put on, "
-                "and it did not. Pass the same model, or a wrapper around it."
-            )
-        return result if return_stats else result[0]
+        output = self._forward(model, _Request(score_positions, target_ids, return_stats), model_inputs)
+        logps, stats = self._take_result(model)
+        logps = _AlsoThrough.apply(logps, output)
+        return (logps, stats) if return_stats else logps
 
     def check(self, model: nn.Module) -> None:
-        """Compare with the model's own logits on four tokens; cheap, without gradient.
+        """Run the model on four tokens with a known head output, and see that it makes of it what is assumed here.
+
+        Cheap and without gradient; the weights do not matter, so logits near zero hide nothing. Where weights are
+        sharded, all ranks call it together.
 
         Raises:
             ValueError: the model does something to its logits that this head does not know.
         """
-        device = self._linears[0].weight.device
-        vocab_size = self._linears[0].weight.shape[0]
-        input_ids = torch.arange(1, 5, device=device).unsqueeze(0) % vocab_size
-        positions, target_ids = torch.arange(3, device=device), input_ids[0, 1:]
+        parameters = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
+        device = parameters[0] if parameters else torch.device("cpu")
+        layer: Any = self._stand_ins[0].module
+        input_ids = torch.arange(1, 5, device=device).unsqueeze(0) % layer.out_features
         was_training = model.training
         model.eval()
         try:
             with torch.no_grad():
-                logits = model(input_ids=input_ids, use_cache=False).logits[0, :3]
-                expected = token_logps(logits, target_ids, backend="reference")
-                logps = self.token_logps(model, positions, target_ids, input_ids=input_ids)
+                logits = self._forward(model, _Request(probe=True), {"input_ids": input_ids})
+            raw_logits, _ = self._take_result(model)
         finally:
             model.train(was_training)
-        # 16-bit logits are rounded by the model itself, by up to 2⁻⁸ of their size
-        tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2**-6 * float(logits.abs().max() + 1)
-        error = float((logps - expected).abs().max())
-        if not error <= tolerance:
-            raise ValueError(
-                f"model: expected {type(model).__name__}'s logits = softcap · tanh(scale · (h Wᵀ + bias) / softcap) "
-                f"with scale {self.logit_scale} and softcap {self.softcap}, but its log-probs differ by {error:.2e} "
-                "nats. The model transforms its logits in a way that is not supported; use its logits with token_logps."
-            )
+        check_transform(model, self._transform, raw_logits, logits, num_tokens=4)
 
     def remove(self) -> None:
         """Give the model its own head back."""
-        for linear in self._linears:
-            if isinstance(linear.__dict__.get("forward"), _ScoringForward):
-                del linear.forward
-        self._linears = []
+        for stand_in in self._stand_ins:
+            stand_in.remove()
+        self._stand_ins = []
 
-    def _score(self, linear: nn.Linear, hidden_states: Tensor) -> Tensor:
-        assert self._request is not None
+    def _forward(self, model: nn.Module, request: "_Request", model_inputs: dict[str, Any]) -> Tensor:
+        """The model's forward with `request` under way -> what it returns as its logits."""
+        self._request, self._result = request, None
+        try:
+            output = model(**model_inputs, use_cache=False)
+        except BaseException:
+            self._result = None
+            raise
+        finally:
+            self._request = None
+        return output.logits if hasattr(output, "logits") else output[0]
+
+    def _take_result(self, model: nn.Module) -> tuple[Tensor, TokenStats | None]:
+        result, self._result = self._result, None
+        if result is None:
+            raise RuntimeError(
+                f"{type(model).__name__}: expected the forward to call the head that this ScoringHead was put on, and "
+                "it did not. Pass the same model, or a wrapper around it."
+            )
+        return result
+
+    def _in_place_of_logits(self, stand_in: StandIn, hidden_states: Tensor) -> Tensor | None:
+        request = self._request
+        if request is None:
+            return None
         if self._result is not None:
             raise RuntimeError("model: expected one call of the head per forward, got a second one.")
-        score_positions, target_ids, return_stats = self._request
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, score_positions)
-        scored: Any = linear_token_logps(
+        if request.probe:
+            raw_logits = probe_logits(hidden_states, stand_in.module)
+            self._result = raw_logits, None
+            return raw_logits.clone()
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, request.score_positions)
+        self._result = layer_token_logps(
+            stand_in.module,
             rows,
-            linear.weight,
-            target_ids,
-            bias=linear.bias,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
+            request.target_ids,
+            logit_scale=self._transform.scale,
+            softcap=self._transform.softcap,
+            return_stats=request.return_stats,
             backend=self._backend,
-            return_stats=return_stats,  # type: ignore[arg-type]
         )
-        logps, stats = scored if return_stats else (scored, None)
-        self._result = (logps, stats)
-        # the model goes on with this as its "logits": whatever it does to them is discarded
-        return logps.view(1, -1, 1)
+        # the model goes on with this as its "logits": whatever it does to them is discarded. No view: FSDP's hooks and
+        # a model that works in place want a tensor of its own
+        return self._result[0].unsqueeze(0).unsqueeze(-1).clone()
 
 
-class _ScoringForward:
-    """Stands in for a linear layer's `forward`; hands through to it unless a scoring call is under way."""
+class _Request(NamedTuple):
+    """What the head's next call is to do: score these tokens, or return known logits."""
 
-    def __init__(self, head: ScoringHead, linear: nn.Linear) -> None:
-        self._head, self._linear = head, linear
-        self._own_forward = linear.forward
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._head._request is None:
-            return self._own_forward(hidden_states, *args, **kwargs)
-        return self._head._score(self._linear, hidden_states)
+    score_positions: Any = None
+    target_ids: Any = None
+    return_stats: bool = False
+    probe: bool = False
 
 
-def _output_linears(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers that can act as the model's head: one, or the original and its `modules_to_save` copies."""
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    head = get_output_embeddings() if get_output_embeddings is not None else None
-    if head is None:
-        raise ValueError(
-            f"model: expected a causal LM with an output embedding (lm_head), got {type(model).__name__} without one."
-        )
-    candidates = [head]
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        candidates = [head.original_module, *head.modules_to_save.values()]
-    for candidate in candidates:
-        if hasattr(candidate, "base_layer"):
-            raise ValueError(
-                f"model: expected a plain linear lm_head, got {type(candidate).__name__} (an adapter on the head). "
-                "Leave lm_head out of target_modules, or train a full copy of it with modules_to_save=['lm_head']."
-            )
-        if not isinstance(candidate, nn.Linear) or not candidate.weight.is_floating_point():
-            raise ValueError(
-                f"model: expected a plain floating-point linear lm_head, got {type(candidate).__name__}. Leave the "
-                "head out of quantisation (llm_int8_skip_modules=['lm_head'])."
-            )
-        if isinstance(candidate.__dict__.get("forward"), _ScoringForward):
-            raise ValueError("model: expected a model without a ScoringHead, got one that has it. Call remove() first.")
-    return candidates
+class _AlsoThrough(torch.autograd.Function):
+    """Log-probs as they are, whose backward also visits the model's output, with a gradient of zero.
 
+    Wrappers hang their backward hooks on what modules return: FSDP and ZeRO-3 gather a weight again when the gradient
+    of its module's output arrives, DDP looks there for the parameters in use. The log-probs leave the head by another
+    door; this makes their gradient knock at the front door first.
+    """
 
-def _logit_transform(model: nn.Module) -> tuple[float, float | None]:
-    """What the model's forward does to the head's output, read from its config: (scale, softcap)."""
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        return 1.0, None
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2, Gemma 3, Gemma 3n
-    scale = 1.0
-    if isinstance(getattr(config, "logit_scale", None), int | float):  # Cohere
-        scale *= config.logit_scale
-    if isinstance(getattr(config, "logits_scaling", None), int | float):  # Granite divides
-        scale /= config.logits_scaling
-    return scale, softcap
+    @staticmethod
+    def forward(ctx, logps, output):
+        ctx.save_for_backward(output)
+        return logps.view_as(logps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps):
+        (output,) = ctx.saved_tensors
+        return grad_logps, torch.zeros_like(output)

@@ -1,6 +1,6 @@
 """Per-token log-probs straight from hidden states and the head's weight: the logits never exist as a whole."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -67,15 +67,11 @@ def linear_token_logps(
     Raises:
         ValueError: shapes, dtypes or devices disagree, an id is out of range, or the backend cannot run here.
     """
-    device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type) and hidden_states.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden_states, lm_head_weight = hidden_states.to(dtype), lm_head_weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check(hidden_states, lm_head_weight, target_ids, bias)
+    hidden_states, lm_head_weight, bias = as_autocast(hidden_states, lm_head_weight, bias)
+    check_linear(hidden_states, lm_head_weight, target_ids, bias)
     check_softcap_and_scale(logit_scale, softcap)
     implementation = select_backend(backend, hidden_states.device, hidden_states.dtype)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(hidden_states.device.type, enabled=False):
         logps, stats = implementation.linear_token_logps(
             hidden_states,
             lm_head_weight,
@@ -88,7 +84,28 @@ def linear_token_logps(
     return (logps, stats) if return_stats else logps
 
 
-def _check(hidden_states: Tensor, lm_head_weight: Tensor, target_ids: Tensor, bias: Tensor | None) -> None:
+def as_autocast(hidden_states: Tensor, *others: Any) -> tuple[Any, ...]:
+    """The tensors (or None) in the dtype that torch.autocast gives a linear layer; as they are outside of it."""
+    device_type = hidden_states.device.type
+    if not torch.is_autocast_enabled(device_type) or hidden_states.dtype == torch.float64:
+        return hidden_states, *others
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (hidden_states, *others))
+
+
+def check_linear(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    target_ids: Tensor,
+    bias: Tensor | None,
+    *,
+    whole_vocabulary: bool = True,
+) -> None:
+    """
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or an id is not in [0, V); with `whole_vocabulary` off, ids may
+            lie beyond the V rows that are here.
+    """
     check_float("hidden_states", hidden_states, "[N, H]")
     check_float("lm_head_weight", lm_head_weight, "[V, H]")
     if lm_head_weight.shape[1] != hidden_states.shape[1]:
@@ -98,7 +115,8 @@ def _check(hidden_states: Tensor, lm_head_weight: Tensor, target_ids: Tensor, bi
         )
     check_same("lm_head_weight", lm_head_weight, "hidden_states", hidden_states)
     check_same_device("target_ids", target_ids, "hidden_states", hidden_states)
-    check_ids("target_ids", target_ids, (hidden_states.shape[0],), lm_head_weight.shape[0])
+    vocab_size = lm_head_weight.shape[0] if whole_vocabulary else 1 << 31
+    check_ids("target_ids", target_ids, (hidden_states.shape[0],), vocab_size)
     if bias is not None:
         check_float("bias", bias, "[V]")
         check_same("bias", bias, "lm_head_weight", lm_head_weight)

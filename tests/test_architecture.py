@@ -17,12 +17,17 @@ KERNEL_RULES = {
     "backends/linear_tiles.py": ["outputs"],
     "backends/chunked.py": ["backends", "losses", "outputs"],
     "backends/fused.py": ["backends", "kernels", "outputs"],
+    "backends/linear_parts.py": ["backends", "outputs"],
     "kernels": ["kernels"],
     "token_logps.py": ["backends", "outputs", "validate"],
     "linear_logps.py": ["backends", "outputs", "validate"],
     "pair_loss.py": ["backends", "losses", "outputs", "validate"],
     "dpop_losses.py": ["linear_logps", "losses", "pair_loss", "token_logps", "validate"],
-    "head.py": ["linear_logps", "outputs", "token_logps"],
+    "lora_logps.py": ["backends", "linear_logps", "losses", "outputs", "validate"],
+    "vocab_parallel.py": ["backends", "linear_logps", "validate"],
+    "head_transforms.py": [],
+    "head_layers.py": ["linear_logps", "lora_logps", "outputs", "vocab_parallel"],
+    "head.py": ["head_layers", "head_transforms", "outputs"],
 }
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -144,8 +144,8 @@ def test_trained_copy_of_the_head_under_peft():
     torch.testing.assert_close(logps, reference.token_logps(without, target_ids)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_adapter_on_the_head_is_refused_by_name():
-    model = get_peft_model(build("llama"), LoraConfig(target_modules=["lm_head"]))
+def test_adapter_other_than_lora_on_the_head_is_refused_by_name():
+    model = get_peft_model(build("llama"), IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
     with pytest.raises(ValueError, match=r"an adapter on the head.*Leave lm_head out of target_modules"):
         ScoringHead(model)
 

@@ -76,6 +76,44 @@ def pair_dpop_loss(
     return losses_of_segments("dpop", segment_logps, ref_segment_logps, beta=beta, dpop_lambda=dpop_lambda)
 
 
+def tile_forward(
+    tile: Tensor,  # [R, V] raw logits in fp32 or better, R > 0
+    target_ids: Tensor,  # [R]
+    options: HeadOptions = _PLAIN,
+    with_stats: bool = False,
+) -> tuple[Tensor, Tensor, TokenStats | None]:
+    """Log-probs [R] in the tile's dtype, log-normaliser of z [R] fp64, statistics. Not differentiable."""
+    logps = tile.new_empty(tile.shape[0])
+    lse = tile.new_empty(tile.shape[0], dtype=torch.float64)
+    stats = []
+    for group in _groups(*tile.shape):
+        rows = _rows(_transform(tile[group], options), target_ids[group], with_stats)
+        logps[group], lse[group] = rows.logps, rows.lse
+        stats.append(rows.stats)
+    return logps, lse, _cat_stats(stats) if with_stats else None
+
+
+def tile_backward(
+    tile: Tensor,  # [R, C] raw logits, columns vocab_start and on of the vocabulary
+    target_ids: Tensor,  # [R], counted in the whole vocabulary
+    logps: Tensor,  # [R]
+    lse: Tensor,  # [R] of the whole vocabulary, fp64
+    grad_logps: Tensor,  # [R]
+    options: HeadOptions = _PLAIN,
+    *,
+    vocab_start: int = 0,
+    out: Tensor,  # [R, C]; may be the tile
+) -> Tensor:
+    """grad_logps · d logps / d tile, written to `out` and returned."""
+    for group in _groups(*tile.shape):
+        z = _transform(tile[group], options)
+        grads = _softmax_gradient(
+            z, target_ids[group] - vocab_start, logps[group], lse[group], grad_logps[group].unsqueeze(-1)
+        )
+        out[group] = _apply_slope(grads, z, options)
+    return out
+
+
 class _Rows(NamedTuple):
     """What one group of rows yields on the way to its log-probs."""
 
@@ -133,13 +171,7 @@ class _ChunkedTileOps:
     """`linear_tiles.TileOps` in torch."""
 
     def forward(self, tile, target_ids, options, with_stats):
-        logps, lse, stats = [], [], []
-        for group in _groups(*tile.shape):
-            rows = _rows(_transform(tile[group], options), target_ids[group], with_stats)
-            logps.append(rows.logps)
-            lse.append(rows.lse)
-            stats.append(rows.stats)
-        return torch.cat(logps), torch.cat(lse), _cat_stats(stats) if with_stats else None
+        return tile_forward(tile, target_ids, options, with_stats)
 
     def forward_gradient(self, tile, target_ids, options, with_stats, out):
         logps, stats = [], []
@@ -154,12 +186,7 @@ class _ChunkedTileOps:
         return torch.cat(logps), _cat_stats(stats) if with_stats else None
 
     def block_gradient(self, tile, target_ids, logps, lse, grad_logps, options, vocab_start, out):
-        for group in _groups(*tile.shape):
-            z = _transform(tile[group], options)
-            grads = _softmax_gradient(
-                z, target_ids[group] - vocab_start, logps[group], lse[group], grad_logps[group].unsqueeze(-1)
-            )
-            out[group] = _apply_slope(grads, z, options)
+        tile_backward(tile, target_ids, logps, lse, grad_logps, options, vocab_start=vocab_start, out=out)
 
 
 def _softmax_gradient(z: Tensor, target_ids: Tensor, logps: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:

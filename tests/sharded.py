@@ -1,0 +1,30 @@
+"""What tests of several processes share: a group of gloo ranks on this machine, and how their failures come back."""
+
+import datetime
+import os
+import socket
+import warnings
+
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+
+
+def run_ranks(function, *args, world_size=2):
+    """function(rank, *args) in `world_size` processes of one gloo group; the first failure is raised here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_in_group, args=(world_size, port, function, args), nprocs=world_size)
+
+
+def _in_group(rank, world_size, port, function, args):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60))
+    torch.manual_seed(0)
+    warnings.simplefilter("error")  # as pytest does in its own process
+    try:
+        function(rank, *args)
+    finally:
+        dist.destroy_process_group()

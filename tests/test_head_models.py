@@ -1,0 +1,311 @@
+"""ScoringHead on tiny random models of every family that does something of its own around the head.
+
+The truth is the model's own logits, in fp32: log-probs to 1e-5 nat, every parameter's gradient to 1e-4 of its norm.
+"""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from dpop_kernels import ScoringHead
+from dpop_kernels.backends import reference
+from dpop_kernels.head_transforms import logit_transform
+
+VOCAB_SIZE = 97
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **IDS,
+}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+SLIM = {key: value for key, value in SMALL.items() if key not in ("intermediate_size", "num_key_value_heads")}
+
+# name -> (config class, its arguments, (scale, softcap) that its forward applies: read in the modelling code by hand)
+MODELS = {
+    "llama": ("LlamaConfig", SMALL, (1, None)),
+    "llama_tied": ("LlamaConfig", {**SMALL, "tie_word_embeddings": True}, (1, None)),
+    "qwen2": ("Qwen2Config", SMALL, (1, None)),
+    "qwen3": ("Qwen3Config", {**SMALL, "head_dim": 8}, (1, None)),
+    "mistral": ("MistralConfig", SMALL, (1, None)),
+    "mixtral": ("MixtralConfig", {**SMALL, **EXPERTS}, (1, None)),
+    "gemma": ("GemmaConfig", {**SMALL, "head_dim": 8}, (1, None)),
+    "gemma2": ("Gemma2Config", {**SMALL, "head_dim": 8, "final_logit_softcapping": 3.0}, (1, 3.0)),
+    "gemma3": ("Gemma3TextConfig", {**SMALL, "head_dim": 8, "final_logit_softcapping": 2.0}, (1, 2.0)),
+    "gemma3_plain": ("Gemma3TextConfig", {**SMALL, "head_dim": 8}, (1, None)),
+    "phi": ("PhiConfig", SMALL, (1, None)),  # a head with a bias
+    "phi3": ("Phi3Config", SMALL, (1, None)),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **IDS},
+        (1, None),
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {**SLIM, "intermediate_size": 48}, (1, None)),
+    "gptj_bias": (
+        "GPTJConfig",
+        {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, **IDS},
+        (1, None),
+    ),
+    "falcon": ("FalconConfig", SLIM, (1, None)),
+    "mpt_ignores_its_logit_scale": (
+        "MptConfig",
+        {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "logit_scale": 0.5, **IDS},
+        (1, None),
+    ),
+    "olmo2": ("Olmo2Config", SMALL, (1, None)),
+    "cohere": ("CohereConfig", {**SMALL, "logit_scale": 0.25}, (0.25, None)),
+    "cohere2": ("Cohere2Config", {**SMALL, "logit_scale": 0.25}, (0.25, None)),
+    "granite": ("GraniteConfig", {**SMALL, "logits_scaling": 4.0}, (0.25, None)),
+    "granitemoe": ("GraniteMoeConfig", {**SMALL, **EXPERTS, "logits_scaling": 4.0}, (0.25, None)),
+    "hyperclovax_multiplies": ("HyperCLOVAXConfig", {**SMALL, "logits_scaling": 4.0}, (4.0, None)),
+    "minicpm3_scales_before": (
+        "MiniCPM3Config",
+        {
+            **SMALL,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "dim_model_base": 8,
+        },
+        (1, None),
+    ),
+    "nanochat": ("NanoChatConfig", {**SMALL, "final_logit_softcapping": 2.5}, (1, 2.5)),
+    "vaultgemma": ("VaultGemmaConfig", {**SMALL, "head_dim": 8, "final_logit_softcapping": 2.5}, (1, 2.5)),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {
+            **SMALL,
+            "lru_width": 32,
+            "logits_soft_cap": 2.5,
+            "attention_window_size": 16,
+            "block_types": ["recurrent", "attention"],
+        },
+        (1, 2.5),
+    ),
+    "xlstm": (
+        "xLSTMConfig",
+        {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_heads": 2,
+            "output_logit_soft_cap": 2.5,
+            **IDS,
+        },
+        (1, 2.5),
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        {
+            **SMALL,
+            "lm_head_multiplier": 0.25,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
+        (0.25, None),
+    ),
+    "mamba_casts_to_the_weight": (
+        "MambaConfig",
+        {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, **IDS},
+        (1, None),
+    ),
+}
+
+
+def build(name, dtype=torch.float32):
+    torch.manual_seed(1)
+    config_class, arguments, _ = MODELS[name]
+    config = getattr(transformers, config_class)(**arguments)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    # initialised logits are close to zero: spread them, so that scale and softcap matter
+    head = model.get_output_embeddings()
+    head.weight.data.mul_(20)
+    if head.bias is not None:
+        head.bias.data.normal_()
+    return model
+
+
+def batch():
+    input_ids = torch.randint(3, VOCAB_SIZE, (2, 10))
+    score_positions = torch.tensor([2, 3, 4, 12, 17])  # rows of [2 * 10, H]
+    return input_ids, score_positions, input_ids.flatten()[score_positions + 1]
+
+
+def grads_of(model):
+    grads = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_and_all_gradients_are_the_models_own(name):
+    model = build(name)
+    input_ids, positions, target_ids = batch()
+    weights = torch.linspace(-1, 1, len(positions))
+    logits = model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)[positions]
+    expected = reference.token_logps(logits, target_ids)[0]
+    (expected * weights).sum().backward()
+    expected_grads = grads_of(model)
+
+    head = ScoringHead(model)
+    head.check(model)
+    logps = head.token_logps(model, positions, target_ids, input_ids=input_ids)
+    (logps * weights).sum().backward()
+    grads = grads_of(model)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    largest = max(float(grad.norm()) for grad in expected_grads.values())
+    for key, expected_grad in expected_grads.items():
+        # the second term: gradients that are zero up to rounding (attention key biases)
+        assert float((grads[key] - expected_grad).norm()) <= 1e-4 * float(expected_grad.norm()) + 1e-7 * largest, key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transform_is_what_the_modelling_code_applies(name):
+    scale, softcap = MODELS[name][2]
+    assert logit_transform(build(name)) == (scale, softcap)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite", "falcon_h1", "recurrent_gemma"])
+def test_a_wrong_idea_of_the_transform_is_noticed_however_small_the_logits(name):
+    model = build(name)
+    model.get_output_embeddings().weight.data.zero_()
+    head = ScoringHead(model)
+    head.check(model)
+    head._transform = head._transform._replace(scale=head._transform.scale * 1.01)
+    with pytest.raises(ValueError, match="transforms its logits in a way that is not supported"):
+        head.check(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "mamba_casts_to_the_weight"])
+def test_16_bit_models_agree_within_the_rounding_of_their_own_logits(name, dtype):
+    model = build(name, dtype)
+    input_ids, positions, target_ids = batch()
+    logits = model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)[positions]
+    head = ScoringHead(model)
+    head.check(model)
+    logps = head.token_logps(model, positions, target_ids, input_ids=input_ids)
+    assert logps.dtype == torch.float32
+    # target and normaliser are each off by the logits' rounding: up to three roundings of half an eps of their size
+    bound = 2 * 3 * torch.finfo(dtype).eps / 2 * float(logits.detach().abs().max())
+    error = (logps - reference.token_logps(logits, target_ids)[0]).detach().abs().max()
+    assert float(error) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_states_and_the_weight_are_rounded_and_nothing_else(dtype):
+    model = build("llama").to(dtype)
+    input_ids, positions, target_ids = batch()
+    states = []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+    head = ScoringHead(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = head.token_logps(model, positions, target_ids, input_ids=input_ids)
+    rows = states[0].reshape(-1, 32)[positions].bfloat16().double()
+    truth = reference.token_logps(rows @ model.lm_head.weight.bfloat16().double().T, target_ids)[0]
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps.double(), truth, rtol=0, atol=1e-5)
+    logps.sum().backward()
+    assert model.lm_head.weight.grad.dtype == dtype
+
+
+def test_encoder_decoder_is_refused():
+    config = transformers.T5Config(vocab_size=97, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match=r"encoder-decoder T5ForConditionalGeneration.*token_logps"):
+        ScoringHead(transformers.T5ForConditionalGeneration(config))
+
+
+def test_several_heads_are_refused():
+    class Choir(transformers.LlamaForCausalLM):
+        def get_output_embeddings(self):
+            return torch.nn.ModuleList([torch.nn.Linear(32, 97) for _ in range(3)])
+
+    with pytest.raises(ValueError, match=r"expected one lm_head, got 3 of them in Choir.*token_logps"):
+        ScoringHead(Choir(build("llama").config))
+
+
+def test_head_that_is_called_twice_is_refused():
+    class Twice(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)
+
+    model = Twice(build("llama").config)
+    input_ids, positions, target_ids = batch()
+    with pytest.raises(RuntimeError, match="expected one call of the head per forward"):
+        ScoringHead(model).token_logps(model, positions, target_ids, input_ids=input_ids)
+
+
+class Rounded(torch.nn.Linear):
+    """A quantised layer as libraries build them: a linear layer whose forward is not one."""
+
+    def forward(self, hidden_states):
+        return torch.nn.functional.linear(hidden_states, self.weight.round())
+
+
+def test_quantised_heads_are_refused():
+    model = build("llama")
+    model.set_output_embeddings(Rounded(32, 97))
+    with pytest.raises(ValueError, match=r"floating-point linear lm_head, got Rounded.*Leave the head out of quant"):
+        ScoringHead(model)
+    integer = torch.nn.Linear(32, 97, bias=False)
+    integer.weight = torch.nn.Parameter(torch.zeros(97, 32, dtype=torch.uint8), requires_grad=False)
+    model.set_output_embeddings(integer)
+    with pytest.raises(ValueError, match=r"with a weight of torch\.uint8"):
+        ScoringHead(model)
+    model.set_output_embeddings(torch.nn.Linear(32, 97).to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        ScoringHead(model)
+
+
+def test_part_of_the_vocabulary_is_refused():
+    model = build("llama")
+    model.config.unpadded_vocab_size = 90
+    with pytest.raises(ValueError, match="unpadded_vocab_size = 90"):
+        ScoringHead(model)
+
+
+def test_virtual_tokens_are_noticed():
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="virtual tokens"):
+        ScoringHead(model).check(model)
+
+
+def test_accelerates_offloading_hooks_still_bring_the_weight():
+    from accelerate import cpu_offload
+
+    model = build("llama")
+    input_ids, positions, target_ids = batch()
+    head = ScoringHead(model)
+    with torch.no_grad():
+        expected = head.token_logps(model, positions, target_ids, input_ids=input_ids)
+    head.remove()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    head = ScoringHead(model)
+    head.check(model)
+    with torch.no_grad():
+        logps = head.token_logps(model, positions, target_ids, input_ids=input_ids)
+        assert torch.equal(logps, expected)
+        assert model(input_ids=input_ids).logits.shape == (2, 10, VOCAB_SIZE)
+    own = model.lm_head._old_forward
+    head.remove()
+    assert model.lm_head._old_forward is not own
+    with torch.no_grad():
+        assert model(input_ids=input_ids).logits.shape == (2, 10, VOCAB_SIZE)

@@ -1,0 +1,154 @@
+"""A head whose vocabulary is spread over two gloo ranks, held against the whole head in one process and in fp64."""
+
+import math
+import os
+
+import pytest
+import torch
+from sharded import run_ranks
+from torch import distributed as dist
+from truth import head_inputs, relative_error, value_and_grads
+
+from dpop_kernels.backends import chunked, linear_parts, reference
+from dpop_kernels.vocab_parallel import vocab_parallel_token_logps
+
+VOCAB_SIZE, NUM_TOKENS, HIDDEN_SIZE = 101, 24, 16
+# bounds of the ranks' slices: even, uneven, one row only
+SPLITS = {"even": (0, 51, 101), "uneven": (0, 90, 101), "one_row": (0, 1, 101)}
+OPTIONS = {"plain": {}, "scale_and_softcap": {"logit_scale": 0.5, "softcap": 6.0}}
+
+
+def inputs_of(dtype):
+    """The same on every rank. Targets lie in both slices, at their edges too; 1 - p goes down to 1e-7 and below."""
+    hidden_states, weight, target_ids = head_inputs(NUM_TOKENS, VOCAB_SIZE, HIDDEN_SIZE, dtype)
+    target_ids[:4] = torch.tensor([0, 50, 51, 100])
+    return hidden_states, weight, torch.randn(VOCAB_SIZE).to(dtype), target_ids
+
+
+def check_against_whole_head(rank, split, options, dtype, backend, frozen):
+    start, end = SPLITS[split][rank : rank + 2]
+    hidden_states, weight, bias, target_ids = inputs_of(dtype)
+    grad = torch.linspace(-1, 1, NUM_TOKENS)
+
+    def sliced(hidden_states, shard, bias_shard):
+        if frozen:
+            shard, bias_shard = shard.detach(), bias_shard.detach()
+        return vocab_parallel_token_logps(
+            hidden_states, shard, target_ids, vocab_start=start, bias_shard=bias_shard, backend=backend, **options
+        )
+
+    def whole(hidden_states, weight, bias):
+        return reference.linear_token_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
+
+    leaves = [t.clone().requires_grad_() for t in (hidden_states, weight[start:end], bias[start:end])]
+    logps = sliced(*leaves)
+    grads = torch.autograd.grad(logps, leaves, grad.to(logps.dtype), allow_unused=True)
+    expected, expected_grads = value_and_grads(whole, [t.double() for t in (hidden_states, weight, bias)], grad)
+    torch.testing.assert_close(logps.detach().double(), expected, rtol=1e-5, atol=1e-9)
+    bound = 3e-3 if dtype == torch.bfloat16 else 1e-5
+    assert relative_error(grads[0], expected_grads[0]) <= bound
+    # a confident token's own gradient is exact too, not only the sum's
+    for candidate, truth in zip(grads[0], expected_grads[0], strict=True):
+        assert relative_error(candidate, truth) <= (8e-3 if dtype == torch.bfloat16 else 1e-4)
+    if frozen:
+        assert grads[1] is None
+        assert grads[2] is None
+    else:
+        assert relative_error(grads[1], expected_grads[1][start:end]) <= bound
+        assert relative_error(grads[2], expected_grads[2][start:end]) <= bound
+    everyones = [torch.empty_like(logps) for _ in range(2)]
+    dist.all_gather(everyones, logps.detach())
+    assert torch.equal(*everyones)
+    again = sliced(*leaves)
+    assert torch.equal(again, logps)
+    assert torch.equal(torch.autograd.grad(again, leaves[0], grad.to(again.dtype))[0], grads[0])
+
+
+def check_own_part_of_the_gradient(rank):
+    start, end = SPLITS["uneven"][rank : rank + 2]
+    hidden_states, weight, _, target_ids = inputs_of(torch.float64)
+    grads = []
+    for summed in (True, False):
+        leaf = hidden_states.clone().requires_grad_()
+        logps = vocab_parallel_token_logps(
+            leaf, weight[start:end], target_ids, vocab_start=start, sum_grad_hidden=summed
+        )
+        grads += torch.autograd.grad(logps.sum(), leaf)
+    dist.all_reduce(grads[1])
+    torch.testing.assert_close(*grads)
+
+
+def check_low_rank_slice(rank):
+    start, end = SPLITS["uneven"][rank : rank + 2]
+    hidden_states, weight, _, target_ids = inputs_of(torch.float64)
+    states, low_rank = torch.randn(NUM_TOKENS, 3).double(), torch.randn(VOCAB_SIZE, 3).double() / 4
+    leaves = [t.clone().requires_grad_() for t in (hidden_states, states, low_rank[start:end])]
+    logps, _ = linear_parts.linear_token_logps(
+        chunked,
+        leaves[0],
+        weight[start:end],
+        target_ids,
+        low_rank_states=leaves[1],
+        low_rank_weight=leaves[2],
+        vocab_slice=linear_parts.VocabSlice(start, dist.group.WORLD),
+    )
+    grads = torch.autograd.grad(logps.sum(), leaves)
+    expected, expected_grads = value_and_grads(
+        lambda h, a, b: reference.linear_token_logps(torch.cat([h, a], 1), torch.cat([weight, b], 1), target_ids)[0],
+        [hidden_states, states, low_rank],
+        torch.ones(NUM_TOKENS),
+    )
+    torch.testing.assert_close(logps, expected)
+    torch.testing.assert_close(grads, (*expected_grads[:2], expected_grads[2][start:end]))
+
+
+def check_wrong_slices(rank):
+    hidden_states, weight, _, target_ids = inputs_of(torch.float32)
+    shard = weight[:60]  # on both ranks: ids above have no owner
+    with pytest.raises(ValueError, match=r"exactly one rank's slice of the vocabulary, got [02] for token 0"):
+        vocab_parallel_token_logps(hidden_states, shard, target_ids, vocab_start=0)
+
+
+def check_all(rank):
+    linear_parts.BLOCK_ROWS, linear_parts.BLOCK_COLUMNS = 7, 32
+    for split in SPLITS:
+        check_against_whole_head(rank, split, {}, torch.float32, "chunked", frozen=False)
+    for options in OPTIONS.values():
+        check_against_whole_head(rank, "uneven", options, torch.float64, "chunked", frozen=False)
+        check_against_whole_head(rank, "even", options, torch.float32, "chunked", frozen=True)
+    check_against_whole_head(rank, "uneven", {}, torch.bfloat16, "auto", frozen=True)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        check_against_whole_head(rank, "uneven", OPTIONS["scale_and_softcap"], torch.float32, "fused", frozen=False)
+    check_own_part_of_the_gradient(rank)
+    check_low_rank_slice(rank)
+    check_wrong_slices(rank)
+
+
+def test_two_ranks_equal_the_whole_head():
+    run_ranks(check_all)
+
+
+def test_combination_keeps_confident_tokens_and_unlikely_slices(monkeypatch):
+    # two slices by hand: log-probs within the owner, normalisers e^0 and e^d  ->  log p = logp - log(1 + e^d)
+    cases = [(-1e-9, -20.0), (-2.0, 0.0), (-3.0, 800.0), (-0.5, -torch.inf)]
+    owner = torch.tensor([[0.0, logp, 1.0] for logp, _ in cases], dtype=torch.float64).T
+    other = torch.tensor([[d, 0.0, 0.0] for _, d in cases], dtype=torch.float64).T
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+
+    def gather(out, mine, group):
+        for slot, rows in zip(out, (owner, other), strict=True):
+            slot.copy_(rows)
+
+    monkeypatch.setattr(dist, "all_gather", gather)
+    logps, lse = linear_parts._combine(owner[1], owner[0], owner[2] > 0, "any")
+    expected = [-1e-9 - math.log1p(math.exp(-20)), -2 - math.log(2), -3 - 800, -0.5]
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(logps, expected, rtol=1e-8, atol=0)
+    torch.testing.assert_close(lse, expected.neg() + owner[1], rtol=1e-8, atol=0)
+
+
+def test_reference_backend_is_refused():
+    with pytest.raises(ValueError, match="linear_token_logps on the slices put together"):
+        vocab_parallel_token_logps(
+            torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2, dtype=torch.long), vocab_start=0, backend="reference"
+        )
