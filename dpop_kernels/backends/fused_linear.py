@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -134,8 +135,12 @@ class _LinearTokenLogps(torch.autograd.Function):
             grad_hidden = torch.empty_like(unit_grads)
             _rows_backward_launch(unit_grads, other_mass, grad_logps, grad_hidden).run()
             return grad_hidden.to(ctx.dtype), None, None, *no_grads
+        hidden_states, weight, bias, target_ids, logps, lse = ctx.saved_tensors
         with torch.autocast(grad_logps.device.type, enabled=False):
-            return *_backward_trainable(*ctx.saved_tensors, grad_logps, ctx.options, ctx.needs_input_grad), *no_grads
+            grads = _backward_trainable(
+                hidden_states, weight, bias, target_ids, logps, lse, grad_logps, ctx.options, ctx.needs_input_grad
+            )
+        return *grads, *no_grads
 
 
 def _forward_tiles(
@@ -171,6 +176,8 @@ def _forward_gemm(
 ) -> None:
     """Fill `results` by the product that uses up its own logits. With a gradient the first columns go through a tile,
     which gives each row the maximum that all other exponentials are relative to: products need no rescaling."""
+    if weight.is_cuda:
+        triton.set_allocator(_allocate_descriptors)
     vocab_size = weight.shape[0]
     has_gradient = results.unit_grads is not None
     dtype = _product_dtype(hidden_states)
@@ -207,7 +214,7 @@ def _forward_gemm(
                 vocab_start=columns.start,
                 options=options,
             ).run()
-            if products is not None:
+            if products is not None and exps is not None:
                 _matmul_add(products, exps, weight_columns)
         _rows_forward_launch(row_sums, target_ids[rows], products, weight, results.rows(rows), options).run()
 
@@ -228,7 +235,7 @@ def _tile_forward(
     _raw_logits(hidden_rows, weight_tile, bias, vocab_start, out=logits)
     exps = None if products is None else tiles.exps(num_rows, num_columns)
     _tile_launch(logits, target_ids, row_sums, exps, products, vocab_start, options).run()
-    if products is not None:
+    if products is not None and exps is not None:
         _matmul_add(products, exps, weight_tile)
 
 
@@ -282,7 +289,7 @@ def _backward_trainable(
                 _matmul(grads.T, hidden_rows, out=grad_weight[columns])
         if grad_weight is not None and grad_weight_sum is not None:
             grad_weight[columns] = grad_weight_sum
-        if grad_bias is not None:
+        if grad_bias is not None and grad_bias_sum is not None:
             grad_bias[columns] = grad_bias_sum
     return None if grad_hidden is None else grad_hidden.to(hidden_states.dtype), grad_weight, grad_bias
 
@@ -560,6 +567,11 @@ def _gemm_launch(
         num_stages=LAUNCH.gemm_stages,
         platform="cuda",
     )
+
+
+def _allocate_descriptors(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel puts the tensor-memory descriptors that it makes; torch's blocks start at 512 bytes' steps."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _num_multiprocessors(device: torch.device) -> int:
