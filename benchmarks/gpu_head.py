@@ -4,7 +4,7 @@
     python benchmarks/gpu_head.py OUT --rehearse    tiny shapes through the same code on a CPU, in Triton's interpreter
 
 Appends one JSON record per case to OUT/gpu_head.jsonl as soon as it is there: interrupt it at any time. A case is first
-compared with fp64, on rows (and rows of W's gradient) of the very shape that is timed. Missing the precision contract is
+compared with fp64, on rows (and rows of W's gradient) of the shape that is timed. Missing the precision contract is
 recorded; a result off by more than ten times the contract is wrong and not timed, and the command exits with 1.
 
 Logits are peaked as a language model's are: 1 - p runs from 1 to about 1e-7 over the tokens.
@@ -17,10 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ class Plan:
     copy_bytes: int = 2 << 30
     gemm: tuple[int, int, int] = (8192, 4096, 16384)
     """M, K, N of the product whose rate is the floor."""
+    other_tiles: tuple[tuple[int, int], ...] = ((2048, 4096), (1024, 4096), (2048, 8192))
+    """Rows and columns of the tile of logits, which the frozen head is measured with besides those of `LAUNCH`."""
     num_checked: int = 64
     """Rows, and rows of W's gradient, that are compared with fp64."""
     repeats: int = 5
@@ -70,6 +73,7 @@ REHEARSAL = Plan(
     logits_columns=300,
     copy_bytes=1 << 16,
     gemm=(64, 32, 64),
+    other_tiles=((4, 4096),),
     num_checked=4,
     repeats=2,
     seconds_per_case=0.0,
@@ -164,6 +168,11 @@ def main(arguments: list[str] | None = None) -> int:
     floors = measure_floors(bench)
     measure_head(bench, floors, "reference_pass", bench.plan.frozen, num_products=1)
     measure_head(bench, floors, "frozen_forward_backward", bench.plan.frozen, num_products=2)
+    for tile in bench.plan.other_tiles:
+        with tile_of(*tile):
+            measure_head(
+                bench, floors, "frozen_forward_backward", bench.plan.frozen, num_products=2, variants=("tiles",)
+            )
     measure_head(bench, floors, "trainable_forward_backward", bench.plan.trainable, num_products=4)
     measure_logits(bench, floors)
     return int(bench.any_wrong)
@@ -198,8 +207,29 @@ def measure_copy(bench: Bench) -> dict[str, Any]:
     return bench.measure(lambda: target.copy_(source))
 
 
-def measure_head(bench: Bench, floors: Floors, case: str, shape: HeadShape, *, num_products: int) -> None:
-    """One case of the head in every variant: checked, then timed."""
+@contextmanager
+def tile_of(rows: int, columns: int) -> Iterator[None]:
+    """The head works in tiles of rows x columns while this lasts."""
+    from dpop_kernels.backends import fused_linear
+
+    chosen = fused_linear.LAUNCH
+    fused_linear.LAUNCH = replace(chosen, head_rows=rows, head_columns=columns)
+    try:
+        yield
+    finally:
+        fused_linear.LAUNCH = chosen
+
+
+def measure_head(
+    bench: Bench,
+    floors: Floors,
+    case: str,
+    shape: HeadShape,
+    *,
+    num_products: int,
+    variants: tuple[str, ...] = ("tiles", "gemm"),
+) -> None:
+    """One case of the head in some variants: checked, then timed."""
     from dpop_kernels.backends import fused_linear
 
     hidden_states, weight, target_ids = head_inputs(bench, shape)
@@ -208,13 +238,20 @@ def measure_head(bench: Bench, floors: Floors, case: str, shape: HeadShape, *, n
     weight.requires_grad_(case == "trainable_forward_backward")
     leaves = [tensor for tensor in (hidden_states, weight) if tensor.requires_grad]
     floor_ms = num_products * 2 * shape.num_tokens * shape.hidden_size * shape.vocab_size / floors.flop_per_ms
-    for variant in get_args(fused_linear.Variant):
-        fields = {"variant": variant, "shape": asdict(shape), "dtype": str(bench.dtype), "products": num_products}
+    tile = [fused_linear.LAUNCH.head_rows, fused_linear.LAUNCH.head_columns]
+    for variant in variants:
+        fields = {
+            "variant": variant,
+            "tile": tile,
+            "shape": asdict(shape),
+            "dtype": str(bench.dtype),
+            "products": num_products,
+        }
         if bench.is_late():
             bench.record(case, **fields, skipped="past the deadline")
             continue
 
-        def step(variant=variant) -> tuple[Tensor, tuple[Tensor, ...]]:
+        def step(variant: Any = variant) -> tuple[Tensor, tuple[Tensor, ...]]:
             logps, _ = fused_linear.linear_token_logps(hidden_states, weight, target_ids, variant=variant)
             return logps.detach(), torch.autograd.grad(logps, leaves, grad_logps) if leaves else ()
 

@@ -47,11 +47,13 @@ def test_rehearsal_runs_every_case(tmp_path):
         ("reference_pass", "gemm"),
         ("frozen_forward_backward", "tiles"),
         ("frozen_forward_backward", "gemm"),
+        ("frozen_forward_backward", "tiles"),  # in the other tiles
         ("trainable_forward_backward", "tiles"),
         ("trainable_forward_backward", "gemm"),
         ("logits_forward", None),
         ("logits_backward_in_place", None),
     ]
+    assert [record["tile"] for record in found[4:7]] == [[1024, 8192], [1024, 8192], [4, 4096]]
     for record in found:
         assert record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
         assert record["device"] == "cpu, interpreted"  # never to be taken for a GPU's figure
