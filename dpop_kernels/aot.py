@@ -2,9 +2,10 @@
 
     python -m dpop_kernels.aot [--target sm_90 --target gfx942]
 
-Prints one row per launch and target: registers per thread, bytes of spill stores and loads, bytes of shared memory.
-For NVIDIA these come from the ptxas inside the triton wheel, for AMD from the metadata of the assembly, which counts
-spilled registers and not bytes. Exits with 1 if any kernel spills.
+Prints one row per launch and target: registers per thread, bytes of spill stores and loads, bytes of shared memory, and
+the target's instruction for matrix products where the code has it ("-" where it multiplies none). For NVIDIA these come
+from the ptxas inside the triton wheel, for AMD from the metadata of the assembly, which counts spilled registers and
+not bytes. Exits with 1 if any kernel spills.
 """
 
 import argparse
@@ -28,6 +29,9 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),  # MI300
 }
 
+# what the code of a matrix product must contain to run on the tensor cores at full rate
+_MATRIX_INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+
 _TRITON_DTYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -50,6 +54,8 @@ class Usage(NamedTuple):
     """Bytes read back; for AMD the number of spilled registers."""
     shared_memory: int
     """Bytes per program."""
+    matrix_instruction: str
+    """The target's instruction for matrix products if the code has it, else "-"."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,14 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
     from dpop_kernels.backends import fused
 
     spilled = False
-    print(f"{'kernel':32}{'launch':28}{'target':8}{'registers':>10}{'spill st':>10}{'spill ld':>10}{'shared':>8}")
+    print(
+        f"{'kernel':32}{'launch':30}{'target':8}{'registers':>10}{'spill st':>10}{'spill ld':>10}{'shared':>8}  matrix"
+    )
     for name, launch in fused.aot_launches().items():
-        for target in targets:
+        for target in [target for target in targets if launch.platform in (None, TARGETS[target][0])]:
             usage = compile_launch(launch, target)
             spilled |= usage.spill_stores > 0 or usage.spill_loads > 0
             print(
-                f"{launch.kernel.__name__:32}{name:28}{target:8}{usage.registers:10}{usage.spill_stores:10}"
-                f"{usage.spill_loads:10}{usage.shared_memory:8}"
+                f"{launch.kernel.__name__:32}{name:30}{target:8}{usage.registers:10}{usage.spill_stores:10}"
+                f"{usage.spill_loads:10}{usage.shared_memory:8}  {usage.matrix_instruction}"
             )
     return int(spilled)
 
@@ -84,12 +92,17 @@ def compile_launch(launch: Launch, target: str) -> Usage:
 
     signature, constants, attributes = _specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": launch.num_warps})
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if TARGETS[target][0] == "cuda":
-        registers, spill_stores, spill_loads = _ptxas_usage(compiled.asm["ptx"], TARGETS[target][1])
+        assembly = compiled.asm["ptx"]
+        registers, spill_stores, spill_loads = _ptxas_usage(assembly, TARGETS[target][1])
     else:
-        registers, spill_stores, spill_loads = _amdgcn_usage(compiled.asm["amdgcn"])
-    return Usage(registers, spill_stores, spill_loads, compiled.metadata.shared)
+        assembly = compiled.asm["amdgcn"]
+        registers, spill_stores, spill_loads = _amdgcn_usage(assembly)
+    instruction = _MATRIX_INSTRUCTIONS[target]
+    shared_memory = compiled.metadata.shared
+    return Usage(registers, spill_stores, spill_loads, shared_memory, instruction if instruction in assembly else "-")
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:

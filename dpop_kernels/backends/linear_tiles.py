@@ -1,7 +1,8 @@
-"""Hidden states x head -> token log-probs, one tile of fp32 logits at a time.
+"""Hidden states x head -> token log-probs in torch, one tile of fp32 logits at a time (`fused_linear` is its like on
+Triton's kernels).
 
-What is shared by the backends: the loops over tiles, the matrix products, what is saved for backward. What differs,
-the arithmetic within a tile, comes in as `TileOps`.
+The loops over tiles, the matrix products, what is saved for backward. The arithmetic within a tile comes in as
+`TileOps`.
 
     no gradient       rows x V tiles:  logits, log-probs                                       1 product
     frozen head       rows x V tiles:  logits, log-probs, unit gradient, unit gradient x W     2 products

@@ -23,6 +23,37 @@ class LaunchConstants:
     that they round alike and policy minus reference is exactly zero where the two models agree."""
     segment_warps: int = 4
     """128 threads of 8 tokens: a segment is a few kilobytes, so latency counts here and not bandwidth."""
+    head_rows: int = 1024
+    """Rows of a tile of the head's logits. Against 8192 columns an fp32 tile is 32 MiB, which an H100's 50 MB of L2
+    hold between the product that makes it and the kernel that reads it, and its 256 output blocks of 128 x 256 are
+    1.94 rounds on 132 multiprocessors. W is read once per product and 1024 rows: 1024 FLOP per byte of it in bf16,
+    where the machine's balance is about 250."""
+    head_columns: int = 8192
+    """Columns of that tile: one row is 32 floats for each of `head_warps`' 256 threads. The [1024, H] accumulator of
+    E W is read and written once per tile: with K = 8192 that is 2 * 8192 / 8 = 2048 FLOP per byte."""
+    head_warps: int = 8
+    """A row stays in registers between its maximum and its exponentials; fewer warps would spill."""
+    block_h: int = 1024
+    """Hidden dimensions per step: 16 bytes of fp32 for each of 256 threads."""
+    grad_rows: int = 16384
+    """Rows of a trainable head's gradient tile. Their sum into W's gradient is one product, so up to here W's gradient
+    is rounded once and needs no accumulator."""
+    grad_tile_bytes: int = 256 << 20
+    """Its size: 8192 columns of 16384 rows in bf16, 32768 of 4096. The wider it is, the less often grad_hidden's
+    accumulator travels. With the [1024, 8192] tile this stays under 512 MiB."""
+    gemm_block_r: int = 128
+    gemm_block_v: int = 256
+    """Two warpgroups of 64 x 256 accumulators: wgmma's widest instruction, 128 registers of a thread's 255."""
+    gemm_block_h: int = 64
+    """128 bytes of bf16: the width of one swizzled row of shared memory."""
+    gemm_warps: int = 8
+    gemm_stages: int = 3
+    """Loads in flight, 48 KiB each: 144 KiB of 227 on an H100 and of 163 on an A100."""
+    gemm_group_r: int = 16
+    """Row blocks that run together: at H = 4096 their hidden states are 16 MiB of L2, and W is read once per 2048
+    rows."""
+    gemm_rows: int = 16384
+    """Rows per launch, which bounds the [rows, V / 128] maxima and sums: 128 MiB for both at V = 131072."""
 
 
 LAUNCH = LaunchConstants()
@@ -38,6 +69,10 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     """Every parameter of the kernel by name; None for a pointer that its flags leave unused."""
     num_warps: int
+    num_stages: int = 3
+    """Loads in flight of a kernel with a matrix product; the others have nothing to pipeline."""
+    platform: str | None = None
+    """"cuda" for what is launched on NVIDIA's devices alone; None for what runs everywhere."""
 
     def run(self) -> None:
         """Launch on the device of the tensors, whichever device is current; an empty grid launches nothing."""
@@ -45,4 +80,9 @@ class Launch(NamedTuple):
             return
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.kernel[(self.num_programs,)](**self.arguments, num_warps=self.num_warps)
+            self.kernel[(self.num_programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without data, for launches that are only compiled."""
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -4,11 +4,8 @@
     logps[n]          = z[n, y] - lse[n]                                         y = target_ids[n]
     grad_logits[n, v] = grad_logps[n] * ((v == y) - exp(z[n, v] - lse[n])) * dz/dlogits
 
-Forward reads the logits once, carrying the maximum m of the blocks seen and S = sum of exp(z - m) rescaled to it. The
-target's own column stays out of both. Then, with d = |z_y - m|,
-
-    z_y >= m    logps = -log1p(S exp(-d))                    the confident token: no cancellation at any 1 - p
-    z_y <  m    logps = z_y - m - log1p(S - 1 + exp(-d))     S >= 1, the maximum's own term
+Forward reads the logits once, carrying the maximum m of the blocks seen and S = sum of exp(z - m) rescaled to it;
+`softmax.log_prob` makes the log-prob of them.
 
 Backward reads and writes them once. The target's column takes 1 - p = -expm1(logps), which keeps the same accuracy.
 """
@@ -16,14 +13,8 @@ Backward reads and writes them once. The target's column takes 1 - p = -expm1(lo
 import triton
 import triton.language as tl
 
-from dpop_kernels.kernels.elementary import expm1, log1p, tanh
-
-# The lowest finite fp32. A running maximum that starts here and not at -inf stays finite over blocks of -inf logits,
-# so that exp(-inf - m) is 0 where exp(-inf + inf) would be NaN.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-
-# exp(-200) is 0 in fp32. Distances are cut there before they multiply a sum: 0 * 200 is 0 where 0 * inf is NaN.
-FAR = tl.constexpr(200.0)
+from dpop_kernels.kernels.elementary import expm1
+from dpop_kernels.kernels.softmax import FAR, LOWEST, at_least, entropy, log_prob, slope, transform
 
 
 @triton.jit
@@ -49,7 +40,7 @@ def log_softmax_gather_fwd_kernel(
     row_ptr = logits_ptr + n * stride_logits_n
     target = tl.load(target_ids_ptr + n)
     target_logit = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=float("nan"))
-    z_target = _transform(target_logit.to(tl.float32), logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    z_target = transform(target_logit.to(tl.float32), logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     target_v = target.to(tl.int32)
 
     m = tl.full([], LOWEST, tl.float32)
@@ -60,7 +51,7 @@ def log_softmax_gather_fwd_kernel(
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         logits = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        z = _transform(logits, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z = transform(logits, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         if HAS_STATS:
             totals += tl.where(v < V, z, 0.0)
         z = tl.where((v < V) & (v != target_v), z, float("-inf"))
@@ -68,29 +59,16 @@ def log_softmax_gather_fwd_kernel(
         exps = tl.exp(z - new_m)
         rescale = tl.exp(m - new_m)
         if HAS_STATS:
-            moments = rescale * (moments + _at_least(m - new_m, -FAR) * sums) + exps * _at_least(z - new_m, -FAR)
+            moments = rescale * (moments + at_least(m - new_m, -FAR) * sums) + exps * at_least(z - new_m, -FAR)
         sums = rescale * sums + exps
         m = new_m
 
     S = tl.sum(sums, axis=0)
-    is_top1 = z_target >= m
-    distance = tl.abs(z_target - m)
-    near = tl.exp(-distance)
-    log_sum = log1p(tl.where(is_top1, S * near, (S - 1.0) + near))
-    # a target of +inf leaves no trace in S; the other columns' +inf and NaN have made it NaN
-    log_sum = tl.where(z_target == float("inf"), float("nan"), log_sum)
-    tl.store(logps_ptr + n, tl.where(is_top1, 0.0, z_target - m) - log_sum)
-    tl.store(lse_ptr + n, tl.where(is_top1, z_target, m).to(tl.float64) + log_sum.to(tl.float64))
-
+    logp, lse, log_sum, is_top1 = log_prob(z_target, m, S)
+    tl.store(logps_ptr + n, logp)
+    tl.store(lse_ptr + n, lse)
     if HAS_STATS:
-        # entropy = lse - sum of p z, both about the row's maximum; the target joins the sums here
-        distance = tl.where(distance > FAR, FAR, distance)
-        m_shift = tl.where(is_top1, -distance, 0.0)
-        target_shift = tl.where(is_top1, 0.0, -distance)
-        m_exp = tl.exp(m_shift)
-        target_exp = tl.exp(target_shift)
-        moment = m_exp * (tl.sum(moments, axis=0) + m_shift * S) + target_exp * target_shift
-        tl.store(entropy_ptr + n, log_sum - moment / (m_exp * S + target_exp))
+        tl.store(entropy_ptr + n, entropy(z_target, m, S, tl.sum(moments, axis=0), log_sum, is_top1))
         tl.store(mean_logit_ptr + n, tl.sum(totals, axis=0) / V)
         tl.store(is_top1_ptr + n, is_top1.to(tl.uint8))
 
@@ -131,38 +109,9 @@ def log_softmax_gather_bwd_kernel(
     num_read = tl.where(has_weight, V, 0)
 
     logits = tl.load(logits_ptr + n * stride_logits_n + v, mask=v < num_read, other=float("-inf"))
-    z = _transform(logits.to(tl.float32), logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    z = transform(logits.to(tl.float32), logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     target_v = (tl.load(target_ids_ptr + n) - vocab_start).to(tl.int32)
     grad_z = grad_logp * tl.where(v == target_v, -expm1(logp), -tl.exp((z - lse_high) - lse_low))
-    grad_logits = grad_z * _slope(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    grad_logits = grad_z * slope(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     out_ptr = grad_logits_ptr + n * stride_grad_logits_n + v
     tl.store(out_ptr, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=v < V)
-
-
-@triton.jit
-def _transform(logits, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z = softcap * tanh(logit_scale * logits / softcap), in fp32."""
-    z = logits
-    if HAS_SCALE:
-        z = z * logit_scale
-    if HAS_SOFTCAP:
-        z = softcap * tanh(z * (1.0 / softcap))
-    return z
-
-
-@triton.jit
-def _slope(z, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """dz/dlogits = logit_scale * (1 - (z / softcap)**2)."""
-    slope = 1.0
-    if HAS_SOFTCAP:
-        capped = z * (1.0 / softcap)
-        slope = 1.0 - capped * capped
-    if HAS_SCALE:
-        slope = slope * logit_scale
-    return slope
-
-
-@triton.jit
-def _at_least(x, bound):
-    """max(x, bound) that hands NaN through."""
-    return tl.where(x < bound, bound, x)

@@ -1,0 +1,133 @@
+"""The script that measures the head on a GPU: rehearsed as a whole on the CPU, and what it does with a wrong result."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu_head.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("gpu_head", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_head"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["gpu_head"]
+
+
+@pytest.fixture
+def bench(script, tmp_path):
+    return script.Bench(script.REHEARSAL, tmp_path, torch.device("cpu"))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "gpu_head.jsonl").read_text().splitlines()]
+
+
+def test_rehearsal_runs_every_case(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "out"), "--rehearse"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = records(tmp_path / "out")
+    assert [(record["case"], record.get("variant")) for record in found] == [
+        ("floor_copy", None),
+        ("floor_gemm", None),
+        ("reference_pass", "tiles"),
+        ("reference_pass", "gemm"),
+        ("frozen_forward_backward", "tiles"),
+        ("frozen_forward_backward", "gemm"),
+        ("frozen_forward_backward", "tiles"),  # in the other tiles
+        ("trainable_forward_backward", "tiles"),
+        ("trainable_forward_backward", "gemm"),
+        ("logits_forward", None),
+        ("logits_backward_in_place", None),
+    ]
+    assert [record["tile"] for record in found[4:7]] == [[1024, 8192], [1024, 8192], [4, 4096]]
+    for record in found:
+        assert record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
+        assert record["device"] == "cpu, interpreted"  # never to be taken for a GPU's figure
+        assert record.get("meets_contract", True)
+
+
+def test_wrong_result_is_recorded_and_not_timed(script, bench, monkeypatch):
+    from dpop_kernels.backends import fused_linear
+
+    exact = fused_linear.linear_token_logps
+    monkeypatch.setattr(bench, "measure", lambda function: pytest.fail("timed a wrong result"))
+
+    def off_by_a_thousandth(*args, **kwargs):
+        logps, stats = exact(*args, **kwargs)
+        return logps + 1e-3, stats
+
+    monkeypatch.setattr(fused_linear, "linear_token_logps", off_by_a_thousandth)
+    floors = script.Floors(bytes_per_ms=1.0, flop_per_ms=1.0)
+    script.measure_head(bench, floors, "reference_pass", script.HeadShape(3, 16, 50), num_products=1)
+    assert bench.any_wrong
+    for record in records(bench._path.parent):
+        assert record["skipped"] == "wrong result"
+        assert record["max_error_nats"] == pytest.approx(1e-3, rel=1e-2)
+        assert "median_ms" not in record
+
+
+def test_a_variant_that_fails_leaves_the_others_their_figures(script, bench, monkeypatch):
+    from dpop_kernels.backends import fused_linear
+
+    exact = fused_linear.linear_token_logps
+
+    def fails_as_gemm(*args, variant, **kwargs):
+        if variant == "gemm":
+            raise RuntimeError("out of registers")
+        return exact(*args, variant=variant, **kwargs)
+
+    monkeypatch.setattr(fused_linear, "linear_token_logps", fails_as_gemm)
+    floors = script.Floors(bytes_per_ms=1.0, flop_per_ms=1e6)
+    script.measure_head(bench, floors, "reference_pass", script.HeadShape(3, 16, 50), num_products=1)
+    tiles, gemm = records(bench._path.parent)
+    assert tiles["floor_ms"] == pytest.approx(2 * 3 * 16 * 50 / 1e6)
+    assert gemm["failed"] == "RuntimeError: out of registers"
+
+
+def test_past_the_deadline_no_case_begins(script, bench, monkeypatch):
+    monkeypatch.setattr(bench, "is_late", lambda: True)
+    floors = script.Floors(bytes_per_ms=1.0, flop_per_ms=1.0)
+    script.measure_head(bench, floors, "reference_pass", script.HeadShape(3, 16, 50), num_products=1)
+    script.measure_logits(bench, floors)
+    assert [record["skipped"] for record in records(bench._path.parent)] == ["past the deadline"] * 3
+
+
+def test_truth_by_hand(script):
+    """Two columns, h W = (ln 3, 0): p = 3/4 for the first, and its gradient is (1 - p) (W[0] - W[1])."""
+    weight = torch.tensor([[math.log(3.0)], [0.0]])
+    hidden_states, target_ids = torch.ones(1, 1), torch.tensor([0])
+    rows = torch.tensor([0])
+    logps, grad, _ = script.truth(hidden_states, weight, target_ids, rows, None)
+    assert float(logps) == pytest.approx(math.log(0.75), abs=1e-7)
+    assert float(grad) == pytest.approx(0.25 * math.log(3.0), abs=1e-7)
+    _, _, probs = script.truth(hidden_states, weight, target_ids, rows, torch.tensor([1, 0]))
+    assert probs.tolist()[0] == pytest.approx([0.25, 0.75], abs=1e-7)
+
+
+def test_not_a_number_is_wrong(script):
+    errors = {"max_error_nats": script.largest(torch.tensor([0.0, math.nan]))}
+    assert script.is_wrong(errors)
+    assert not script.is_wrong({"max_error_nats": 9e-5, "grad_hidden_relative": 2.9e-2})
+    assert script.is_wrong({"max_error_nats": 0.0, "grad_weight_relative": 3.1e-2})
+    assert script.is_wrong({"max_error_nats": 1.1e-5}, times=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the script would measure it")
+def test_refuses_to_measure_without_a_gpu(script, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        script.main([str(tmp_path)])
+    assert "no CUDA device here. Pass --rehearse" in capsys.readouterr().err
