@@ -58,12 +58,16 @@ def demo() -> str:
 def gsm8k() -> str:
     """docs/gsm8k.md's table: what the two losses did to the chosen answers."""
     titles = ["", "chosen Δ, nats", "rejected Δ, nats", "before", "at", "after the edit, nats/token", "reward accuracy"]
-    rows = []
-    for record in _records("gsm8k"):
+    rows, records = [], _records("gsm8k")
+    for record in records:
         regions = [f"{record[f'{region}_edit']['mean_change']:+.3f}" for region in ("before", "at", "after")]
         answers = [f"{record[f'{side}_logratio']:+.1f}" for side in ("chosen", "rejected")]
-        rows.append([record["name"], *answers, *regions, f"{record['reward_accuracy']:.1%}"])
-    return _table(titles, rows)
+        rows.append([record["name"].upper(), *answers, *regions, f"{record['reward_accuracy']:.1%}"])
+    note = (
+        f"{records[0]['num_pairs']} held-out pairs; Δ is the change of an answer's log-prob against the SFT model, a "
+        f"mean per answer or per token (torch {records[0]['versions']['torch']})."
+    )
+    return f"{_table(titles, rows)}\n\n{note}"
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {

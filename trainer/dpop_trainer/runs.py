@@ -17,6 +17,7 @@ from dpop_trainer.evaluate import PairEvaluation, evaluate_pairs, pair_token_log
 from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
 from dpop_trainer.sft import SFTTrainer
 from dpop_trainer.trainer import DPOPTrainer
+from dpop_trainer.versions import versions
 
 
 def run_train(model_arguments: ModelArguments, data_arguments: DataArguments, config: DPOPConfig) -> DPOPTrainer:
@@ -97,7 +98,8 @@ def run_inspect(
     evaluation = evaluate_pairs(policy_logps, ref_logps, dataset)
     folder = Path(out or model)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "shift.json").write_text(json.dumps(evaluation_as_dict(evaluation), indent=2))
+    record = {"name": Path(model).name, "num_pairs": len(dataset), **evaluation_as_dict(evaluation)}
+    (folder / "shift.json").write_text(json.dumps({**record, "versions": versions()}, indent=2))
     plot_token_shift({Path(model).name: evaluation.shift}, folder / "shift.png")
     print(format_evaluation(evaluation))
     print(f"Written: {folder / 'shift.json'}, {folder / 'shift.png'}")

@@ -6,7 +6,6 @@ pairs in the same order, and are measured on the same held-out pairs.
 
 import json
 import logging
-import platform
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -18,7 +17,6 @@ import transformers
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
 
-import dpop_kernels
 from dpop_trainer.config import DPOPConfig, SFTConfig
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.demo.report import format_table, write_report
@@ -29,6 +27,7 @@ from dpop_trainer.plots import plot_logratios, plot_token_shift
 from dpop_trainer.progress import RunProgress
 from dpop_trainer.sft import SFTTrainer
 from dpop_trainer.trainer import DPOPTrainer
+from dpop_trainer.versions import versions
 
 
 @dataclass(frozen=True)
@@ -251,12 +250,7 @@ def _summary(
     example = train_pairs[random.Random(seed).randrange(len(train_pairs))]
     return {
         "config": {"seed": seed, **asdict(settings)},
-        "versions": {
-            "dpop-kernels": dpop_kernels.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "data": {
             "num_train_problems": settings.num_train_problems,
