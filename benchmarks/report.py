@@ -48,8 +48,8 @@ def demo() -> str:
     seconds = statistics.median(record["seconds"] for record in records)
     note = (
         f"`make demo`, median (range) of {len(records)} seeds, {first['data']['num_eval_pairs']} held-out pairs; Δ is "
-        f"the change of an answer's log-prob against the model before. {seconds / 60:.1f} minutes on two CPU cores "
-        f"(torch {first['versions']['torch']})."
+        f"the change of an answer's log-prob against the model before. {seconds / 60:.1f} minutes "
+        f"({first['device']}, torch {first['versions']['torch']})."
     )
     picture = "![Log-ratio of chosen and rejected answers over training, DPO against DPOP](docs/images/demo.png)"
     return f"{_table(['', *(title for title, _, _ in columns)], rows)}\n\n{note}\n\n{picture}"

@@ -32,6 +32,7 @@ def test_the_table_is_the_median_of_the_records(monkeypatch):
         return {
             "methods": methods,
             "seconds": seconds,
+            "device": "CPU, 2 threads",
             "data": {"num_eval_pairs": 7},
             "versions": {"torch": "1"},
         }
@@ -41,4 +42,4 @@ def test_the_table_is_the_median_of_the_records(monkeypatch):
     assert "| DPO | **-20.0** (-30.0 … -9.0) | **+0.5** (+0.5 … +0.5) |" in table
     assert "| before (SFT) | – | – | – | – | **25%** (25% … 25%) |" in table
     assert "of 3 seeds, 7 held-out pairs" in table
-    assert "2.0 minutes" in table
+    assert "2.0 minutes (CPU, 2 threads, torch 1)" in table

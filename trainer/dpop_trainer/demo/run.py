@@ -251,7 +251,7 @@ def _summary(
     return {
         "config": {"seed": seed, **asdict(settings)},
         "versions": versions(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "device": f"CPU, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(),
         "data": {
             "num_train_problems": settings.num_train_problems,
             "num_pairs": len(train_pairs),
