@@ -5,6 +5,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
 
     benchmarks/results/demo/*.json     summary.json of `dpop demo`, one per seed
     benchmarks/results/gsm8k/*.json    shift.json of `dpop inspect`, one per loss (docs/gsm8k.md)
+    benchmarks/results/cpu_head.jsonl  what `python -m benchmarks.cpu_head` appends
 """
 
 import argparse
@@ -70,9 +71,35 @@ def gsm8k() -> str:
     return f"{_table(titles, rows)}\n\n{note}"
 
 
+def cpu_head() -> str:
+    """docs/kernels.md's table: the head on a CPU, each candidate against the bare products of the same run."""
+    lines = (RESULTS / "cpu_head.jsonl").read_text().splitlines()
+    latest = {(record["head"], record["candidate"]): record for record in map(json.loads, lines)}  # the last one counts
+    names = {"products": "the bare products", "ours": "`linear_token_logps`", "eager": "eager PyTorch", "trl": "TRL"}
+    rows = []
+    for (head, candidate), record in latest.items():
+        name = f"{names[candidate]} {record['versions']['trl']}" if candidate == "trl" else names[candidate]
+        times = f"{record['seconds']:.2f} s", f"{record['seconds'] / latest[head, 'products']['seconds']:.2f}"
+        if candidate == "products":
+            rows.append([head, name, *times, "", "", ""])
+            continue
+        errors = f"{record['logp_error_nats']:.1e}", f"{record['grad_hidden_row_error']:.1e}"
+        rows.append([head, name, *times, f"{record['peak_mib']:.0f} MiB", *errors])
+    any_record = next(iter(latest.values()))
+    sizes = ", ".join(f"{key} = {value}" for key, value in zip("NHV", any_record["shape"].values(), strict=True))
+    note = (
+        f"{sizes}, {any_record['dtype']}, forward and backward, minimum of three, each in its own process "
+        f"({any_record['device']}, torch {any_record['versions']['torch']}). Errors are against fp64: of a log-prob in "
+        "nats, and the relative error of a row of the hidden states' gradient, largest over the tokens."
+    )
+    titles = ["head", "", "time", "over the products", "memory over the inputs", "log-prob error", "gradient error"]
+    return f"{_table(titles, rows)}\n\n{note}"
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo},
     ROOT / "docs" / "gsm8k.md": {"gsm8k": gsm8k},
+    ROOT / "docs" / "kernels.md": {"cpu_head": cpu_head},
 }
 
 
