@@ -18,6 +18,7 @@ KERNEL_RULES = {
     "backends/chunked.py": ["backends", "losses", "outputs"],
     "backends/fused.py": ["backends", "kernels", "outputs"],
     "backends/linear_parts.py": ["backends", "outputs"],
+    "backends/fused_launches.py": ["backends", "kernels", "outputs"],
     "backends/fused_linear.py": ["backends", "kernels", "outputs"],
     "backends/fused_logits.py": ["backends", "kernels", "outputs"],
     "kernels": ["kernels"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 from truth import head_inputs, relative_error, value_and_grads
 
-from dpop_kernels.backends import fused_linear, reference
+from dpop_kernels.backends import fused_launches, fused_linear, reference
 from dpop_kernels.kernels.launch import LAUNCH
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,6 +38,7 @@ def _small_tiles(monkeypatch):
         gemm_rows=16,
     )
     monkeypatch.setattr(fused_linear, "LAUNCH", small)
+    monkeypatch.setattr(fused_launches, "LAUNCH", small)
     # blocks are of 128 rows and more at full size
     monkeypatch.setattr(fused_linear, "_row_blocks", fused_linear._chunks)
 
@@ -208,11 +209,11 @@ def test_unit_gradient_of_a_confident_token_fits_16_bits():
     """1 - p = e**-30 / (1 + e**-30) kept apart in fp32: what goes to fp16 is W[y] - W[other], whose size is W's own."""
     num_rows, hidden_size = 1, 40
     weight = torch.randn(5, hidden_size, device=DEVICE).half()
-    row_sums = fused_linear._RowSums.empty(num_rows, 1, DEVICE)
+    row_sums = fused_launches.RowSums.empty(num_rows, 1, DEVICE)
     row_sums.maxima.fill_(-10.0)
     row_sums.sums.fill_(1.0)  # one other column, at the maximum: E = 1
     row_sums.target_logits.fill_(20.0)
-    results = fused_linear._Results(
+    results = fused_launches.Results(
         torch.empty(1, device=DEVICE),
         torch.empty(1, dtype=torch.float64, device=DEVICE),
         None,
@@ -221,13 +222,15 @@ def test_unit_gradient_of_a_confident_token_fits_16_bits():
     )
     target_ids = torch.tensor([2], device=DEVICE)
     products = weight[4:].float()
-    fused_linear._rows_forward_launch(row_sums, target_ids, products, weight, results, fused_linear.HeadOptions()).run()
+    fused_launches.rows_forward_launch(
+        row_sums, target_ids, products, weight, results, fused_launches.HeadOptions()
+    ).run()
     other_mass = math.exp(-30) / (1 + math.exp(-30))
     assert float(results.other_mass) == pytest.approx(other_mass, rel=1e-6)
     assert float(results.logps) == pytest.approx(-math.log1p(math.exp(-30)), rel=1e-6)
     assert relative_error(results.unit_grads[0], weight[2].double() - weight[4].double()) <= 2.0**-11
     grad_hidden = torch.empty(1, hidden_size, device=DEVICE)
-    fused_linear._rows_backward_launch(
+    fused_launches.rows_backward_launch(
         results.unit_grads, results.other_mass, torch.full((1,), 1e9, device=DEVICE), grad_hidden
     ).run()
     assert relative_error(grad_hidden[0], 1e9 * other_mass * (weight[2].double() - weight[4].double())) <= 2.0**-11
@@ -241,9 +244,9 @@ def test_exponentials_in_16_bits(dtype, rounding):
     z = logits.double()
     z[range(3), target_ids[:3]] = -INF
     exps = torch.empty(4, 1000, dtype=dtype, device=DEVICE)
-    row_sums = fused_linear._RowSums.empty(4, 1, DEVICE)
+    row_sums = fused_launches.RowSums.empty(4, 1, DEVICE)
     products = torch.zeros(4, 8, device=DEVICE)
-    fused_linear._tile_launch(logits, target_ids, row_sums, exps, products, 0, fused_linear.HeadOptions()).run()
+    fused_launches.tile_launch(logits, target_ids, row_sums, exps, products, 0, fused_launches.HeadOptions()).run()
     expected = (z - z.amax(dim=1, keepdim=True)).exp()
     smallest = 1e-4  # below it fp16 is subnormal: an absolute error of 6e-8 against the row's 1
     error = (exps.double() - expected).abs()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpop_kernels.backends import fused_linear, fused_logits
+from dpop_kernels.backends import fused_launches, fused_logits
 from dpop_kernels.backends.fused_linear import linear_token_logps
 from dpop_kernels.backends.fused_logits import tile_backward, tile_forward, token_logps
 from dpop_kernels.kernels.launch import LAUNCH, Launch, meta
@@ -172,7 +172,7 @@ def aot_launches() -> dict[str, Launch]:
     """
     return {
         **fused_logits.aot_launches(),
-        **fused_linear.aot_launches(),
+        **fused_launches.aot_launches(),
         "segment sum, int32 bounds": _aot_segment_sum(torch.int32),
         "segment sum, int64 bounds": _aot_segment_sum(torch.int64),
         "segment sum backward": _aot_segment_broadcast(has_weights=False),
