@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(measure(candidate, head == "trainable", shape)))
         return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    common = {"benchmark": "cpu_head", "shape": shape._asdict(), "dtype": "float32", **_machine()}
+    common = {"benchmark": "cpu_head", "shape": shape._asdict(), "dtype": "float32", **machine()}
     for head in ("frozen", "trainable"):
         for candidate in ("products", *CANDIDATES):
             if candidate == "trl" and importlib.util.find_spec("trl") is None:
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     if importlib.util.find_spec("trl") is not None:
         versions["trl"] = importlib.metadata.version("trl")

@@ -1,0 +1,164 @@
+"""Measure a whole training step on a CPU: this trainer against TRL's DPOTrainer, each in its own process.
+
+    python -m benchmarks.cpu_step OUT.jsonl --pairs pairs.jsonl --tokenizer gpt2
+
+A Llama of hidden size 256, 4 layers, intermediate 768 with the tokenizer's vocabulary and random weights, LoRA r = 16
+on all linear layers, 4 pairs per step, fp32, no gradient checkpointing, reference by switching the adapter off. Both
+trainers get the same pairs in the same order and plain DPO's loss, whose values must agree before a time is reported.
+`--pairs` is what `dpop pairs` writes from GSM8K. TRL takes part where it is installed. A step's time is the minimum
+over the steps after the first; memory is the peak of the resident set, of which "base" was there before training.
+"""
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from benchmarks.cpu_head import machine
+
+NUM_STEPS = 4
+PAIRS_PER_STEP = 4
+BETA = 0.1
+# fp32 sums of log-probs over a few hundred tokens, times β
+LARGEST_LOSS_DIFFERENCE = 1e-4
+
+
+class _StepTimes(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._start)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def measure(candidate: str, pairs_path: str, tokenizer_path: str) -> dict[str, Any]:
+    """One trainer in this process -> step time, memory, losses, tokens."""
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    with open(pairs_path) as file:
+        lines = [next(file) for _ in range(NUM_STEPS * PAIRS_PER_STEP)]
+    records = [{key: json.loads(line)[key] for key in ("prompt", "chosen", "rejected")} for line in lines]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=2048,
+        )
+    )
+    times = _StepTimes()
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "output_dir": folder,
+            "per_device_train_batch_size": PAIRS_PER_STEP,
+            "max_steps": NUM_STEPS,
+            "learning_rate": 1e-4,
+            "beta": BETA,
+            "max_length": 1024,
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": False,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "seed": 0,
+        }
+        arguments = {
+            "model": model,
+            "train_dataset": Dataset.from_list(records),
+            "processing_class": tokenizer,
+            "peft_config": lora,
+            "callbacks": [times],
+        }
+        if candidate == "trl":
+            from trl import DPOConfig, DPOTrainer
+
+            trainer: Any = DPOTrainer(args=DPOConfig(**settings), **arguments)
+        else:
+            from dpop_trainer import DPOPConfig, DPOPTrainer
+
+            layout = {} if candidate == "auto" else {"layout": candidate}
+            trainer = DPOPTrainer(args=DPOPConfig(**settings, loss_type="dpo", **layout), **arguments)
+        base = _peak_mib()
+        trainer.train()
+    return {
+        "candidate": candidate,
+        "seconds_per_step": min(times.seconds[1:]),
+        "all_seconds": times.seconds,
+        "losses": times.losses,
+        "peak_mib": _peak_mib(),
+        "base_mib": base,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.cpu_step", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="JSON lines; records are appended")
+    parser.add_argument("--pairs", required=True, help="JSONL of prompt, chosen, rejected")
+    parser.add_argument("--tokenizer", required=True, help="folder or hub id")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.one:
+        print(json.dumps(measure(options.one, options.pairs, options.tokenizer)))
+        return 0
+    records = []
+    for candidate in ("rows", "tree", "trl"):
+        if candidate == "trl" and importlib.util.find_spec("trl") is None:
+            print("trl        skipped: TRL is not installed")
+            continue
+        command = [sys.executable, "-m", "benchmarks.cpu_step", str(options.out), "--pairs", options.pairs]
+        command += ["--tokenizer", options.tokenizer, "--one", candidate]
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        records.append(json.loads(result.stdout.splitlines()[-1]))
+    difference = max(
+        abs(ours - theirs)
+        for record in records
+        for ours, theirs in zip(record["losses"], records[0]["losses"], strict=True)
+    )
+    if not difference <= LARGEST_LOSS_DIFFERENCE:
+        print(f"The trainers' losses differ by {difference:.1e}: no time is reported.", file=sys.stderr)
+        return 1
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    common = {"benchmark": "cpu_step", "largest_loss_difference": difference, **machine()}
+    with options.out.open("a") as file:
+        for record in records:
+            file.write(json.dumps({**common, **record}) + "\n")
+            print(
+                f"{record['candidate']:10} {record['seconds_per_step']:6.2f} s/step  {record['peak_mib']:6.0f} MiB peak"
+            )
+    return 0
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
