@@ -17,7 +17,11 @@ from dpop_kernels import linear_dpop_loss
 from dpop_kernels.backends import linear_pairs, linear_tiles
 from dpop_kernels.backends.linear_pairs import PairTile, pack_pairs
 
-BACKENDS = ["chunked", "fused"]
+HAS_GPU = torch.cuda.is_available()
+BACKENDS = [
+    "chunked",
+    pytest.param("fused", marks=pytest.mark.skipif(HAS_GPU, reason="CPU tensors take interpreted kernels, set once")),
+]
 VOCAB, HIDDEN = 203, 48
 LENGTHS = [(9, 5), (1, 1), (3, 14), (6, 6), (2, 7)]  # tokens of the chosen and the rejected answer; 54 in all
 PADDED = 16
@@ -36,11 +40,6 @@ def set_tile_rows(monkeypatch, tile_rows, *, vocab_size=VOCAB, itemsize=4):
     num_bytes = (tile_rows + 1) * vocab_size * itemsize - 1
     small = dataclasses.replace(linear_tiles.CPU_TILES, row_tile_bytes=num_bytes, block_rows=7, block_columns=96)
     monkeypatch.setattr(linear_tiles, "CPU_TILES", small)
-
-
-@pytest.fixture
-def _four_products(monkeypatch):
-    monkeypatch.setattr(linear_pairs, "plan_tiles", lambda *_: None)
 
 
 def batch(dtype=torch.float32, *, vocab_size=VOCAB, hidden_size=HIDDEN, lengths=LENGTHS):
@@ -189,7 +188,7 @@ def test_16_bit_products_as_a_gpu_makes_them(backend, monkeypatch):
     assert sixteen_bit == [True] * 6  # 203 columns in blocks of 96, two products each
     assert (loss - expected).abs() <= 15 * 2e-5
     # the interpreter cuts off what a GPU rounds to bf16: an error of up to one last place and not half of one
-    bound = 6e-3 if backend == "fused" and not torch.cuda.is_available() else 3e-3
+    bound = 6e-3 if backend == "fused" else 3e-3
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert relative_error(grad, expected_grad) <= bound
 
@@ -276,12 +275,6 @@ def test_workspace_and_dtype_choose(backend, dtype, tile_rows, expected, monkeyp
         assert relative_error(grad, of_three.double()) <= (1e-5 if dtype == torch.float32 else 3e-3)
 
 
-@pytest.mark.usefixtures("_four_products")
-def test_without_a_plan_it_takes_four():
-    inputs, labels = batch()
-    assert count_products(inputs, labels, references(inputs, labels, GAINS["mixed"])) == 4
-
-
 def test_references_that_want_a_gradient_get_it():
     # Δ is policy minus reference: the gradients of the two sums are opposite, and Σ_pairs of β σ(-z) is that of Δl
     inputs, labels = batch()
@@ -334,6 +327,21 @@ def test_positions_without_a_label_get_no_gradient():
     _, (grad_hidden, _, _) = loss_and_grads(inputs, labels, refs)
     predicts = torch.nn.functional.pad(labels[:, 1:] >= 0, (0, 1))
     assert torch.equal(grad_hidden.abs().sum(-1) > 0, predicts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-3)])
+@pytest.mark.parametrize("backend", ["chunked", "fused"])
+def test_on_a_gpu(backend, dtype, bound):
+    inputs, labels = batch(dtype)
+    refs = references(inputs, labels, GAINS["mixed"])
+    expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
+    on_gpu = [tensor.cuda() for tensor in inputs], labels.cuda(), [ref.cuda() for ref in refs]
+    loss, grads = loss_and_grads(*on_gpu, grad_loss=0.3, backend=backend)
+    assert (loss.cpu() - expected).abs() <= 15 * 2e-5
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert relative_error(grad.cpu(), expected_grad) <= bound
 
 
 def test_pairs_are_packed_in_order():
