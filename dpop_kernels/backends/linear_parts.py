@@ -14,7 +14,6 @@ B have rank R: they are made in fp32 at the cost of R / H of the others. [W, B] 
 A backend brings the arithmetic within a tile: its `tile_forward` and `tile_backward`.
 """
 
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from dpop_kernels.backends.linear_tiles import HeadOptions
+from dpop_kernels.backends.products import accumulator_dtype, chunks, matmul_add, product_dtype, raw_logits
 from dpop_kernels.outputs import TokenStats
 
 # The bounds of `linear_tiles`, for the same reasons: a tile of whole rows, and a backward tile of rows x columns.
@@ -90,15 +90,7 @@ class _Head(NamedTuple):
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> None:
         """u[rows, columns], accumulated in out's dtype and never rounded to a shorter one."""
-        product_dtype = _product_dtype(self.hidden_states)
-        hidden_rows = self.hidden_states[rows].to(product_dtype)
-        for block in _chunks(columns, BLOCK_COLUMNS if self.weight.dtype != product_dtype else None):
-            part = out[:, block.start - columns.start : block.stop - columns.start]
-            weight_block = self.weight[block].to(product_dtype)
-            if product_dtype == out.dtype:
-                torch.mm(hidden_rows, weight_block.T, out=part)
-            else:
-                part.copy_(torch.mm(hidden_rows, weight_block.T, out_dtype=out.dtype))
+        raw_logits(self.hidden_states[rows], self.weight[columns], None, block_columns=BLOCK_COLUMNS, out=out)
         if self.low_rank_states is not None and self.low_rank_weight is not None:
             out.addmm_(self.low_rank_states[rows].to(out.dtype), self.low_rank_weight[columns].to(out.dtype).T)
         if self.bias is not None:
@@ -169,7 +161,7 @@ def _forward(backend, head, local_ids, options, with_stats) -> tuple[Tensor, Ten
     A target of another slice stands in as column 0: the normaliser does not depend on it, and its log-prob is not used.
     """
     num_tokens, vocab_size = head.hidden_states.shape[0], head.weight.shape[0]
-    acc_dtype = _accumulator_dtype(head.hidden_states)
+    acc_dtype = accumulator_dtype(head.hidden_states)
     column_ids = torch.where((local_ids >= 0) & (local_ids < vocab_size), local_ids, 0)
     logps = head.hidden_states.new_empty(num_tokens, dtype=acc_dtype)
     lse = head.hidden_states.new_empty(num_tokens, dtype=torch.float64)
@@ -178,7 +170,7 @@ def _forward(backend, head, local_ids, options, with_stats) -> tuple[Tensor, Ten
         stats = TokenStats(torch.empty_like(logps), torch.empty_like(logps), torch.empty_like(logps, dtype=torch.bool))
     tile_rows = max(1, min(ROW_TILE_BYTES // (vocab_size * acc_dtype.itemsize), num_tokens))
     buffer = head.hidden_states.new_empty(tile_rows, vocab_size, dtype=acc_dtype)
-    for rows in _chunks(slice(0, num_tokens), tile_rows):
+    for rows in chunks(num_tokens, tile_rows):
         tile = buffer[: rows.stop - rows.start]
         head.logits(rows, slice(0, vocab_size), out=tile)
         logps[rows], lse[rows], tile_stats = backend.tile_forward(tile, column_ids[rows], options, with_stats)
@@ -222,7 +214,7 @@ def _backward(backend, head, local_ids, logps, lse, grad_logps, options, needs_i
     """
     needs_hidden, needs_weight, needs_bias, needs_states, needs_low_rank = needs_input_grad
     num_tokens, vocab_size = head.hidden_states.shape[0], head.weight.shape[0]
-    acc_dtype, product_dtype = logps.dtype, _product_dtype(head.hidden_states)
+    acc_dtype, dtype = logps.dtype, product_dtype(head.hidden_states)
     grads = _HeadGrads(
         head.hidden_states.new_zeros(head.hidden_states.shape, dtype=acc_dtype) if needs_hidden else None,
         torch.empty_like(head.weight, memory_format=torch.contiguous_format) if needs_weight else None,
@@ -232,16 +224,16 @@ def _backward(backend, head, local_ids, logps, lse, grad_logps, options, needs_i
     )
     grad_logps = grad_logps.to(acc_dtype).contiguous()
     buffer = head.hidden_states.new_empty(min(BLOCK_ROWS, num_tokens), min(BLOCK_COLUMNS, vocab_size), dtype=acc_dtype)
-    for columns in _chunks(slice(0, vocab_size), BLOCK_COLUMNS):
+    for columns in chunks(vocab_size, BLOCK_COLUMNS):
         num_columns = columns.stop - columns.start
-        weight_block = head.weight[columns].to(product_dtype)
+        weight_block = head.weight[columns].to(dtype)
         grad_weight = weight_block.new_zeros(weight_block.shape, dtype=acc_dtype) if needs_weight else None
         grad_bias = weight_block.new_zeros(num_columns, dtype=acc_dtype) if needs_bias else None
         low_rank_block, grad_low_rank = None, None
         if head.low_rank_weight is not None:
             low_rank_block = head.low_rank_weight[columns].to(acc_dtype)
             grad_low_rank = torch.zeros_like(low_rank_block) if needs_low_rank else None
-        for rows in _chunks(slice(0, num_tokens), BLOCK_ROWS):
+        for rows in chunks(num_tokens, BLOCK_ROWS):
             tile = buffer.view(-1)[: (rows.stop - rows.start) * num_columns].view(-1, num_columns)
             head.logits(rows, columns, out=tile)
             backend.tile_backward(
@@ -260,35 +252,13 @@ def _backward(backend, head, local_ids, logps, lse, grad_logps, options, needs_i
                 grads.low_rank_states[rows].addmm_(tile, low_rank_block)
             if grad_low_rank is not None:
                 grad_low_rank.addmm_(tile.T, head.low_rank_states[rows].to(acc_dtype))
-            grad_tile = tile.to(product_dtype)
+            grad_tile = tile.to(dtype)
             if grads.hidden_states is not None:
-                _mm_accumulate(grads.hidden_states[rows], grad_tile, weight_block)
+                matmul_add(grads.hidden_states[rows], grad_tile, weight_block)
             if grad_weight is not None:
-                _mm_accumulate(grad_weight, grad_tile.T, head.hidden_states[rows].to(product_dtype))
+                matmul_add(grad_weight, grad_tile.T, head.hidden_states[rows].to(dtype))
         blocks = [(grads.weight, grad_weight), (grads.bias, grad_bias), (grads.low_rank_weight, grad_low_rank)]
         for whole, block in blocks:
             if whole is not None:
                 whole[columns] = block
     return grads
-
-
-def _mm_accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += torch.mm(left, right, out_dtype=total.dtype)
-
-
-def _accumulator_dtype(hidden_states: Tensor) -> torch.dtype:
-    return torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-
-
-def _product_dtype(hidden_states: Tensor) -> torch.dtype:
-    """As in `linear_tiles`: a CPU product of 16-bit inputs would round its output, so there they are widened."""
-    return hidden_states.dtype if hidden_states.is_cuda else _accumulator_dtype(hidden_states)
-
-
-def _chunks(span: slice, size: int | None) -> Iterator[slice]:
-    """`span` in slices of at most `size`; in one for None."""
-    size = size or max(1, span.stop - span.start)
-    return (slice(start, min(start + size, span.stop)) for start in range(span.start, span.stop, size))

@@ -14,7 +14,6 @@ The *unit gradient* of row n is d logp[n] / d (h Wᵀ + bias)[n] = slope · (one
 one factor per row and nothing else, so it can be formed before the loss is known.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,6 +21,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpop_kernels.backends.products import (
+    accumulator_dtype,
+    chunks,
+    matmul,
+    matmul_add,
+    product_dtype,
+    raw_logits,
+    weight_blocks,
+)
 from dpop_kernels.outputs import TokenStats
 
 
@@ -145,15 +153,15 @@ class _LinearTokenLogps(torch.autograd.Function):
 
 def _forward(ops, hidden_states, weight, bias, target_ids, options, with_stats):
     """-> logps [N], (entropy, mean_logit, is_top1) or (), lse [N] fp64."""
-    acc_dtype = _accumulator_dtype(hidden_states)
+    acc_dtype = accumulator_dtype(hidden_states)
     num_tokens = hidden_states.shape[0]
     logps = hidden_states.new_empty(num_tokens, dtype=acc_dtype)
     lse = hidden_states.new_empty(num_tokens, dtype=torch.float64)
     stats = _empty_stats(logps) if with_stats else ()
     tile_buffer = _row_tile(hidden_states, weight, acc_dtype)
-    for rows in _chunks(num_tokens, tile_buffer.shape[0]):
+    for rows in chunks(num_tokens, tile_buffer.shape[0]):
         tile = tile_buffer[: rows.stop - rows.start]
-        _raw_logits(hidden_states[rows], weight, bias, out=tile)
+        raw_logits(hidden_states[rows], weight, bias, block_columns=CPU_TILES.block_columns, out=tile)
         logps[rows], lse[rows], tile_stats = ops.forward(tile, target_ids[rows], options, with_stats)
         _store_stats(stats, rows, tile_stats)
     return logps, stats, lse
@@ -161,18 +169,18 @@ def _forward(ops, hidden_states, weight, bias, target_ids, options, with_stats):
 
 def _forward_frozen(ops, hidden_states, weight, bias, target_ids, options, with_stats):
     """-> logps [N], (entropy, mean_logit, is_top1) or (), unit gradient x W [N, H] in the hidden states' dtype."""
-    acc_dtype = _accumulator_dtype(hidden_states)
+    acc_dtype = accumulator_dtype(hidden_states)
     num_tokens = hidden_states.shape[0]
     logps = hidden_states.new_empty(num_tokens, dtype=acc_dtype)
     stats = _empty_stats(logps) if with_stats else ()
     unit_grad = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     tile_buffer = _row_tile(hidden_states, weight, acc_dtype)
-    takes_product_dtype = _product_dtype(hidden_states) != acc_dtype
+    takes_product_dtype = product_dtype(hidden_states) != acc_dtype
     grad_buffer = tile_buffer.new_empty(tile_buffer.shape, dtype=hidden_states.dtype) if takes_product_dtype else None
-    for rows in _chunks(num_tokens, tile_buffer.shape[0]):
+    for rows in chunks(num_tokens, tile_buffer.shape[0]):
         num_rows = rows.stop - rows.start
         tile = tile_buffer[:num_rows]
-        _raw_logits(hidden_states[rows], weight, bias, out=tile)
+        raw_logits(hidden_states[rows], weight, bias, block_columns=CPU_TILES.block_columns, out=tile)
         grad_tile = tile if grad_buffer is None else grad_buffer[:num_rows]
         logps[rows], tile_stats = ops.forward_gradient(tile, target_ids[rows], options, with_stats, out=grad_tile)
         _store_stats(stats, rows, tile_stats)
@@ -191,23 +199,23 @@ def _backward_trainable(
     needs_hidden, needs_weight, needs_bias = needs_input_grad
     acc_dtype = logps.dtype
     num_tokens, (vocab_size, _) = hidden_states.shape[0], weight.shape
-    tiles = _tile_shape(hidden_states)
-    product_dtype = _product_dtype(hidden_states)
+    tiles = tile_shape(hidden_states)
+    dtype = product_dtype(hidden_states)
     grad_hidden = hidden_states.new_zeros(hidden_states.shape, dtype=acc_dtype) if needs_hidden else None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
     grad_bias = torch.empty_like(bias) if needs_bias else None
     grad_logps = grad_logps.to(acc_dtype).contiguous()
     tile_buffer = hidden_states.new_empty(min(tiles.block_rows, num_tokens), tiles.block_columns, dtype=acc_dtype)
-    for columns in _chunks(vocab_size, tiles.block_columns):
+    for columns in chunks(vocab_size, tiles.block_columns):
         num_columns = columns.stop - columns.start
-        weight_block = weight[columns].to(product_dtype)
+        weight_block = weight[columns].to(dtype)
         bias_block = None if bias is None else bias[columns]
         grad_weight_block = weight_block.new_zeros(weight_block.shape, dtype=acc_dtype) if needs_weight else None
         grad_bias_block = hidden_states.new_zeros(num_columns, dtype=acc_dtype) if needs_bias else None
-        for rows in _chunks(num_tokens, tiles.block_rows):
+        for rows in chunks(num_tokens, tiles.block_rows):
             tile = tile_buffer.view(-1)[: (rows.stop - rows.start) * num_columns].view(-1, num_columns)
-            hidden_rows = hidden_states[rows].to(product_dtype)
-            _mm(hidden_rows, weight_block.T, out=tile)
+            hidden_rows = hidden_states[rows].to(dtype)
+            matmul(hidden_rows, weight_block.T, out=tile)
             if bias_block is not None:
                 tile.add_(bias_block)
             ops.block_gradient(
@@ -215,26 +223,16 @@ def _backward_trainable(
             )
             if grad_bias_block is not None:
                 grad_bias_block += tile.sum(dim=0)
-            grad_tile = tile.to(product_dtype)
+            grad_tile = tile.to(dtype)
             if grad_hidden is not None:
-                _mm_accumulate(grad_hidden[rows], grad_tile, weight_block)
+                matmul_add(grad_hidden[rows], grad_tile, weight_block)
             if grad_weight_block is not None:
-                _mm_accumulate(grad_weight_block, grad_tile.T, hidden_rows)
+                matmul_add(grad_weight_block, grad_tile.T, hidden_rows)
         if grad_weight is not None and grad_weight_block is not None:
             grad_weight[columns] = grad_weight_block
         if grad_bias is not None and grad_bias_block is not None:
             grad_bias[columns] = grad_bias_block
     return None if grad_hidden is None else grad_hidden.to(hidden_states.dtype), grad_weight, grad_bias
-
-
-def _raw_logits(hidden_rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """h Wᵀ + bias [R, V] with fp32 accumulators that are never rounded to a shorter dtype."""
-    product_dtype = _product_dtype(hidden_rows)
-    hidden_rows = hidden_rows.to(product_dtype)
-    for columns in _weight_blocks(weight, product_dtype):
-        _mm(hidden_rows, weight[columns].to(product_dtype).T, out=out[:, columns])
-    if bias is not None:
-        out.add_(bias)
 
 
 def _times_weight(grad_tile: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -243,55 +241,20 @@ def _times_weight(grad_tile: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(grad_tile, weight, out=out)
         return
     total = grad_tile.new_zeros(out.shape)
-    for columns in _weight_blocks(weight, grad_tile.dtype):
+    for columns in weight_blocks(weight, grad_tile.dtype, CPU_TILES.block_columns):
         total.addmm_(grad_tile[:, columns], weight[columns].to(grad_tile.dtype))
     out.copy_(total)
 
 
-def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    elif out.is_contiguous():
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.mm(left, right, out_dtype=out.dtype))
-
-
-def _mm_accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += torch.mm(left, right, out_dtype=total.dtype)
-
-
-def _accumulator_dtype(hidden_states: Tensor) -> torch.dtype:
-    return torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-
-
-def _product_dtype(hidden_states: Tensor) -> torch.dtype:
-    """What the matrix products take: on a GPU the input's own dtype, with fp32 output; a CPU product of 16-bit
-    inputs would round its output to 16 bits, so there they are widened, a block of W at a time."""
-    return hidden_states.dtype if hidden_states.is_cuda else _accumulator_dtype(hidden_states)
-
-
-def _tile_shape(hidden_states: Tensor) -> TileShape:
+def tile_shape(hidden_states: Tensor) -> TileShape:
+    """The bounds on the device of the hidden states."""
     return GPU_TILES if hidden_states.is_cuda else CPU_TILES
 
 
 def _row_tile(hidden_states: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     num_tokens, vocab_size = hidden_states.shape[0], weight.shape[0]
-    rows = _tile_shape(hidden_states).row_tile_bytes // (vocab_size * dtype.itemsize)
+    rows = tile_shape(hidden_states).row_tile_bytes // (vocab_size * dtype.itemsize)
     return hidden_states.new_empty(max(1, min(rows, num_tokens)), vocab_size, dtype=dtype)
-
-
-def _weight_blocks(weight: Tensor, product_dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of the vocabulary: one for all where W already has the product's dtype, else blocks to convert."""
-    vocab_size = weight.shape[0]
-    return _chunks(vocab_size, vocab_size if weight.dtype == product_dtype else CPU_TILES.block_columns)
-
-
-def _chunks(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def _empty_stats(logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,377 @@
+"""linear_dpop_loss with a trainable head: three products where pairs fit the workspace, the same numbers everywhere.
+
+Truth is the reference backend in fp64 on the same inputs. References lie a nat from the policy's own sums, so that z is
+where σ is flat (hinge active, z = -15 or so) or the slope is β alone: the loss's own condition number, up to βλ = 15
+times the error of a sum, then stays out of the comparison of gradients.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from truth import head_inputs, relative_error, value_and_grads
+
+from dpop_kernels import linear_dpop_loss
+from dpop_kernels.backends import linear_pairs, linear_tiles
+from dpop_kernels.backends.linear_pairs import PairTile, pack_pairs
+
+HAS_GPU = torch.cuda.is_available()
+BACKENDS = [
+    "chunked",
+    pytest.param("fused", marks=pytest.mark.skipif(HAS_GPU, reason="CPU tensors take interpreted kernels, set once")),
+]
+VOCAB, HIDDEN = 203, 48
+LENGTHS = [(9, 5), (1, 1), (3, 14), (6, 6), (2, 7)]  # tokens of the chosen and the rejected answer; 54 in all
+PADDED = 16
+TRANSFORMS = {"plain": {}, "scaled": {"logit_scale": 0.5}, "softcapped": {"logit_scale": 1.5, "softcap": 12.0}}
+TILE_ROWS = {"one_tile": 54, "several_tiles": 20}  # 20 rows: pairs of 14 + 2, 17, 12 and 9 tokens
+GAINS = {"active": [-1.0], "inactive": [0.5], "mixed": [-1.0, 0.5]}  # Δw of the pairs, by turns
+
+
+@pytest.fixture(params=TILE_ROWS)
+def _tiling(request, monkeypatch):
+    set_tile_rows(monkeypatch, TILE_ROWS[request.param])
+
+
+def set_tile_rows(monkeypatch, tile_rows, *, vocab_size=VOCAB, itemsize=4):
+    """A workspace of so many rows of logits and all but one byte of another; W is converted in ragged blocks."""
+    num_bytes = (tile_rows + 1) * vocab_size * itemsize - 1
+    small = dataclasses.replace(linear_tiles.CPU_TILES, row_tile_bytes=num_bytes, block_rows=7, block_columns=96)
+    monkeypatch.setattr(linear_tiles, "CPU_TILES", small)
+
+
+def batch(dtype=torch.float32, *, vocab_size=VOCAB, hidden_size=HIDDEN, lengths=LENGTHS):
+    """[hidden_states, weight, bias] and labels: a prompt of one or two tokens, padding behind, peaked logits."""
+    answers = [chosen for chosen, _ in lengths] + [rejected for _, rejected in lengths]
+    rows, weight, target_ids = head_inputs(sum(answers), vocab_size, hidden_size, dtype)
+    hidden_states = torch.randn(len(answers), PADDED, hidden_size).to(dtype)
+    labels = torch.full((len(answers), PADDED), -100)
+    start = 0
+    for row, length in enumerate(answers):
+        first = row % 2
+        hidden_states[row, first : first + length] = rows[start : start + length]
+        labels[row, first + 1 : first + 1 + length] = target_ids[start : start + length]
+        start += length
+    return [hidden_states, weight, torch.randn(vocab_size).to(dtype)], labels
+
+
+def references(inputs, labels, gains, *, logit_scale=1.0, softcap=None):
+    """Reference sums [B], [B] in the precision of the loss: Δw is `gains` by turns, Δl is 0.25."""
+    hidden_states, weight, bias = (tensor.double() for tensor in inputs)
+    logits = logit_scale * (hidden_states @ weight.T + bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    token_logps = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    chosen, rejected = torch.where(labels[:, 1:] >= 0, token_logps, 0).sum(1).chunk(2)
+    turns = torch.tensor([gains[pair % len(gains)] for pair in range(len(chosen))], dtype=torch.float64)
+    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    return (chosen - turns).to(dtype), (rejected - 0.25).to(dtype)
+
+
+def loss_and_grads(inputs, labels, refs, *, grad_loss=1.0, reduction="mean", **options):
+    """Loss, and the gradients of hidden states, weight and bias."""
+
+    def function(hidden_states, weight, bias):
+        return linear_dpop_loss(hidden_states, weight, labels, *refs, bias=bias, reduction=reduction, **options)
+
+    grad_output = torch.tensor(grad_loss)
+    if reduction == "none":
+        grad_output = grad_output * torch.linspace(-1, 2, len(refs[0]))
+    return value_and_grads(function, inputs, grad_output)
+
+
+def truth(inputs, labels, refs, **options):
+    doubles = [tensor.double() for tensor in inputs]
+    return loss_and_grads(doubles, labels, [ref.double() for ref in refs], backend="reference", **options)
+
+
+class CountedProducts(TorchDispatchMode):
+    """FLOP of the matrix products made within, in units of one product of the head, 2·N·H·V."""
+
+    def __init__(self):
+        super().__init__()
+        self.flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            left, right = args[:2] if name == "aten::mm" else args[1:3]
+            self.flop += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def products(self):
+        return self.flop / (2 * sum(map(sum, LENGTHS)) * HIDDEN * VOCAB)
+
+
+def count_products(inputs, labels, refs, *, trained=(True, True, True), backend="chunked", **options):
+    hidden_states, weight, bias = (
+        tensor.detach().clone().requires_grad_(needed) for tensor, needed in zip(inputs, trained, strict=True)
+    )
+    with CountedProducts() as counted:
+        loss = linear_dpop_loss(hidden_states, weight, labels, *refs, bias=bias, backend=backend, **options)
+        if loss.requires_grad:
+            loss.sum().backward()
+    return counted.products
+
+
+@pytest.mark.usefixtures("_tiling")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("hinge", GAINS)
+def test_equals_fp64(backend, transform, hinge):
+    options = TRANSFORMS[transform]
+    inputs, labels = batch()
+    refs = references(inputs, labels, GAINS[hinge], **options)
+    expected, expected_grads = truth(inputs, labels, refs, **options)
+    loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, **options)
+    assert loss.dtype == torch.float32
+    # βλ = 15 multiplies the fp32 error of the sums
+    assert (loss - expected).abs() <= 15 * 2e-5
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert relative_error(grad, expected_grad) <= 1e-5
+
+
+@pytest.mark.usefixtures("_tiling")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_any_reduction_and_any_incoming_gradient(backend, reduction):
+    inputs, labels = batch()
+    refs = references(inputs, labels, GAINS["mixed"])
+    options = {"grad_loss": -0.3, "reduction": reduction}
+    expected, expected_grads = truth(inputs, labels, refs, **options)
+    loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, **options)
+    assert loss.shape == expected.shape
+    assert ((loss - expected).abs() <= 15 * 2e-5 * (len(LENGTHS) if reduction == "sum" else 1)).all()
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert relative_error(grad, expected_grad) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16(backend):
+    inputs, labels = batch(torch.bfloat16)
+    refs = references(inputs, labels, GAINS["mixed"])
+    assert count_products(inputs, labels, refs, backend=backend) == 3
+    expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
+    loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, grad_loss=0.3)
+    assert loss.dtype == torch.float32
+    assert (loss - expected).abs() <= 15 * 2e-5
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == torch.bfloat16
+        assert relative_error(grad, expected_grad) <= 3e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_16_bit_products_as_a_gpu_makes_them(backend, monkeypatch):
+    # a CPU widens 16-bit factors; here they stay, so that the gradient of the logits is rounded block by block
+    sixteen_bit = []
+
+    def matmul(left, right, *, out):
+        sixteen_bit.append(left.dtype == right.dtype == torch.bfloat16)
+        out.copy_(left.float() @ right.float())
+
+    def matmul_add(total, left, right):
+        sixteen_bit.append(left.dtype == right.dtype == torch.bfloat16)
+        total += left.float() @ right.float()
+
+    monkeypatch.setattr(linear_pairs, "product_dtype", lambda tensor: tensor.dtype)
+    monkeypatch.setattr(linear_pairs, "matmul", matmul)
+    monkeypatch.setattr(linear_pairs, "matmul_add", matmul_add)
+    set_tile_rows(monkeypatch, 54)
+    inputs, labels = batch(torch.bfloat16)
+    refs = references(inputs, labels, GAINS["mixed"])
+    expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
+    loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, grad_loss=0.3)
+    assert sixteen_bit == [True] * 6  # 203 columns in blocks of 96, two products each
+    assert (loss - expected).abs() <= 15 * 2e-5
+    # the interpreter cuts off what a GPU rounds to bf16: an error of up to one last place and not half of one
+    bound = 6e-3 if backend == "fused" else 3e-3
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert relative_error(grad, expected_grad) <= bound
+
+
+def test_fp64_and_gradcheck(monkeypatch):
+    lengths = [(3, 2), (1, 4)]
+    set_tile_rows(monkeypatch, 5, vocab_size=11, itemsize=8)
+    inputs, labels = batch(torch.float64, vocab_size=11, hidden_size=4, lengths=lengths)
+    refs = references(inputs, labels, [-0.05, 0.5], logit_scale=0.7, softcap=5.0)
+    assert linear_pairs.plan_tiles(inputs[0].flatten(0, 1), inputs[1], [5, 5]) is not None
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+
+    def function(hidden_states, weight, bias, reduction="mean"):
+        return linear_dpop_loss(
+            hidden_states, weight, labels, *refs, bias=bias, logit_scale=0.7, softcap=5.0, reduction=reduction
+        )
+
+    assert function(*leaves).dtype == torch.float64
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(lambda *leaves: -2.5 * function(*leaves, reduction="sum"), leaves)
+    frozen = [tensor.detach() for tensor in leaves]
+    assert torch.autograd.gradcheck(lambda weight: function(frozen[0], weight, frozen[2]), leaves[1:2])
+    assert torch.autograd.gradcheck(lambda bias: function(*frozen[:2], bias), leaves[2:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_tie_has_slope_zero(backend, monkeypatch):
+    # with its own sums as references Δw is exactly 0, z too, and the slopes are ∓β σ(0) = ∓0.15 without any λ
+    seen = []
+    original = linear_pairs._losses_and_slopes
+
+    def spy(losses_of_sums, sums, pairs):
+        losses, slopes = original(losses_of_sums, sums, pairs)
+        seen.append((sums, losses, slopes))
+        return losses, slopes
+
+    monkeypatch.setattr(linear_pairs, "_losses_and_slopes", spy)
+    inputs, labels = batch()
+    loss_and_grads(inputs, labels, torch.zeros(2, len(LENGTHS)), backend=backend)
+    own_sums = seen[0][0]
+    loss_and_grads(inputs, labels, own_sums.unbind(-1), backend=backend)
+    _, losses, slopes = seen[1]
+    assert losses == pytest.approx(torch.full((5,), math.log(2)))
+    assert slopes == pytest.approx(torch.tensor([[-0.15, 0.15]]).expand(5, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products(backend):
+    inputs, labels = batch()
+    refs = references(inputs, labels, GAINS["mixed"])
+    count = lambda **options: count_products(inputs, labels, refs, backend=backend, **options)  # noqa: E731
+    assert count() == 3
+    assert count(trained=(True, True, False)) == 3
+    assert count(trained=(False, True, False)) == 2  # no gradient of the hidden states
+    assert count(trained=(True, False, True)) == 2  # the bias alone: no gradient of W
+    assert count(trained=(True, False, False)) == 2  # frozen
+    assert count(trained=(False, False, False)) == 1
+    assert count(reduction="none") == 4
+    with torch.no_grad():
+        assert count() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "tile_rows", "expected"),
+    [
+        (torch.float32, 54, 3),
+        (torch.float32, 17, 3),  # the longest pair, alone
+        (torch.float32, 16, 4),
+        (torch.bfloat16, 54, 3),
+        (torch.bfloat16, 53, 4),  # W's gradient would need an accumulator
+        (torch.float16, 54, 4),  # the loss scale must come before the rounding
+    ],
+)
+def test_workspace_and_dtype_choose(backend, dtype, tile_rows, expected, monkeypatch):
+    inputs, labels = batch(dtype)
+    refs = references(inputs, labels, GAINS["mixed"])
+    three, three_grads = loss_and_grads(inputs, labels, refs, backend=backend)
+    set_tile_rows(monkeypatch, tile_rows)
+    assert count_products(inputs, labels, refs, backend=backend) == expected
+    loss, grads = loss_and_grads(inputs, labels, refs, backend=backend)
+    assert (loss - three).abs() <= 15 * 2e-5
+    for grad, of_three in zip(grads, three_grads, strict=True):
+        assert relative_error(grad, of_three.double()) <= (1e-5 if dtype == torch.float32 else 3e-3)
+
+
+def test_references_that_want_a_gradient_get_it():
+    # Δ is policy minus reference: the gradients of the two sums are opposite, and Σ_pairs of β σ(-z) is that of Δl
+    inputs, labels = batch()
+    ref_chosen, ref_rejected = (ref.requires_grad_() for ref in references(inputs, labels, GAINS["active"]))
+    inputs[1].requires_grad_()
+    linear_dpop_loss(*inputs[:2], labels, ref_chosen, ref_rejected, bias=inputs[2], reduction="sum").backward()
+    # z = 0.3 · (-1 - 0.25 - 50) = -15.4: σ(-z) is 1 to 2e-7
+    assert ref_chosen.grad == pytest.approx(torch.full((5,), 0.3 * 51), rel=1e-5)
+    assert ref_rejected.grad == pytest.approx(torch.full((5,), -0.3), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_retained_graph_gives_the_same_gradient_again(dtype):
+    (hidden_states, weight, bias), labels = batch(dtype)
+    refs = references([hidden_states, weight, bias], labels, GAINS["mixed"])
+    leaves = [tensor.requires_grad_() for tensor in (hidden_states, weight, bias)]
+    loss = linear_dpop_loss(hidden_states, weight, labels, *refs, bias=bias)
+    first = torch.autograd.grad(0.3 * loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(0.3 * loss, leaves)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_same_input_same_bits():
+    inputs, labels = batch()
+    refs = references(inputs, labels, GAINS["mixed"])
+    one, other = (loss_and_grads(inputs, labels, refs) for _ in range(2))
+    assert torch.equal(one[0], other[0])
+    assert all(torch.equal(*pair) for pair in zip(one[1], other[1], strict=True))
+
+
+def test_autocast_casts_as_torch_linear_does():
+    inputs, labels = batch()
+    short = [tensor.bfloat16() for tensor in inputs]
+    refs = references(short, labels, GAINS["mixed"])
+    expected, expected_grads = loss_and_grads(short, labels, refs)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, grads = loss_and_grads(inputs, labels, refs)
+        products = count_products(inputs, labels, refs)
+    assert products == 3
+    assert torch.equal(loss, expected)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad.bfloat16(), expected_grad)
+
+
+def test_positions_without_a_label_get_no_gradient():
+    inputs, labels = batch()
+    refs = references(inputs, labels, GAINS["active"])
+    _, (grad_hidden, _, _) = loss_and_grads(inputs, labels, refs)
+    predicts = torch.nn.functional.pad(labels[:, 1:] >= 0, (0, 1))
+    assert torch.equal(grad_hidden.abs().sum(-1) > 0, predicts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-3)])
+@pytest.mark.parametrize("backend", ["chunked", "fused"])
+def test_on_a_gpu(backend, dtype, bound):
+    inputs, labels = batch(dtype)
+    refs = references(inputs, labels, GAINS["mixed"])
+    expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
+    on_gpu = [tensor.cuda() for tensor in inputs], labels.cuda(), [ref.cuda() for ref in refs]
+    loss, grads = loss_and_grads(*on_gpu, grad_loss=0.3, backend=backend)
+    assert (loss.cpu() - expected).abs() <= 15 * 2e-5
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert relative_error(grad.cpu(), expected_grad) <= bound
+
+
+def test_pairs_are_packed_in_order():
+    assert pack_pairs([3, 4, 2], 9) == [PairTile(slice(0, 3), slice(0, 9))]
+    assert pack_pairs([3, 4, 2], 8) == [PairTile(slice(0, 2), slice(0, 7)), PairTile(slice(2, 3), slice(7, 9))]
+    assert pack_pairs([3, 4, 2], 4) == [
+        PairTile(slice(0, 1), slice(0, 3)),
+        PairTile(slice(1, 2), slice(3, 7)),
+        PairTile(slice(2, 3), slice(7, 9)),
+    ]
+    assert pack_pairs([3, 4, 2], 3) is None
+
+
+def test_workspace():
+    # 64 MiB are 524 rows of 32000 fp32 logits; on a GPU the tile may be as large as W in fp32, which is H rows
+    weight = torch.empty(32000, 1024, device="meta")
+    assert linear_pairs._tile_rows(torch.empty(1, 1024, device="meta"), weight) == 524
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta").as_subclass(OnGpu)
+    assert linear_pairs._tile_rows(weight[:1], weight) == 4096
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_bad_references_are_named(i):
+    (hidden_states, weight, _), labels = batch()
+    refs = [torch.zeros(5), torch.zeros(5)]
+    refs[i] = torch.zeros(6)
+    name = ("ref_chosen_logps", "ref_rejected_logps")[i]
+    with pytest.raises(ValueError, match=rf"{name}: expected shape \[5\], one sum for each pair of rows, got \[6\]"):
+        linear_dpop_loss(hidden_states, weight.requires_grad_(), labels, *refs)
