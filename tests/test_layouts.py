@@ -348,6 +348,20 @@ def test_a_window_that_is_not_used_is_no_obstacle():
     assert tree_obstacle(build("Qwen2Config", {"sliding_window": 8, "use_sliding_window": False})) is None
 
 
+@pytest.mark.parametrize("config_class", ["MistralConfig", "Gemma2Config"])
+def test_a_window_longer_than_any_sequence_is_no_obstacle(config_class):
+    # the longest of the pairs' sequences is the low edit's: 7 prompt and 7 answer tokens
+    model = build(config_class, {"sliding_window": 14, "head_dim": 8})
+    assert tree_obstacle(model, max_length=14) is None
+    assert "sliding" in str(tree_obstacle(model, max_length=15))
+    assert "sliding" in str(tree_obstacle(model))
+    rows = PairCollator(pad_token_id=PAD)
+    expected = run(model, rows, edge_pairs(), ref_shift=0.5)
+    tree = replace(rows, layout="tree")
+    assert tree(edge_pairs())["input_ids"].shape[1] == 14 + 5  # a tail of 5 more: longer than the window
+    assert_same(run(model, tree, edge_pairs(), ref_shift=0.5), expected, 1e-5)
+
+
 def test_attention_without_a_mask_of_its_own_uses_rows(caplog):
     model = family("llama")
     model.config._attn_implementation = "flash_attention_2"
@@ -424,7 +438,7 @@ def test_weights_that_are_not_loaded_cannot_be_compared(caplog):
 # ---- training
 
 
-def train(tmp_path, layout, *, records=None, **overrides):
+def train(tmp_path, layout, *, model=None, records=None, **overrides):
     settings = {
         "output_dir": str(tmp_path / layout),
         "per_device_train_batch_size": 3,
@@ -442,7 +456,7 @@ def train(tmp_path, layout, *, records=None, **overrides):
         **overrides,
     }
     trainer = DPOPTrainer(
-        tiny_llama(),
+        model if model is not None else tiny_llama(),
         args=DPOPConfig(layout=layout, **settings),
         train_dataset=Dataset.from_list(records if records is not None else token_pairs()),
         processing_class=word_tokenizer(),
@@ -461,6 +475,17 @@ def test_training_is_the_same_in_any_layout(tmp_path, loss_type):
     assert tree[0]["dpop/step_0_max_logratio"] == tree[0]["dpop/active_fraction"] == 0.0
     for key in ("logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "logits/chosen"):
         assert tree[0][key] == pytest.approx(rows[0][key], rel=1e-5)
+
+
+def test_auto_trains_as_it_should_in_either_case(tmp_path, caplog):
+    # tiny_llama runs trees, here under gradient checkpointing; the same model in a window of 8 runs rows
+    expected = [line["loss"] for line in train(tmp_path, "rows", max_steps=3)]
+    auto = train(tmp_path, "auto", max_steps=3, gradient_checkpointing=True)
+    assert [line["loss"] for line in auto] == pytest.approx(expected, rel=1e-4)
+    assert auto[0]["tokens/computed_ratio"] < 1
+    windowed = train(tmp_path, "auto", model=build("MistralConfig", {"sliding_window": 8}), max_steps=1)
+    assert windowed[0]["tokens/computed_ratio"] == 1
+    assert "Layout: two rows per pair, not a tree: mistral attends within a sliding window of 8" in caplog.text
 
 
 def test_reference_columns_hold_for_any_layout(tmp_path):
@@ -487,7 +512,7 @@ def test_trainer_refuses_a_tree_by_name(tmp_path):
     config = DPOPConfig(output_dir=str(tmp_path), layout="tree", use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match=r"layout: expected models that can run 'tree'.*sliding window of 8"):
         DPOPTrainer(
-            build("MistralConfig", {"sliding_window": 8}),
+            build("MistralConfig", {"sliding_window": 8}),  # max_length is 1024
             args=config,
             train_dataset=Dataset.from_list(token_pairs()),
             processing_class=word_tokenizer(),

@@ -53,6 +53,8 @@ def choose_layout(
     reference: ScoredModel | None,
     collator: PairCollator,
     records: list[dict[str, Any]],
+    *,
+    max_length: int | None = None,
 ) -> Layout:
     """The layout of a run, from what is asked for and what its models can run; logs in one line which and why.
 
@@ -62,6 +64,7 @@ def choose_layout(
         reference: the reference model, where it is another than the policy or its copy.
         collator: as the run uses it, whatever its layout.
         records: a few tokenised pairs for the probe.
+        max_length: of prompt + answer, in tokens, in all of the run's data; None where there is no bound.
 
     Returns:
         "rows"; "tree"; or "auto": the cheaper for each batch, where trees are right.
@@ -72,7 +75,7 @@ def choose_layout(
     if asked == "rows":
         return "rows"
     models = [policy] if reference is None else [policy, reference]
-    obstacle = _obstacle_of_kind(models)
+    obstacle = _obstacle_of_kind(models, max_length)
     is_absent = any(p.is_meta or not p.numel() for model, _ in models for p in model.parameters())
     if obstacle is None and is_absent:
         if asked == "tree":
@@ -94,19 +97,27 @@ def choose_layout(
     return "rows"
 
 
-def tree_obstacle(model: nn.Module) -> str | None:
-    """Why a model cannot run trees, as far as its kind tells; None where nothing speaks against it."""
+def tree_obstacle(model: nn.Module, *, max_length: int | None = None) -> str | None:
+    """Why a model cannot run trees, as far as its kind tells; None where nothing speaks against it.
+
+    Args:
+        model: a causal LM, or a peft model around one.
+        max_length: of prompt + answer in tokens. A sliding window no shorter than this hides nothing.
+    """
     base = _base_model(model)
     config = base.config.get_text_config()
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         return f"attn_implementation {attention!r} takes no mask of its own (sdpa and eager do)"
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = {str(kind) for name in ("layer_types", "attention_layers") for kind in getattr(config, name, None) or ()}
-    others = sorted(kinds - {"full_attention", "global"})
-    if others:
-        return f"{config.model_type} has layers of another kind than full attention: {', '.join(others)}"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
+    plain = {"full_attention", "global"}
+    if window is not None and max_length is not None and window >= max_length:
+        window, plain = None, plain | {"sliding_attention"}
+    if kinds - plain:
+        others = ", ".join(sorted(kinds - plain))
+        return f"{config.model_type} has layers of another kind than full attention: {others}"
+    if window is not None:
         return f"{config.model_type} attends within a sliding window of {window}, which a tree's columns would shift"
     if any(isinstance(module, nn.Conv1d) for module in base.modules()):
         return f"{config.model_type} has recurrent or convolutional layers, which take no mask"
@@ -144,9 +155,9 @@ def layout_difference(scored: ScoredModel, collator: PairCollator, records: list
     return max((float(part.mean().sqrt()) for part in parts if len(part)), default=0.0)
 
 
-def _obstacle_of_kind(models: list[ScoredModel]) -> str | None:
+def _obstacle_of_kind(models: list[ScoredModel], max_length: int | None) -> str | None:
     for model, _ in models:
-        obstacle = tree_obstacle(model)
+        obstacle = tree_obstacle(model, max_length=max_length)
         if obstacle:
             return obstacle
     if len({_mask_dtype(model) == torch.bool for model, _ in models}) > 1:
@@ -176,11 +187,13 @@ def _base_model(model: Any) -> Any:
 def _mask_dtype(model: Any) -> torch.dtype:
     """bool for sdpa; eager adds its mask to the scores, in the model's own dtype."""
     base = _base_model(model)
-    return base.dtype if base.config.get_text_config()._attn_implementation == "eager" else torch.bool
+    if base.config.get_text_config()._attn_implementation != "eager":
+        return torch.bool
+    return base.dtype if base.dtype in _TOLERANCES else torch.float32  # weights of 8 bits are computed with in more
 
 
 def _tolerance(model: Any) -> float:
     base = _base_model(model)
     if base.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return _TF32_TOLERANCE
-    return _TOLERANCES[base.dtype]
+    return _TOLERANCES.get(base.dtype, max(_TOLERANCES.values()))

@@ -143,6 +143,7 @@ class DPOPTrainer(HeadTrainer):
                 ScoredModel(ref_model, self.ref_head) if ref_is_another_model else None,
                 self.data_collator,  # type: ignore[arg-type]
                 probed.select(range(min(NUM_PROBED_PAIRS, len(probed)))).to_list(),
+                max_length=args.max_length,
             )
             self.data_collator = replace(self.data_collator, layout=layout)  # type: ignore[type-var]
         if self.ref_model is not None:
