@@ -6,6 +6,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/demo/*.json     summary.json of `dpop demo`, one per seed
     benchmarks/results/gsm8k/*.json    shift.json of `dpop inspect`, one per loss (docs/gsm8k.md)
     benchmarks/results/cpu_head.jsonl  what `python -m benchmarks.cpu_head` appends
+    benchmarks/results/cpu_layouts/*.json    records of benchmarks.cpu_layouts, one per model
 """
 
 import argparse
@@ -96,10 +97,31 @@ def cpu_head() -> str:
     return f"{_table(titles, rows)}\n\n{note}"
 
 
+def layouts() -> str:
+    """docs/layouts.md's table: tokens computed, and the time of a step on a CPU."""
+    records = sorted(_records("cpu_layouts"), key=lambda record: record["model"]["num_hidden_layers"])
+    titles = ["", "tokens computed", "padding"]
+    titles += [f"step, {record['model']['num_hidden_layers']} layers" for record in records]
+    rows = []
+    for name, figures in records[0]["layouts"].items():
+        timed = [record["layouts"][name] for record in records]
+        times = [f"{t['median_step_seconds']:.2f} s ({t['speed_against_rows']:.2f} ×)" for t in timed]
+        rows.append([name, f"{figures['computed_ratio']:.3f}", f"{figures['padding_share']:.1%}", *times])
+    first = records[0]
+    note = (
+        f"{first['num_pairs']} pairs in batches of {first['batch_size']}; median of "
+        f"{min(record['num_steps'] for record in records)} steps or more, and how many times as fast as rows, on "
+        f"{first['num_threads']} CPU thread of a shared machine (torch {first['torch']}); a random Llama, hidden size "
+        f"{first['model']['hidden_size']}, vocabulary {first['model']['vocab_size']}."
+    )
+    return f"{_table(titles, rows)}\n\n{note}"
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo},
     ROOT / "docs" / "gsm8k.md": {"gsm8k": gsm8k},
     ROOT / "docs" / "kernels.md": {"cpu_head": cpu_head},
+    ROOT / "docs" / "layouts.md": {"layouts": layouts},
 }
 
 

@@ -55,6 +55,8 @@ def test_rows_with_shared_prefix():
         # shared, chosen, rejected: 1, 2, 1 tokens, then 1, 0, 1
         "cu_seqlens": ([0, 1, 3, 4, 5, 5, 6], torch.int32),
         "pair_ids": ([5, 3], torch.int64),
+        # (2 + 3) + (2 + 2) tokens of the first pair's rows and (1 + 1) + (1 + 2) of the second's, all computed
+        "token_counts": ([14, 14], torch.int64),
     }
     assert batch.keys() == expected.keys()
     for name, (values, dtype) in expected.items():

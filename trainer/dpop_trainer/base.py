@@ -63,7 +63,8 @@ class HeadTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._mean_metrics = {"train": MeanMetrics(), "eval": MeanMetrics()}
         self._non_finite: list[tuple[Tensor, Tensor]] = []  # per micro-batch: pair ids [B], is bad [B]
-        self._num_tokens: Tensor | float = 0.0
+        self._logged_token_counts: dict[str, float] = {}
+        self._token_counts: dict[str, Tensor] = {}  # since the last log line, on this process
         self.add_callback(RunFiles(run_config if run_config is not None else args.to_dict(), dict(data_metrics or {})))
         self.add_callback(_StopOnNonFinite(self))
         if self.pop_callback(ProgressCallback) is not None:  # which prints every log line in full
@@ -79,13 +80,17 @@ class HeadTrainer(Trainer):
         """-> sum of the items' losses (with gradient), is-bad flag per pair [B], metrics as sums and weights."""
         raise NotImplementedError
 
+    def token_counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tokens of a batch, without padding, by the name of the running total that is logged."""
+        return {"num_tokens": batch["attention_mask"].sum()}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         loss_sum, is_bad, metrics = self.item_losses(model, inputs, mode)
         self._mean_metrics[mode].add(metrics)
         if mode == "train":
             self._non_finite.append((inputs["pair_ids"], is_bad))
-            self._num_tokens = self._num_tokens + inputs["attention_mask"].sum().double()
+            self._count_tokens(inputs)
         if num_items_in_batch is None:
             loss = loss_sum / self.num_items(inputs)
         else:
@@ -103,7 +108,7 @@ class HeadTrainer(Trainer):
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         metrics = self._mean_metrics[mode].pop(self.accelerator)
         if mode == "train" and metrics:
-            metrics["num_tokens"] = self._total_num_tokens()
+            metrics.update(self._total_token_counts())
         prefix = "eval_" if mode == "eval" else ""
         super().log({**logs, **{prefix + key: value for key, value in metrics.items()}}, start_time)
 
@@ -123,14 +128,18 @@ class HeadTrainer(Trainer):
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         return dataset  # the collator reads the columns that it needs; none of them is an argument of the model
 
-    def _total_num_tokens(self) -> float:
+    def _count_tokens(self, batch: Mapping[str, Any]) -> None:
+        for key, count in self.token_counts(batch).items():
+            self._token_counts[key] = self._token_counts.get(key, 0) + count.double()
+
+    def _total_token_counts(self) -> dict[str, float]:
         """Tokens trained on, all processes, resumed runs included."""
-        if isinstance(self._num_tokens, Tensor):
-            total = self.accelerator.reduce(self._num_tokens, reduction="sum")
-            self._num_tokens = 0.0
-            logged = (line["num_tokens"] for line in reversed(self.state.log_history) if "num_tokens" in line)
-            self._logged_num_tokens = next(logged, 0.0) + float(total)  # type: ignore[arg-type]
-        return self._logged_num_tokens
+        counts, self._token_counts = self._token_counts, {}
+        for key, count in counts.items():
+            logged = (line[key] for line in reversed(self.state.log_history) if key in line)
+            total = float(self.accelerator.reduce(count, reduction="sum"))  # type: ignore[arg-type]
+            self._logged_token_counts[key] = next(logged, 0.0) + total
+        return dict(self._logged_token_counts)
 
     def stop_if_not_finite(self) -> None:
         """
@@ -162,7 +171,6 @@ class HeadTrainer(Trainer):
         return ~torch.isfinite(torch.as_tensor(grad_norm, device=device))
 
     _last_grad_norm: Tensor | float | None = None
-    _logged_num_tokens: float = 0.0
 
 
 class _StopOnNonFinite(TrainerCallback):

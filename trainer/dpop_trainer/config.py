@@ -99,6 +99,14 @@ class DPOPConfig(HeadConfig):
     prefix_sharing: bool = field(
         default=True, metadata={"help": "Score the tokens that both answers of a pair begin with once, not twice."}
     )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "rows (two per pair), tree (one per pair: what the two have in common is computed once), or auto: "
+            "the cheaper for each batch where the model can run trees, else rows.",
+            "choices": ["auto", "rows", "tree"],
+        },
+    )
     loss_type: str = field(
         default="dpop",
         metadata={"help": "dpop, dpo (TRL's 'sigmoid'), ipo or slic (TRL's 'hinge').", "choices": sorted(LOSSES)},
@@ -122,4 +130,6 @@ class DPOPConfig(HeadConfig):
                 f"loss_type: expected one of {sorted(LOSSES)}, got {self.loss_type!r}. "
                 "TRL's 'sigmoid' is 'dpo' here, its 'hinge' is 'slic'."
             )
+        if self.layout not in ("auto", "rows", "tree"):
+            raise ValueError(f"layout: expected 'auto', 'rows' or 'tree', got {self.layout!r}.")
         super().__post_init__()

@@ -78,3 +78,13 @@ def token_metrics(stats: TokenStats, cu_seqlens: Tensor) -> dict[str, tuple[Tens
         "logits/rejected": (logits[0] + logits[2], num_rejected),
         "mean_token_accuracy": (top1[0] + top1[1], num_chosen),
     }
+
+
+def layout_metrics(batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | int]]:
+    """What the layout saves: tokens computed per token of the whole sequences, and the padding among all positions."""
+    logical, computed = batch["token_counts"]
+    num_positions = batch["input_ids"].numel()
+    return {
+        "tokens/computed_ratio": (computed, logical),
+        "tokens/padding_share": (num_positions - computed, num_positions),
+    }

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.pair_loss import segment_sums
-from dpop_trainer.base import MODEL_INPUTS
+from dpop_trainer.layout import forward_inputs
 
 if TYPE_CHECKING:
     from dpop_trainer.trainer import DPOPTrainer
@@ -52,7 +52,7 @@ def precompute_reference(trainer: "DPOPTrainer", dataset: Dataset, batch_size: i
     sums = []
     for batch in tqdm(loader, desc="Reference log-probs", disable=not trainer.is_local_process_zero()):
         batch = trainer._prepare_inputs(batch)
-        model_inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        model_inputs = forward_inputs(batch, trainer.accelerator.unwrap_model(trainer.model))
         with trainer.compute_loss_context_manager():
             sums.append(trainer._reference_logps(batch, model_inputs))
     shared, chosen, rejected = torch.cat(sums).double().cpu().unbind(-1)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,17 +12,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpop_kernels import ScoringHead, pair_loss
-from dpop_trainer.base import MODEL_INPUTS, HeadTrainer, disable_dropout, tokenise_for_training
+from dpop_trainer.base import HeadTrainer, disable_dropout, tokenise_for_training
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import PairCollator
+from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs
 from dpop_trainer.loading import prepare_policy
-from dpop_trainer.metrics import pair_metrics, token_metrics
+from dpop_trainer.metrics import layout_metrics, pair_metrics, token_metrics
 from dpop_trainer.reference import adapter_off, frozen_copy, precompute_reference, reference_segment_logps
 
 logger = logging.getLogger(__name__)
 
 # nats; what fp32 sums over a long answer may differ by when policy and reference are the same weights
 STEP_0_TOLERANCE = 1e-2
+
+# of the data set's first; enough to see a mask or a position that is not heeded, and seconds for any model
+NUM_PROBED_PAIRS = 2
 
 
 class DPOPTrainer(HeadTrainer):
@@ -34,7 +39,7 @@ class DPOPTrainer(HeadTrainer):
         ref_model: the frozen reference. By default the base model under the adapter where there is one (peft_config
             given, or a peft model passed), else a frozen copy of the model.
         args: `DPOPConfig`.
-        data_collator: defaults to `PairCollator`; must return the same keys.
+        data_collator: defaults to `PairCollator` with the layout of `args`; must return the same keys.
         train_dataset: columns prompt, chosen, rejected, as text or as messages; or token ids in prompt_ids, chosen_ids,
             rejected_ids. With columns ref_chosen_logps and ref_rejected_logps no reference model is run.
         eval_dataset: the same, or a dict of such data sets by name.
@@ -95,6 +100,7 @@ class DPOPTrainer(HeadTrainer):
         train_dataset, eval_dataset = tokenise(train_dataset, "train"), tokenise(eval_dataset, "eval")
         has_columns = [_has_reference_columns(part) for part in _parts(train_dataset, eval_dataset)]
         self._reference_from_columns = all(has_columns) or args.precompute_ref_log_probs
+        ref_is_another_model = ref_model is not None
         self._reference_is_adapter_off = ref_model is None and isinstance(policy.model, PeftModel)
         if ref_model is None and not self._reference_is_adapter_off and not all(has_columns):
             ref_model = frozen_copy(policy.model)
@@ -120,6 +126,7 @@ class DPOPTrainer(HeadTrainer):
                 pad_token_id=policy.tokenizer.pad_token_id,  # type: ignore[arg-type]
                 prefix_sharing=args.prefix_sharing,
                 pad_to_multiple_of=args.pad_to_multiple_of,
+                hidden_size=getattr(policy.model.config.get_text_config(), "hidden_size", None),
                 vocab_size=policy.vocab_size,
             ),
             train_dataset=train_dataset,
@@ -128,6 +135,17 @@ class DPOPTrainer(HeadTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if data_collator is None:
+            probed = _parts(train_dataset, eval_dataset)[0]
+            layout = choose_layout(
+                args.layout,
+                ScoredModel(self.model, self.head),
+                ScoredModel(ref_model, self.ref_head) if ref_is_another_model else None,
+                self.data_collator,  # type: ignore[arg-type]
+                probed.select(range(min(NUM_PROBED_PAIRS, len(probed)))).to_list(),
+                max_length=args.max_length,
+            )
+            self.data_collator = replace(self.data_collator, layout=layout)  # type: ignore[type-var]
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         if args.precompute_ref_log_probs and not all(has_columns):
@@ -137,8 +155,12 @@ class DPOPTrainer(HeadTrainer):
     def num_items(self, batch: Mapping[str, Any]) -> int:
         return batch["pair_ids"].shape[0]
 
+    def token_counts(self, batch):
+        logical, computed = batch["token_counts"]
+        return {"num_tokens": logical, "num_computed_tokens": computed}
+
     def item_losses(self, model, batch, mode):
-        model_inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        model_inputs = forward_inputs(batch, self.accelerator.unwrap_model(self.model))
         logps, stats = self.head.token_logps(
             model, batch["score_positions"], batch["target_ids"], return_stats=True, **model_inputs
         )
@@ -156,6 +178,7 @@ class DPOPTrainer(HeadTrainer):
         metrics = {
             **pair_metrics(pairs, beta=self.args.beta),
             **token_metrics(stats, batch["cu_seqlens"]),
+            **layout_metrics(batch),
         }
         is_bad = ~torch.isfinite(pairs.losses.detach() + pairs.margins + pairs.chosen_logratios)
         return pairs.losses.sum(), is_bad, metrics

@@ -2,13 +2,14 @@
 
 from dpop_trainer.data.collate import PairCollator
 from dpop_trainer.data.counts import TokeniseCounts
-from dpop_trainer.data.layouts import padded_rows
+from dpop_trainer.data.layouts import Layout, padded_rows, tree_mask, tree_rows
 from dpop_trainer.data.load import load_pairs
 from dpop_trainer.data.pair_tree import PairTree
 from dpop_trainer.data.records import check_pairs
 from dpop_trainer.data.tokenise import tokenise_pairs
 
 __all__ = [
+    "Layout",
     "PairCollator",
     "PairTree",
     "TokeniseCounts",
@@ -16,4 +17,6 @@ __all__ = [
     "load_pairs",
     "padded_rows",
     "tokenise_pairs",
+    "tree_mask",
+    "tree_rows",
 ]

@@ -1,19 +1,19 @@
 """Tokenised pairs -> one batch of CPU tensors, with everything that scoring needs worked out beforehand."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from dpop_trainer.data.layouts import padded_rows
+from dpop_trainer.data.layouts import Layout, cheaper_layout, padded_rows, tree_rows
 from dpop_trainer.data.pair_tree import PairTree
 from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairCollator:
-    """Collates records of `tokenise_pairs` into two padded rows per pair, see `padded_rows`.
+    """Collates records of `tokenise_pairs` into the tensors of a layout, see `padded_rows` and `tree_rows`.
 
     Raises:
         ValueError: an option is out of range.
@@ -22,9 +22,15 @@ class PairCollator:
     pad_token_id: int | None
     """What fills rows up: `tokenizer.pad_token_id`."""
     prefix_sharing: bool = True
-    """Score the tokens that both answers begin with once. False scores them in either answer."""
+    """Score the tokens that both answers begin with once. False scores them in either answer, and in a tree computes
+    them in either."""
     pad_to_multiple_of: int | None = None
     """Round the batch's length up to a multiple of this."""
+    layout: Layout = "rows"
+    """"rows" (two per pair, for any model), "tree" (one per pair, where the model's attention takes `tree_mask`), or
+    "auto": for each batch the cheaper of both."""
+    hidden_size: int | None = None
+    """The model's, for "auto" to weigh attention against everything else; None counts positions only."""
     vocab_size: int | None = None
     """If given, every input id must be below it: on a GPU an id outside the vocabulary ends the process."""
 
@@ -36,6 +42,8 @@ class PairCollator:
             )
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of: expected at least 1, got {self.pad_to_multiple_of}.")
+        if self.layout not in get_args(Layout):
+            raise ValueError(f"layout: expected one of {get_args(Layout)}, got {self.layout!r}.")
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
         """
@@ -44,7 +52,7 @@ class PairCollator:
                 ref_chosen_logps and ref_rejected_logps.
 
         Returns:
-            The tensors of `padded_rows`, and
+            The tensors of `padded_rows` or `tree_rows`, and
             pair_ids: [B] int64.
             ref_segment_logps: [B, 3] fp32, in nats, if the records carry reference log-probs: 0, the whole chosen
                 answer's sum, the whole rejected answer's. The loss adds segments up, so sums over whole answers
@@ -61,7 +69,11 @@ class PairCollator:
             PairTree.from_ids(*(record[column] for column in TOKEN_COLUMNS), share_prefix=self.prefix_sharing)
             for record in records
         ]
-        batch = padded_rows(trees, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+        layout, multiple = self.layout, self.pad_to_multiple_of
+        if layout == "auto":
+            layout = cheaper_layout(trees, hidden_size=self.hidden_size, pad_to_multiple_of=multiple)
+        lay_out = tree_rows if layout == "tree" else padded_rows
+        batch = lay_out(trees, pad_token_id=self.pad_token_id, pad_to_multiple_of=multiple)
         batch["pair_ids"] = torch.tensor([record["pair_id"] for record in records], dtype=torch.int64)
         if any(column in record for record in records for column in REF_COLUMNS):
             batch["ref_segment_logps"] = _ref_segment_logps(records)

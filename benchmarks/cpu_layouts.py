@@ -1,0 +1,195 @@
+"""Measure the layouts on a CPU: tokens computed on GSM8K low-edit pairs, and a training step in rows and in trees.
+
+    python -m benchmarks.cpu_layouts GSM8K/train.jsonl TOKENIZER OUT.json
+
+One step is the reference's forward, the policy's forward and backward, and AdamW, on a small random Llama. The layouts
+take turns on the same batches. Before anything is timed their losses and gradients are compared: a wrong result stops
+the run. "rows, scored twice" is what a trainer does that knows nothing of a pair's common tokens.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from dpop_trainer.data import PairCollator, tokenise_pairs
+from dpop_trainer.layout import forward_inputs
+from dpop_trainer.loading import load_tokenizer, prepare_tokenizer
+from dpop_trainer.pairs.metamath import build_pairs
+from dpop_trainer.reference import frozen_copy, reference_segment_logps
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpop_kernels import ScoringHead, pair_loss
+
+AGREEMENT = 1e-4
+"""Largest relative difference of loss and gradient norm between layouts, in fp32."""
+
+
+def tokenised_pairs(source: Path, tokenizer: Any, num_pairs: int, max_length: int) -> list[dict[str, Any]]:
+    """The first pairs that the data set gives, as records for a collator."""
+    with source.open() as lines:
+        problems = [json.loads(line) for line in lines]
+    pairs = list(itertools.islice(build_pairs(problems, seed=0), num_pairs))
+    dataset, _ = tokenise_pairs(Dataset.from_list(pairs), tokenizer, max_length=max_length)
+    return dataset.to_list()
+
+
+def count(collator: PairCollator, batches: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """Tokens over all batches, and how much of what is computed they are."""
+    logical = computed = positions = 0
+    for records in batches:
+        batch = collator(records)
+        logical += int(batch["token_counts"][0])
+        computed += int(batch["token_counts"][1])
+        positions += batch["input_ids"].numel()
+    return {
+        "logical_tokens": logical,
+        "computed_tokens": computed,
+        "computed_ratio": computed / logical,
+        "padding_share": (positions - computed) / positions,
+    }
+
+
+class Step:
+    """One DPOP training step in one layout, on a policy of its own."""
+
+    def __init__(self, collator: PairCollator, config: LlamaConfig) -> None:
+        self.collator = collator
+        torch.manual_seed(0)
+        self.policy = LlamaForCausalLM(config)
+        self.reference = frozen_copy(LlamaForCausalLM(config))  # another model: no pair is at the hinge's tie
+        self.head, self.reference_head = ScoringHead(self.policy), ScoringHead(self.reference)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
+
+    def loss(self, records: list[dict[str, Any]]) -> torch.Tensor:
+        batch = self.collator(records)
+        inputs: dict[str, Any] = forward_inputs(batch, self.policy)
+        reference = reference_segment_logps(self.reference_head, self.reference, batch, inputs, "auto")
+        logps = self.head.token_logps(self.policy, batch["score_positions"], batch["target_ids"], **inputs)
+        return pair_loss(logps, batch["cu_seqlens"], reference).losses.mean()
+
+    def __call__(self, records: list[dict[str, Any]]) -> None:
+        self.optimizer.zero_grad()
+        self.loss(records).backward()
+        self.optimizer.step()
+
+    def loss_and_gradient_norm(self, records: list[dict[str, Any]]) -> tuple[float, float]:
+        self.optimizer.zero_grad()
+        loss = self.loss(records)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+        self.optimizer.zero_grad()
+        return float(loss.detach()), float(norm)
+
+
+def check(steps: dict[str, Step], records: list[dict[str, Any]]) -> None:
+    """
+    Raises:
+        AssertionError: a layout's loss or gradient norm is not that of rows.
+    """
+    expected = steps["rows"].loss_and_gradient_norm(records)
+    for name, step in steps.items():
+        for value, truth in zip(step.loss_and_gradient_norm(records), expected, strict=True):
+            assert abs(value - truth) <= AGREEMENT * abs(truth), (name, value, truth)
+
+
+def time_in_turns(steps: dict[str, Callable], batches: list[list[dict[str, Any]]]) -> dict[str, list[float]]:
+    """Seconds of each step on each batch; the first batch warms up and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for records in batches:
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(records)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="GSM8K's train.jsonl")
+    parser.add_argument("tokenizer", help="folder or hub id of the tokenizer, GPT-2's for the recorded figures")
+    parser.add_argument("out", type=Path, help="the record, JSON")
+    parser.add_argument("--num_pairs", type=int, default=512, help="pairs whose tokens are counted")
+    parser.add_argument("--num_steps", type=int, default=6, help="timed steps of each layout")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--num_layers", type=int, default=4, help="of the model: how much of a step is not the head")
+    arguments = parser.parse_args()
+
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    prepare_tokenizer(tokenizer)
+    records = tokenised_pairs(arguments.source, tokenizer, arguments.num_pairs, arguments.max_length)
+    random.Random(0).shuffle(records)
+    size = arguments.batch_size
+    batches = [records[start : start + size] for start in range(0, len(records) - size + 1, size)]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=arguments.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    rows = PairCollator(pad_token_id=tokenizer.pad_token_id)  # type: ignore[arg-type]
+    collators = {
+        "rows, scored twice": PairCollator(pad_token_id=rows.pad_token_id, prefix_sharing=False),
+        "rows": rows,
+        "tree, prompt shared": PairCollator(pad_token_id=rows.pad_token_id, layout="tree", prefix_sharing=False),
+        "tree": PairCollator(pad_token_id=rows.pad_token_id, layout="tree"),
+    }
+    steps = {name: Step(collator, config) for name, collator in collators.items()}
+    check(steps, batches[0])
+    seconds = time_in_turns(steps, batches[: arguments.num_steps + 1])
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    record = {
+        "case": "layouts_gsm8k_low_edit",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "num_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "num_pairs": len(records),
+        "batch_size": size,
+        "num_steps": len(seconds["rows"]),
+        "model": {
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "vocab_size": config.vocab_size,
+        },
+        "layouts": {
+            name: {
+                **count(collator, batches),
+                "median_step_seconds": median[name],
+                "fastest_step_seconds": min(seconds[name]),
+                "slowest_step_seconds": max(seconds[name]),
+                "speed_against_rows": median["rows"] / median[name],
+            }
+            for name, collator in collators.items()
+        },
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    for name, figures in record["layouts"].items():
+        print(
+            f"{name:20} {figures['computed_ratio']:.3f} of the tokens, {figures['padding_share']:.1%} padding, "
+            f"{figures['median_step_seconds']:.3f} s a step, {figures['speed_against_rows']:.2f} x rows"
+        )
+
+
+if __name__ == "__main__":
+    main()
