@@ -147,6 +147,30 @@ def test_statistics(backend):
         assert not any(value.requires_grad for value in stats)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_answer_of_1024_tokens_is_exact_to_a_ten_thousandth(dtype):
+    # the contract: |error| of the sum <= 1e-4 nat, which βλ = 15 turns into 1.5e-3 of the loss's argument
+    hidden_states, weight, target_ids = head_inputs(1024, 2003, 64, dtype)
+    expected, _ = truth(hidden_states, weight, target_ids)
+    logps = linear_token_logps(hidden_states, weight, target_ids)
+    assert abs(float(logps.double().sum() - expected.sum())) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "vocab_size", "hidden_size"),
+    [(1 << 20, 3, 2), (2, 5, 16384), (3, 262144, 4)],
+    ids=["a_million_tokens", "widest_hidden", "widest_vocab"],
+)
+def test_extreme_sizes(num_tokens, vocab_size, hidden_size):
+    hidden_states, weight, target_ids = head_inputs(num_tokens, vocab_size, hidden_size)
+    expected, (expected_grad, _) = truth(hidden_states, weight, target_ids)
+    logps, (grad,) = value_and_grads(
+        lambda h: linear_token_logps(h, weight, target_ids), [hidden_states], grad_output(num_tokens)
+    )
+    assert (logps - expected).abs().max() <= 1e-5
+    assert relative_error(grad, expected_grad) <= 1e-5
+
+
 @pytest.mark.parametrize("backend", CANDIDATES)
 def test_no_tokens(backend):
     hidden_states, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(12, 8, requires_grad=True)
