@@ -22,6 +22,16 @@ TRANSFORMS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _on_the_backends_device(request):
+    """The fused backend is tested on a GPU where there is one, everything else on the CPU."""
+    callspec = getattr(request.node, "callspec", None)
+    if torch.cuda.is_available() and callspec is not None and callspec.params.get("backend") == "fused":
+        torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(params=["one_tile", "many_tiles"])
 def _tiling(request, monkeypatch):
     """The same numbers whether a call is one tile or ragged many."""

@@ -15,13 +15,17 @@ def peaked_logits(num_tokens, vocab_size, dtype=torch.float32, *, generator=None
 
 
 def head_inputs(num_tokens, vocab_size, hidden_size, dtype=torch.float32, *, generator=None):
-    """Hidden states, weight and targets whose logits are peaked at the target for most tokens."""
-    hidden_states = torch.randn(num_tokens, hidden_size, generator=generator)
-    weight = torch.randn(vocab_size, hidden_size, generator=generator) / hidden_size**0.5
-    target_ids = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    """Hidden states, weight and targets whose logits are peaked at the target for most tokens.
+
+    Drawn on the CPU, so that they are the same on every device, and moved to torch's default device.
+    """
+    hidden_states = torch.randn(num_tokens, hidden_size, generator=generator, device="cpu")
+    weight = torch.randn(vocab_size, hidden_size, generator=generator, device="cpu") / hidden_size**0.5
+    target_ids = torch.randint(vocab_size, (num_tokens,), generator=generator, device="cpu")
     direction = weight[target_ids] / weight[target_ids].square().sum(-1, keepdim=True)
-    hidden_states = hidden_states + direction * torch.linspace(0, 32, num_tokens).unsqueeze(-1)
-    return hidden_states.to(dtype), weight.to(dtype), target_ids
+    hidden_states = hidden_states + direction * torch.linspace(0, 32, num_tokens, device="cpu").unsqueeze(-1)
+    device = torch.get_default_device()
+    return hidden_states.to(device, dtype), weight.to(device, dtype), target_ids.to(device)
 
 
 def value_and_grads(function, inputs, grad_output):
