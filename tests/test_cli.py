@@ -182,3 +182,20 @@ def test_sft_learns_the_chosen_answers(setting):
     assert losses[0] > 3.0
     assert losses[-1] < 0.3
     assert lines[-2]["mean_token_accuracy"] > 0.9
+
+
+def test_pairs_from_other_fields(tmp_path, capsys):
+    record = {
+        "query": "A box has 3 rows of 4. How many?",
+        "response": "There are 3 * 4 = 12. Then 12 + 1 = 13.\n#### 13",
+    }
+    (tmp_path / "meta.jsonl").write_text(
+        json.dumps(record) + "\n" + json.dumps({**record, "response": "#### 1"}) + "\n"
+    )
+    fields = ["--question_field", "query", "--answer_field", "response"]
+    assert main(["pairs", "--source", str(tmp_path / "meta.jsonl"), "--out", str(tmp_path / "p.jsonl"), *fields]) == 0
+    assert capsys.readouterr().out.startswith("1 pairs built; 1 skipped")
+    (pair,) = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert pair["chosen"].endswith("#### 13")
+    assert pair["rejected"].endswith("#### 13")
+    assert pair["rejected"] != pair["chosen"]

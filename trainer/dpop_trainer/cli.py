@@ -61,8 +61,18 @@ def pairs(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="JSONL to write: prompt, chosen, rejected")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="read the first so many problems only")
+    parser.add_argument("--question_field", default="question", help='field of the problem; MetaMathQA: "query"')
+    parser.add_argument("--answer_field", default="answer", help='field of its solution; MetaMathQA: "response"')
     options = parser.parse_args(argv)
-    print(write_pairs(options.source, options.out, seed=options.seed, limit=options.limit))
+    counts = write_pairs(
+        options.source,
+        options.out,
+        seed=options.seed,
+        limit=options.limit,
+        question_field=options.question_field,
+        answer_field=options.answer_field,
+    )
+    print(counts)
     return 0
 
 
