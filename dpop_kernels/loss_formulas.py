@@ -126,11 +126,12 @@ def _dpop(pair: PairScores, options: LossOptions) -> Tensor:
 
 @register_loss("dpo", trl_name="sigmoid", uses_label_smoothing=True)
 def _dpo(pair: PairScores, options: LossOptions) -> Tensor:
-    rewards = options.beta * pair.margins
+    losses = _nll(options.beta * pair.margins)
     if options.label_smoothing == 0:
-        return _nll(rewards)
+        return losses
     # Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO"
-    return (1 - options.label_smoothing) * _nll(rewards) + options.label_smoothing * _nll(-rewards)
+    flipped_losses = _nll(options.beta * -pair.margins)
+    return (1 - options.label_smoothing) * losses + options.label_smoothing * flipped_losses
 
 
 @register_loss("dpo_norm", trl_name="sigmoid_norm")

@@ -31,9 +31,7 @@ def resolve_losses(
     if not names:
         raise ValueError("loss_type: expected at least one loss, got none. The default is 'dpop'.")
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"loss_type: expected each loss once, got {list(loss_type)}. Give it the sum of its weights."
-        )
+        raise ValueError(f"loss_type: expected each loss once, got {list(loss_type)}. Give it the sum of its weights.")
     if loss_weights is None:
         weights = [1.0] * len(names)
     else:
