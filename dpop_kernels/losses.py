@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from dpop_kernels.loss_formulas import LOSSES, PairScores, dpop_penalties
-from dpop_kernels.loss_options import LossOptions
-from dpop_kernels.loss_weights import check_options
+from dpop_kernels.loss_options import LossOptions, check_hyperparameters
 from dpop_kernels.outputs import PairLosses
 
 Reduction = Literal["mean", "sum", "none"]
@@ -259,7 +258,7 @@ def _loss_of_logps(
     options: LossOptions,
     reduction: Reduction,
 ) -> Tensor:
-    check_options(options, [loss_type])
+    check_hyperparameters(**options._asdict())
     _check_logps(*logps)
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps = map(at_least_fp32, logps)
     chosen_logratios = chosen_logps - ref_chosen_logps

@@ -13,7 +13,7 @@ KERNEL_RULES = {
     "loss_options.py": [],
     "loss_formulas.py": ["loss_options"],
     "loss_weights.py": ["loss_formulas", "loss_options"],
-    "losses.py": ["loss_formulas", "loss_options", "loss_weights", "outputs"],
+    "losses.py": ["loss_formulas", "loss_options", "outputs"],
     "validate.py": [],
     "backends/__init__.py": [],
     "backends/reference.py": ["losses", "outputs"],

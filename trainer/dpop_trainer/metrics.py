@@ -67,7 +67,7 @@ def loss_metrics(terms: Mapping[str, Tensor], options: LossOptions) -> dict[str,
     """Where the loss is a sum of several, each of them unweighted; and the λ in effect, where it matters."""
     values = {f"loss/{name}": losses for name, losses in terms.items()} if len(terms) > 1 else {}
     if "dpop" in terms:
-        values["dpop/lambda"] = torch.full_like(terms["dpop"], options.dpop_lambda)
+        values["dpop/lambda"] = torch.full_like(terms["dpop"], options.dpop_lambda, dtype=torch.float64)
     return {key: (value.sum(), value.shape[0]) for key, value in values.items()}
 
 
