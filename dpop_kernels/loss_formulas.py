@@ -38,6 +38,8 @@ class PairScores(NamedTuple):
 
     chosen_logps: Tensor
     """log π(y_w|x), summed over the answer's tokens, in nats."""
+    rejected_logps: Tensor
+    """log π(y_l|x), likewise."""
     chosen_logratios: Tensor
     """Δw, in nats."""
     rejected_logratios: Tensor
@@ -60,7 +62,7 @@ class Loss(NamedTuple):
 
     formula: LossFormula
     needs_reference: bool
-    """Whether it reads anything but `chosen_logps` and the lengths."""
+    """Whether it reads log-ratios or margins, and not only log-probs and lengths."""
     uses_label_smoothing: bool
 
 

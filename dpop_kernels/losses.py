@@ -179,6 +179,7 @@ def terms_of_segments(
     lengths = segment_lengths.to(segment_logps.dtype)
     scores = PairScores(
         chosen_logps=segment_logps[:, 0] + segment_logps[:, 1],
+        rejected_logps=segment_logps[:, 0] + segment_logps[:, 2],
         chosen_logratios=shared + chosen,
         rejected_logratios=shared + rejected,
         margins=chosen - rejected,
@@ -191,7 +192,7 @@ def terms_of_segments(
         pairs = PairLosses(
             losses=losses,
             chosen_logps=scores.chosen_logps.detach(),
-            rejected_logps=segment_logps[:, 0] + segment_logps[:, 2],
+            rejected_logps=scores.rejected_logps.detach(),
             chosen_logratios=scores.chosen_logratios.detach(),
             rejected_logratios=scores.rejected_logratios.detach(),
             margins=scores.margins.detach(),
@@ -266,6 +267,7 @@ def _loss_of_logps(
     unknown = chosen_logratios.detach().new_full(chosen_logratios.shape, math.nan)
     scores = PairScores(
         chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
         chosen_logratios=chosen_logratios,
         rejected_logratios=rejected_logratios,
         margins=chosen_logratios - rejected_logratios,

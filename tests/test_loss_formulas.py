@@ -1,18 +1,23 @@
 """Every loss of the registry: against TRL's own code, by hand, by fp64 differences; weights, names, smoothing, tie."""
 
+import doctest
 import math
+import re
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import dpop_kernels.loss_formulas
 from dpop_kernels import dpo_loss, dpop_loss, needs_reference, pair_loss
 from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES, register_loss
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.loss_weights import REFUSED_LOSSES, resolve_losses
 from dpop_kernels.pair_loss import pair_loss_terms, segment_sums
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "losses.md"
 SMOOTHED = {"exo_pair": 0.1, "robust": 0.1}
 
 # TRL's name -> ours, where the two are the same function of the pair
@@ -418,6 +423,28 @@ def test_a_loss_is_one_function():
             register_loss("test_only")(squared_margin)
     finally:
         del LOSSES["test_only"], TRL_NAMES["test_alias"]
+
+
+def test_the_documents_examples():
+    """The docstring's, and docs/losses.md's: SimPO by hand on answers of one and two tokens."""
+    assert doctest.testmod(dpop_kernels.loss_formulas).attempted > 0
+    assert doctest.testmod(dpop_kernels.loss_formulas).failed == 0
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "@register_loss" in block]
+    try:
+        exec(block, {})
+        token_logps = torch.tensor([-1.0, -4.0, -2.0], dtype=torch.float64)
+        losses = pair_loss(token_logps, torch.tensor([0, 0, 1, 3]), None, loss_type="simpo", beta=2.0).losses
+        assert losses.item() == pytest.approx(nll(2 * (-1 + 3) - 1), rel=1e-12)  # γ = β / 2
+    finally:
+        LOSSES.pop("simpo", None)
+
+
+def test_every_loss_is_documented():
+    table = DOCUMENT.read_text().partition("## Which one")[0]
+    rows = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+    assert set(rows) == set(LOSSES)
+    assert all(f"    {name} " in dpop_kernels.loss_formulas.__doc__ for name in LOSSES)
 
 
 def test_names_and_weights_are_resolved():
