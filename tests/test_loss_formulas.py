@@ -12,7 +12,7 @@ import torch
 
 import dpop_kernels.loss_formulas
 from dpop_kernels import dpo_loss, dpop_loss, needs_reference, pair_loss
-from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES, register_loss
+from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES, PairScores, register_loss
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.loss_weights import REFUSED_LOSSES, resolve_losses
 from dpop_kernels.pair_loss import pair_loss_terms, segment_sums
@@ -168,6 +168,56 @@ def test_gradcheck(backend, loss_type):
         return pair_loss(token_logps, cu_seqlens, ref, loss_type=loss_type, backend=backend, **options).losses
 
     assert torch.autograd.gradcheck(function, token_logps)
+
+
+def slopes(pair, beta, noise, temperature, penalty_slope, penalty):
+    """d loss / d Δw and d loss / d Δl of every loss, as docs/losses.md derives them."""
+    dw, dl, lw, ll = pair.chosen_logratios, pair.rejected_logratios, pair.chosen_lengths, pair.rejected_lengths
+    s = torch.sigmoid
+    m, m_norm, target, z = dw - dl, dw / lw - dl / ll, 1 / (2 * beta), beta * (dw - dl)
+    z_dpop, z_norm, rw, rl = beta * (m - penalty), beta * m_norm, beta * dw, beta * dl
+
+    def bell(x):
+        return s(x) * s(-x)
+
+    def opposite(slope):
+        return slope, -slope
+
+    logit, share, exp = math.log((1 - noise) / noise), s(z / temperature), torch.exp(-z)
+    nlls = torch.log1p(exp)
+    blend = (1 - share) * s(-z) + share * exp + share * (1 - share) * (nlls - exp) / temperature
+    return {
+        "dpop": (-beta * s(-z_dpop) * (1 + penalty_slope), beta * s(-z_dpop)),
+        "dpo": opposite(-beta * s(-z)),
+        "dpo_norm": (-beta * s(-z_norm) / lw, beta * s(-z_norm) / ll),
+        "ipo": opposite(2 * (m - target)),
+        "ipo_norm": (2 * (m_norm - target) / lw, -2 * (m_norm - target) / ll),
+        "slic": opposite(-beta * (z < 1).double()),
+        "robust": opposite(-beta * (s(-z) + noise / (1 - 2 * noise))),
+        "exo_pair": opposite(beta * bell(z) * (z - logit)),
+        "nca_pair": (beta * (s(rw) / 2 - s(-rw)), beta * s(rl) / 2),
+        "bco_pair": (-beta * s(-rw), beta * s(rl)),
+        "sppo_hard": (2 * (dw - target), 2 * (dl + target)),
+        "apo_zero": (-beta * bell(rw), beta * bell(rl)),
+        "apo_down": (beta * (bell(rw) - bell(z)), beta * bell(z)),
+        "discopop": opposite(-beta * blend),
+        "sft": (-1 / lw, torch.zeros_like(dl)),
+    }
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_slopes_are_the_documented_ones(loss_type):
+    options = LossOptions(0.7, 3.0, 0.1, 0.2 if loss_type in SMOOTHED else 0.0, discopop_tau=0.5)
+    dw, dl = torch.randn(2, 9, dtype=torch.float64).mul_(2).requires_grad_().unbind(0)
+    lengths = torch.randint(1, 9, (2, 9)).double()
+    # log-probs are the log-ratios here: their difference is the reference's, a constant
+    pair = PairScores(dw, dl, dw, dl, dw - dl, *lengths)
+    ours = torch.autograd.grad(LOSSES[loss_type].formula(pair, options).sum(), [dw, dl], materialize_grads=True)
+    excess = torch.relu(-dw - 0.1)
+    assert 0 < int((excess > 0).sum()) < 9
+    expected = slopes(pair, 0.7, 0.2, 0.5, penalty_slope=3.0 * (excess > 0), penalty=3.0 * excess)[loss_type]
+    for slope, derived in zip(ours, expected, strict=True):
+        torch.testing.assert_close(slope, derived.detach(), rtol=1e-12, atol=1e-15)
 
 
 def one_pair(chosen_logratio, rejected_logratio, dtype=torch.float64):
