@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dpop_trainer.evaluate import PairEvaluation
 from dpop_trainer.token_shift import TokenShift
 
 _ZERO_LINE: dict[str, Any] = {"color": "0.35", "linewidth": 0.8}
@@ -86,6 +87,36 @@ def plot_token_shift(shifts: Mapping[str, TokenShift], path: str | os.PathLike[s
     _plot_regions(bars, shifts)
     _plot_profile(profile, shifts)
     profile.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_checkpoints(history: Mapping[int, PairEvaluation], path: str | os.PathLike[str]) -> None:
+    """Writes a PNG of a run's checkpoints: whole answers left, the chosen answers' tokens around the edit right.
+
+    Args:
+        history: by optimizer step, each against the same reference; step 0, where nothing has changed, is added.
+        path: the PNG; missing folders are made.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    if not history:
+        raise ValueError("history: expected at least one checkpoint, got none.")
+    steps = [0, *history]
+    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    answers, tokens = figure.subplots(1, 2)
+    for style, side in zip(_STYLES, ("rejected", "chosen"), strict=False):
+        changes = [0.0, *(getattr(value, f"{side}_logratio") for value in history.values())]
+        _line(answers, steps, changes, style, f"{side} answers")
+    for style, region in zip(_STYLES, ("after", "before", "at"), strict=False):
+        changes = [0.0, *(getattr(value.shift, region).mean_change for value in history.values())]
+        _line(tokens, steps, changes, style, f"{region} the edit")
+    labels = ("nats per answer", "nats per token")
+    titles = ("Whole answers", "The chosen answers' tokens")
+    for axes, title, label in zip((answers, tokens), titles, labels, strict=True):
+        axes.axhline(0, **_ZERO_LINE)
+        axes.legend(frameon=False, fontsize=8)
+        _finish(axes, title, "optimizer step", rf"$\log\,\pi - \log\,\pi_\mathrm{{ref}}$ ({label})")
     _save(figure, path)
 
 
