@@ -10,6 +10,7 @@ USAGE = """usage: dpop COMMAND [options]
   sft        supervised fine-tuning on the chosen answers, to start from: dpop sft --config run.yaml
   pairs      build low-edit preference pairs from solved problems: dpop pairs --source train.jsonl --out pairs.jsonl
   inspect    what training did to the chosen answers, token by token: dpop inspect RUN --pairs pairs.jsonl
+  compare    several losses on the same model, data and seeds: dpop compare --config run.yaml --methods dpo dpop
   demo       DPO against DPOP on generated pairs, offline, in minutes: dpop demo
 
 `dpop COMMAND --help` lists the options of one.
@@ -99,6 +100,15 @@ def inspect(argv: list[str]) -> int:
     return 0
 
 
+def compare(argv: list[str]) -> int:
+    from dpop_trainer.arguments import ComparisonArguments, parse_arguments
+    from dpop_trainer.compare.run import run_comparison
+    from dpop_trainer.config import DPOPConfig
+
+    run_comparison(*parse_arguments(DPOPConfig, argv, "dpop compare", ComparisonArguments))
+    return 0
+
+
 def demo(argv: list[str]) -> int:
     from dpop_trainer.demo.run import run_demo
 
@@ -115,5 +125,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sft": sft,
     "pairs": pairs,
     "inspect": inspect,
+    "compare": compare,
     "demo": demo,
 }

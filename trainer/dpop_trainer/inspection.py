@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.arguments import read_yaml
@@ -20,7 +18,7 @@ from dpop_trainer.data import load_pairs, tokenise_pairs
 from dpop_trainer.edits import edit_regions
 from dpop_trainer.evaluate import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
 from dpop_trainer.inspect_report import AnswerTokens, Inspection, PairChange, format_inspection, write_inspection
-from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
+from dpop_trainer.loading import is_adapter, load_for_scoring, load_tokenizer, prepare_tokenizer
 from dpop_trainer.plots import plot_checkpoints, plot_token_shift
 from dpop_trainer.token_text import token_texts
 from dpop_trainer.versions import versions
@@ -55,7 +53,7 @@ def subject_of(model: str, ref_model: str | None = None) -> Subject:
     folder = Path(model).expanduser()
     config = read_yaml(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     reference = ref_model or config.get("ref_model_name_or_path") or config.get("model_name_or_path")
-    if reference is None and not _is_adapter(model):
+    if reference is None and not is_adapter(model):
         raise ValueError(
             f"ref_model: expected the model that training started from, got None, and {model!r} has no {CONFIG_FILE} "
             "that says. Pass --ref_model."
@@ -117,20 +115,20 @@ def run_inspect(
     print(counts.summary())
 
     score: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "batch_size": batch_size}
-    policy = _load(model)
+    policy = load_for_scoring(model)
     policy_logps = pair_token_logps(policy, dataset, desc="Policy", **score)
     if subject.reference is None:
         policy = policy.unload()  # the base model
     else:
         del policy
         gc.collect()
-        policy = _load(subject.reference)
+        policy = load_for_scoring(subject.reference)
     ref_logps = pair_token_logps(policy, dataset, desc="Reference", **score)
     del policy
     history = {}
     for step, path in subject.checkpoints if checkpoints else []:
         gc.collect()
-        logps = pair_token_logps(_load(path), dataset, desc=f"Checkpoint {step}", **score)
+        logps = pair_token_logps(load_for_scoring(path), dataset, desc=f"Checkpoint {step}", **score)
         history[step] = evaluate_pairs(logps, ref_logps, dataset)
 
     inspection = Inspection(
@@ -205,15 +203,3 @@ def _worst(
             )
         )
     return pairs
-
-
-def _load(name: str) -> Any:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if _is_adapter(name):
-        model: PeftModel = AutoPeftModelForCausalLM.from_pretrained(name)
-        return model.to(device)
-    return load_model(name).to(device)  # type: ignore[arg-type]
-
-
-def _is_adapter(name: str) -> bool:
-    return (Path(name).expanduser() / "adapter_config.json").exists()

@@ -23,7 +23,7 @@ _FEW_TOKENS = 0.1
 
 class _Style(NamedTuple):
     color: str
-    linestyle: str
+    linestyle: Any
     marker: str
     hatch: str
 
@@ -33,6 +33,10 @@ _STYLES = (
     _Style("#0072B2", "-", "s", ""),  # blue
     _Style("#009E73", "-.", "^", "...."),  # green
     _Style("#CC79A7", ":", "D", "xxxx"),  # purple
+    _Style("#E69F00", (0, (6, 1, 1, 1, 1, 1)), "v", "\\\\\\\\"),  # orange
+    _Style("#56B4E9", (0, (1, 3)), "P", "++++"),  # sky blue
+    _Style("#000000", (0, (8, 3)), "X", "----"),  # black
+    _Style("#8A8A8A", "-", "*", "oooo"),  # grey
 )
 
 
@@ -41,7 +45,8 @@ def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path:
 
     Args:
         histories: by method, equally long lists "step" (optimizer steps), "chosen" and "rejected": mean over pairs of
-            log π - log π_ref of the whole answer, in nats.
+            log π - log π_ref of the whole answer, in nats. With "chosen_low", "chosen_high" and the same of "rejected"
+            a band is drawn around the line.
         path: the PNG; missing folders are made.
 
     Raises:
@@ -58,6 +63,9 @@ def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path:
         axes.axhline(0, **_ZERO_LINE)
         for style, (name, history) in zip(_styles(histories), histories.items(), strict=True):
             _line(axes, history["step"], history[answer], style, name)
+            if f"{answer}_low" in history:
+                low, high = history[f"{answer}_low"], history[f"{answer}_high"]
+                axes.fill_between(history["step"], low, high, color=style.color, alpha=0.15, linewidth=0)
         _finish(
             axes,
             f"{answer.capitalize()} answers",

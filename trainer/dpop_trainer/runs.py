@@ -17,13 +17,27 @@ from dpop_trainer.sft import SFTTrainer
 from dpop_trainer.trainer import DPOPTrainer
 
 
-def run_train(model_arguments: ModelArguments, data_arguments: DataArguments, config: DPOPConfig) -> DPOPTrainer:
+def run_train(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    config: DPOPConfig,
+    *,
+    max_eval_pairs: int | None = None,
+) -> DPOPTrainer:
     """Preference fine-tuning from arguments to a saved model in config.output_dir; resumes what was interrupted.
+
+    Args:
+        model_arguments: the model and its adapter.
+        data_arguments: the pairs.
+        config: everything else.
+        max_eval_pairs: evaluate on the first so many held-out pairs.
 
     Raises:
         ValueError: an argument or the data cannot be used.
     """
     train_dataset, eval_dataset = _load_data(data_arguments)
+    if eval_dataset is not None and max_eval_pairs is not None:
+        eval_dataset = eval_dataset.select(range(min(max_eval_pairs, len(eval_dataset))))
     ref_name = model_arguments.ref_model_name_or_path
     trainer = DPOPTrainer(
         _load_model(model_arguments),
