@@ -4,7 +4,7 @@ Between `<!-- NAME -->` and `<!-- /NAME -->` in a page stands what the function 
 there is typed by hand; `--check` only says whether the pages are up to date.
 
     benchmarks/results/demo/*.json     summary.json of `dpop demo`, one per seed
-    benchmarks/results/gsm8k/*.json    shift.json of `dpop inspect`, one per loss (docs/gsm8k.md)
+    benchmarks/results/gsm8k/*.json    inspect.json of `dpop inspect`, one per loss (docs/gsm8k.md)
     benchmarks/results/cpu_step.jsonl  what `python -m benchmarks.cpu_step` appends
     benchmarks/results/cpu_head.jsonl  what `python -m benchmarks.cpu_head` appends
     benchmarks/results/cpu_layouts/*.json    records of benchmarks.cpu_layouts, one per model

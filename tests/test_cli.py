@@ -118,25 +118,19 @@ def test_train_full_then_inspect(setting, capsys):
         for ours, start in zip(trained.parameters(), tiny_llama().parameters(), strict=True)
     )
     capsys.readouterr()
-    argv = [
-        "inspect",
-        "--model",
-        str(run),
-        "--ref_model",
-        str(setting / "model"),
-        "--pairs",
-        str(setting / "pairs.jsonl"),
-    ]
-    assert main(argv) == 0
-    shift = json.loads((run / "shift.json").read_text())
+    assert main(["inspect", str(run), "--pairs", str(setting / "pairs.jsonl")]) == 0  # the run names its reference
+    assert "Training " in capsys.readouterr().out
+    result = json.loads((run / "inspect.json").read_text())
     # six pairs, answers of three words and the end: one token before, one at, two after the edit
-    assert [shift[f"{region}_edit"]["num_tokens"] for region in ("before", "at", "after")] == [6, 6, 12]
+    assert [result[f"{region}_edit"]["num_tokens"] for region in ("before", "at", "after")] == [6, 6, 12]
     by_region = sum(
-        shift[f"{r}_edit"]["mean_change"] * shift[f"{r}_edit"]["num_tokens"] for r in ("before", "at", "after")
+        result[f"{r}_edit"]["mean_change"] * result[f"{r}_edit"]["num_tokens"] for r in ("before", "at", "after")
     )
-    assert shift["chosen_logratio"] == pytest.approx(by_region / 6, rel=1e-5)
+    assert result["chosen_logratio"] == pytest.approx(by_region / 6, rel=1e-5)
+    assert result["reference"] == str(setting / "model")
     assert (run / "shift.png").stat().st_size > 5_000
-    assert main([*argv[:3], *argv[5:]]) == 1
+    (run / "config.yaml").unlink()
+    assert main(["inspect", str(run), "--pairs", str(setting / "pairs.jsonl")]) == 1
     assert "Pass --ref_model" in capsys.readouterr().err
 
 

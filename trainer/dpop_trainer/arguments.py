@@ -53,16 +53,35 @@ class DataArguments:
     max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
 
 
+@dataclass
+class ComparisonArguments:
+    """What `dpop compare` compares, beside the arguments of the runs themselves."""
+
+    methods: list[str] = field(
+        default_factory=lambda: ["dpo", "ipo", "slic", "dpop"],
+        metadata={
+            "help": "Losses and their settings: dpo dpop:dpop_lambda=5 dpo:beta=0.1 dpo+sft:loss_weights=[1,0.1]"
+        },
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Each method runs once with each seed."}
+    )
+    max_eval_pairs: int = field(default=256, metadata={"help": "Measure on the first so many held-out pairs."})
+    keep_models: bool = field(
+        default=False, metadata={"help": "Keep the trained weights; by default only what was measured is kept."}
+    )
+
+
 def parse_arguments(
-    config_class: type[Config], argv: list[str], program: str
-) -> tuple[ModelArguments, DataArguments, Config]:
-    """Merge `--config FILE.yaml` with flags (flags win) into the three dataclasses.
+    config_class: type[Config], argv: list[str], program: str, *more_classes: type[Any]
+) -> tuple[Any, ...]:
+    """Merge `--config FILE.yaml` with flags (flags win) into ModelArguments, DataArguments, the config and any more.
 
     Raises:
         ValueError: the file does not exist or parse, or holds a key that no field has (the closest is named).
     """
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, config_class),  # type: ignore[arg-type]
+        (ModelArguments, DataArguments, config_class, *more_classes),  # type: ignore[arg-type]
         prog=program,
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
@@ -80,8 +99,13 @@ def parse_arguments(
     parser.set_defaults(config=SUPPRESS)
     namespace = parser.parse_args(argv)
     values = {key: value for key, value in vars(namespace).items() if key in known}
-    model_arguments, data_arguments, config = parser.parse_dict(values, allow_extra_keys=False)  # type: ignore[misc]
-    return model_arguments, data_arguments, config
+    return parser.parse_dict(values, allow_extra_keys=False)
+
+
+def arguments_of(values: dict[str, Any], config_class: type[Config]) -> tuple[ModelArguments, DataArguments, Config]:
+    """The dataclasses from what `run_config` made of them."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, config_class))  # type: ignore[arg-type]
+    return parser.parse_dict(values, allow_extra_keys=False)  # type: ignore[return-value]
 
 
 def run_config(*parts: Any) -> dict[str, Any]:

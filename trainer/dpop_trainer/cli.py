@@ -9,7 +9,8 @@ USAGE = """usage: dpop COMMAND [options]
   train      preference fine-tuning: dpop train --config run.yaml [--any_field value]
   sft        supervised fine-tuning on the chosen answers, to start from: dpop sft --config run.yaml
   pairs      build low-edit preference pairs from solved problems: dpop pairs --source train.jsonl --out pairs.jsonl
-  inspect    what training did to the chosen answers, token by token: dpop inspect --model RUN --pairs pairs.jsonl
+  inspect    what training did to the chosen answers, token by token: dpop inspect RUN --pairs pairs.jsonl
+  compare    several losses on the same model, data and seeds: dpop compare --config run.yaml --methods dpo dpop
   demo       DPO against DPOP on generated pairs, offline, in minutes: dpop demo
 
 `dpop COMMAND --help` lists the options of one.
@@ -77,20 +78,34 @@ def pairs(argv: list[str]) -> int:
 
 
 def inspect(argv: list[str]) -> int:
-    from dpop_trainer.runs import run_inspect
+    from dpop_trainer.inspection import run_inspect
 
     parser = argparse.ArgumentParser(
-        "dpop inspect", description="Hold a trained model against its reference on preference pairs."
+        "dpop inspect", description="Hold a trained model against its reference on preference pairs, token by token."
     )
-    parser.add_argument("--model", required=True, help="folder of the trained model or adapter, or a hub id")
-    parser.add_argument("--ref_model", help="its reference; default: the base model under the adapter")
+    parser.add_argument("model", help="folder of a run, a model or an adapter, or a hub id")
     parser.add_argument("--pairs", required=True, help="preference pairs: local file or hub id")
-    parser.add_argument("--out", help="folder for shift.json and shift.png; default: the model's own folder")
+    parser.add_argument(
+        "--ref_model", help="its reference; default: what the run started from, or the base model under the adapter"
+    )
+    parser.add_argument("--out", help="folder for inspect.json, inspect.html and figures; default: the model's own")
     parser.add_argument("--limit", type=int, default=256, help="look at the first so many pairs (default 256)")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--max_length", type=int, default=1024)
-    options = parser.parse_args(argv)
-    run_inspect(**vars(options))
+    parser.add_argument("--max_length", type=int, help="cut pairs to so many tokens; default: as the run did, or 1024")
+    parser.add_argument("--num_worst", type=int, default=8, help="show so many of the pairs that lost most (default 8)")
+    parser.add_argument(
+        "--no_checkpoints", dest="checkpoints", action="store_false", help="leave the run's checkpoints out"
+    )
+    run_inspect(**vars(parser.parse_args(argv)))
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    from dpop_trainer.arguments import ComparisonArguments, parse_arguments
+    from dpop_trainer.compare.run import run_comparison
+    from dpop_trainer.config import DPOPConfig
+
+    run_comparison(*parse_arguments(DPOPConfig, argv, "dpop compare", ComparisonArguments))
     return 0
 
 
@@ -110,5 +125,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sft": sft,
     "pairs": pairs,
     "inspect": inspect,
+    "compare": compare,
     "demo": demo,
 }

@@ -17,6 +17,9 @@ from dpop_trainer.data import PairCollator
 from dpop_trainer.edits import edit_regions
 from dpop_trainer.token_shift import TokenShift, token_shift
 
+# a hundredth of a nat: above what rounding in bf16 makes of a token, and 1 % of its probability
+LOST_NATS = 0.01
+
 
 class PairTokenLogps(NamedTuple):
     """Per-token log-probs of one pair's two answers, in nats, fp32."""
@@ -25,15 +28,37 @@ class PairTokenLogps(NamedTuple):
     rejected: np.ndarray
 
 
+class Ranking(NamedTuple):
+    """How often one model alone finds the chosen answer the likelier one: shares of pairs. Ties count as wrong.
+
+    Source: Chen et al. 2024, "Preference Learning Algorithms Do Not Learn Preference Rankings", arXiv:2405.19534,
+    section 2.
+    """
+
+    accuracy: float
+    """Of pairs with log π(y_w|x) > log π(y_l|x)."""
+    normalised_accuracy: float
+    """The same, each log-prob divided by its answer's number of tokens."""
+
+
 class PairEvaluation(NamedTuple):
     """A policy against its reference on preference pairs. Log-ratios are nats per answer, means over pairs."""
 
     chosen_logratio: float
+    chosen_logratio_error: float
+    """Standard error of that mean over the pairs; NaN for a single pair."""
     rejected_logratio: float
+    rejected_logratio_error: float
     reward_accuracy: float
     """Share of pairs whose chosen answer gained more than its rejected one."""
+    ranking: Ranking
+    ref_ranking: Ranking
+    lost_share: float
+    """Share of the chosen answers' tokens that lost more than `LOST_NATS` of their log-prob."""
     shift: TokenShift
     """Change per token of the chosen answers before, at and after the edit."""
+    rejected_shift: TokenShift
+    """The same of the rejected answers."""
 
 
 @torch.no_grad()
@@ -88,12 +113,38 @@ def evaluate_pairs(
     chosen = np.array([p.chosen.sum() - r.chosen.sum() for p, r in zip(policy, reference, strict=True)])
     rejected = np.array([p.rejected.sum() - r.rejected.sum() for p, r in zip(policy, reference, strict=True)])
     records: Any = dataset
-    regions = [edit_regions(record["chosen_ids"], record["rejected_ids"]) for record in records]
+    answers = [(record["chosen_ids"], record["rejected_ids"]) for record in records]
+    changes = np.concatenate([p.chosen - r.chosen for p, r in zip(policy, reference, strict=True)])
     return PairEvaluation(
         chosen_logratio=float(chosen.mean()),
+        chosen_logratio_error=_standard_error(chosen),
         rejected_logratio=float(rejected.mean()),
+        rejected_logratio_error=_standard_error(rejected),
         reward_accuracy=float((chosen > rejected).mean()),
-        shift=token_shift([p.chosen for p in policy], [r.chosen for r in reference], regions),
+        ranking=_ranking(policy),
+        ref_ranking=_ranking(reference),
+        lost_share=float((changes < -LOST_NATS).mean()),
+        shift=token_shift(
+            [p.chosen for p in policy],
+            [r.chosen for r in reference],
+            [edit_regions(chosen_ids, rejected_ids) for chosen_ids, rejected_ids in answers],
+        ),
+        rejected_shift=token_shift(
+            [p.rejected for p in policy],
+            [r.rejected for r in reference],
+            [edit_regions(rejected_ids, chosen_ids) for chosen_ids, rejected_ids in answers],
+        ),
+    )
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def _ranking(logps: Sequence[PairTokenLogps]) -> Ranking:
+    return Ranking(
+        accuracy=float(np.mean([pair.chosen.sum() > pair.rejected.sum() for pair in logps])),
+        normalised_accuracy=float(np.mean([pair.chosen.mean() > pair.rejected.mean() for pair in logps])),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dpop_trainer.evaluate import PairEvaluation
 from dpop_trainer.token_shift import TokenShift
 
 _ZERO_LINE: dict[str, Any] = {"color": "0.35", "linewidth": 0.8}
@@ -22,7 +23,7 @@ _FEW_TOKENS = 0.1
 
 class _Style(NamedTuple):
     color: str
-    linestyle: str
+    linestyle: Any
     marker: str
     hatch: str
 
@@ -32,6 +33,10 @@ _STYLES = (
     _Style("#0072B2", "-", "s", ""),  # blue
     _Style("#009E73", "-.", "^", "...."),  # green
     _Style("#CC79A7", ":", "D", "xxxx"),  # purple
+    _Style("#E69F00", (0, (6, 1, 1, 1, 1, 1)), "v", "\\\\\\\\"),  # orange
+    _Style("#56B4E9", (0, (1, 3)), "P", "++++"),  # sky blue
+    _Style("#000000", (0, (8, 3)), "X", "----"),  # black
+    _Style("#8A8A8A", "-", "*", "oooo"),  # grey
 )
 
 
@@ -40,7 +45,8 @@ def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path:
 
     Args:
         histories: by method, equally long lists "step" (optimizer steps), "chosen" and "rejected": mean over pairs of
-            log π - log π_ref of the whole answer, in nats.
+            log π - log π_ref of the whole answer, in nats. With "chosen_low", "chosen_high" and the same of "rejected"
+            a band is drawn around the line.
         path: the PNG; missing folders are made.
 
     Raises:
@@ -57,6 +63,9 @@ def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path:
         axes.axhline(0, **_ZERO_LINE)
         for style, (name, history) in zip(_styles(histories), histories.items(), strict=True):
             _line(axes, history["step"], history[answer], style, name)
+            if f"{answer}_low" in history:
+                low, high = history[f"{answer}_low"], history[f"{answer}_high"]
+                axes.fill_between(history["step"], low, high, color=style.color, alpha=0.15, linewidth=0)
         _finish(
             axes,
             f"{answer.capitalize()} answers",
@@ -86,6 +95,36 @@ def plot_token_shift(shifts: Mapping[str, TokenShift], path: str | os.PathLike[s
     _plot_regions(bars, shifts)
     _plot_profile(profile, shifts)
     profile.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_checkpoints(history: Mapping[int, PairEvaluation], path: str | os.PathLike[str]) -> None:
+    """Writes a PNG of a run's checkpoints: whole answers left, the chosen answers' tokens around the edit right.
+
+    Args:
+        history: by optimizer step, each against the same reference; step 0, where nothing has changed, is added.
+        path: the PNG; missing folders are made.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    if not history:
+        raise ValueError("history: expected at least one checkpoint, got none.")
+    steps = [0, *history]
+    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    answers, tokens = figure.subplots(1, 2)
+    for style, side in zip(_STYLES, ("rejected", "chosen"), strict=False):
+        changes = [0.0, *(getattr(value, f"{side}_logratio") for value in history.values())]
+        _line(answers, steps, changes, style, f"{side} answers")
+    for style, region in zip(_STYLES, ("after", "before", "at"), strict=False):
+        changes = [0.0, *(getattr(value.shift, region).mean_change for value in history.values())]
+        _line(tokens, steps, changes, style, f"{region} the edit")
+    labels = ("nats per answer", "nats per token")
+    titles = ("Whole answers", "The chosen answers' tokens")
+    for axes, title, label in zip((answers, tokens), titles, labels, strict=True):
+        axes.axhline(0, **_ZERO_LINE)
+        axes.legend(frameon=False, fontsize=8)
+        _finish(axes, title, "optimizer step", rf"$\log\,\pi - \log\,\pi_\mathrm{{ref}}$ ({label})")
     _save(figure, path)
 
 

@@ -1,32 +1,43 @@
-"""Whole runs as the command line starts them: load, train, save; or load and inspect."""
+"""Whole runs as the command line starts them: load, train, save."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from dpop_trainer.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.base import HeadTrainer
 from dpop_trainer.config import DPOPConfig, HeadConfig, SFTConfig
-from dpop_trainer.data import load_pairs, tokenise_pairs
-from dpop_trainer.evaluate import PairEvaluation, evaluate_pairs, pair_token_logps
-from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
+from dpop_trainer.data import load_pairs
+from dpop_trainer.loading import load_model, load_tokenizer
 from dpop_trainer.sft import SFTTrainer
 from dpop_trainer.trainer import DPOPTrainer
-from dpop_trainer.versions import versions
 
 
-def run_train(model_arguments: ModelArguments, data_arguments: DataArguments, config: DPOPConfig) -> DPOPTrainer:
+def run_train(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    config: DPOPConfig,
+    *,
+    max_eval_pairs: int | None = None,
+) -> DPOPTrainer:
     """Preference fine-tuning from arguments to a saved model in config.output_dir; resumes what was interrupted.
+
+    Args:
+        model_arguments: the model and its adapter.
+        data_arguments: the pairs.
+        config: everything else.
+        max_eval_pairs: evaluate on the first so many held-out pairs.
 
     Raises:
         ValueError: an argument or the data cannot be used.
     """
     train_dataset, eval_dataset = _load_data(data_arguments)
+    if eval_dataset is not None and max_eval_pairs is not None:
+        eval_dataset = eval_dataset.select(range(min(max_eval_pairs, len(eval_dataset))))
     ref_name = model_arguments.ref_model_name_or_path
     trainer = DPOPTrainer(
         _load_model(model_arguments),
@@ -60,73 +71,6 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
     )
     _train_and_save(trainer, config)
     return trainer
-
-
-def run_inspect(
-    *,
-    model: str,
-    ref_model: str | None,
-    pairs: str,
-    out: str | None,
-    limit: int,
-    batch_size: int,
-    max_length: int | None,
-) -> PairEvaluation:
-    """Token log-probs of pairs under a trained model and its reference: prints a table, writes shift.json and a plot.
-
-    Raises:
-        ValueError: a model or the pairs cannot be loaded, or the reference is neither given nor known.
-    """
-    from dpop_trainer.plots import plot_token_shift
-
-    tokenizer = load_tokenizer(model)
-    prepare_tokenizer(tokenizer)
-    dataset = load_pairs(pairs)
-    dataset = dataset.select(range(min(limit, len(dataset))))
-    dataset, counts = tokenise_pairs(dataset, tokenizer, max_length=max_length)
-    print(counts.summary())
-    is_adapter = (Path(model) / "adapter_config.json").exists()
-    policy: Any = AutoPeftModelForCausalLM.from_pretrained(model) if is_adapter else load_model(model)
-    score = {"pad_token_id": tokenizer.pad_token_id, "batch_size": batch_size}
-    policy_logps = pair_token_logps(policy, dataset, desc="policy", **score)
-    if ref_model is not None:
-        ref_logps = pair_token_logps(load_model(ref_model), dataset, desc="reference", **score)
-    elif isinstance(policy, PeftModel):
-        ref_logps = pair_token_logps(policy.unload(), dataset, desc="reference", **score)
-    else:
-        raise ValueError("ref_model: expected the model that training started from, got None. Pass --ref_model.")
-    evaluation = evaluate_pairs(policy_logps, ref_logps, dataset)
-    folder = Path(out or model)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"name": Path(model).name, "num_pairs": len(dataset), **evaluation_as_dict(evaluation)}
-    (folder / "shift.json").write_text(json.dumps({**record, "versions": versions()}, indent=2))
-    plot_token_shift({Path(model).name: evaluation.shift}, folder / "shift.png")
-    print(format_evaluation(evaluation))
-    print(f"Written: {folder / 'shift.json'}, {folder / 'shift.png'}")
-    return evaluation
-
-
-def evaluation_as_dict(evaluation: PairEvaluation) -> dict[str, Any]:
-    """Plain values, for JSON."""
-    return {
-        "chosen_logratio": evaluation.chosen_logratio,
-        "rejected_logratio": evaluation.rejected_logratio,
-        "reward_accuracy": evaluation.reward_accuracy,
-        **{f"{region}_edit": getattr(evaluation.shift, region)._asdict() for region in ("before", "at", "after")},
-    }
-
-
-def format_evaluation(evaluation: PairEvaluation) -> str:
-    """A few lines for the terminal."""
-    lines = [
-        f"chosen    {evaluation.chosen_logratio:+9.2f} nats per answer against the reference",
-        f"rejected  {evaluation.rejected_logratio:+9.2f} nats per answer",
-        f"reward accuracy {evaluation.reward_accuracy:.1%}",
-    ]
-    for region in ("before", "at", "after"):
-        part = getattr(evaluation.shift, region)
-        lines.append(f"{region:>6} the edit {part.mean_change:+8.3f} nats per token ({part.num_tokens} tokens)")
-    return "\n".join(lines)
 
 
 def _train_and_save(trainer: HeadTrainer, config: HeadConfig) -> None:

@@ -96,6 +96,58 @@ def token_shift(
     )
 
 
+def token_shift_as_dict(shift: TokenShift) -> dict[str, Any]:
+    """Plain values, for JSON: NaN becomes None."""
+    regions = {name: _without_nan(list(getattr(shift, name))) for name in ("before", "at", "after")}
+    offsets, mean_change, counts = (values.tolist() for values in shift.profile)
+    return {**regions, "profile": [offsets, _without_nan(mean_change), counts]}
+
+
+def token_shift_from_dict(values: dict[str, Any]) -> TokenShift:
+    """Undo `token_shift_as_dict`."""
+
+    def region(name: str) -> RegionShift:
+        *means, num_tokens = values[name]
+        change, policy, ref = (np.nan if mean is None else mean for mean in means)
+        return RegionShift(change, policy, ref, num_tokens)
+
+    offsets, mean_change, counts = values["profile"]
+    mean_change = np.array([np.nan if change is None else change for change in mean_change])
+    profile = OffsetProfile(np.array(offsets), mean_change, np.array(counts))
+    return TokenShift(region("before"), region("at"), region("after"), profile)
+
+
+def _without_nan(values: list[Any]) -> list[Any]:
+    return [None if value != value else value for value in values]
+
+
+def mean_token_shift(shifts: Sequence[TokenShift]) -> TokenShift:
+    """The mean over runs, each counting the same; `num_tokens` and `counts` are sums.
+
+    Raises:
+        ValueError: there is none, or their profiles have other offsets.
+    """
+    if not shifts or any(not np.array_equal(shift.profile.offsets, shifts[0].profile.offsets) for shift in shifts):
+        raise ValueError(f"shifts: expected at least one, all with the same offsets, got {len(shifts)}.")
+
+    def region(name: str) -> RegionShift:
+        parts = [getattr(shift, name) for shift in shifts]
+        change, policy, ref = np.mean([part[:3] for part in parts], axis=0).tolist()
+        return RegionShift(change, policy, ref, sum(part.num_tokens for part in parts))
+
+    profiles = [shift.profile for shift in shifts]
+    return TokenShift(
+        before=region("before"),
+        at=region("at"),
+        after=region("after"),
+        profile=OffsetProfile(
+            offsets=profiles[0].offsets,
+            mean_change=np.mean([profile.mean_change for profile in profiles], axis=0),
+            counts=np.sum([profile.counts for profile in profiles], axis=0),
+        ),
+    )
+
+
 def _offsets(num_tokens: int, region: EditRegions) -> NDArray[np.int64]:
     """Each token's distance from the edit: ..., -2, -1, 0 for the whole edit, 1, 2, ... -> [T]."""
     positions = np.arange(num_tokens)

@@ -14,15 +14,14 @@ Both read the run's summary:
 Every sentence follows the numbers, also when they are not the expected ones.
 """
 
-import base64
 import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpop_trainer import html_page
 from dpop_trainer.edits import EditRegions, edit_regions
 
 
@@ -47,30 +46,6 @@ _LEGEND = (
     "answer gained more than the rejected one. Exact match is the share of held-out problems that end in the right "
     "number."
 )
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5d5d66; --line: #d5d5dc; --page: #ffffff; --box: #f5f5f8;
-        --good: #cde7f7; --bad: #fbd9c4; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e9e9ee; --soft: #a5a5b0; --line: #3d3d47; --page: #17171b; --box: #212128;
-          --good: #10415e; --bad: #6b3010; } }
-body { max-width: 54rem; margin: 2.5rem auto; padding: 0 1.25rem; color: var(--ink); background: var(--page);
-       font: 1rem/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.verdict { padding: .8rem 1.1rem; border-left: 4px solid #0072b2; background: var(--box); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-th small { display: block; font-weight: normal; color: var(--soft); }
-.note, figcaption { color: var(--soft); font-size: .875rem; }
-pre { padding: .8rem 1rem; background: var(--box); white-space: pre-wrap; overflow-wrap: anywhere;
-      font: .875rem/1.5 ui-monospace, monospace; }
-mark { color: inherit; padding: 0 .15em; border-radius: .2em; font-weight: bold; }
-mark.chosen { background: var(--good); } mark.rejected { background: var(--bad); }
-figure { margin: 1.2rem 0; }
-img { box-sizing: border-box; max-width: 100%; height: auto; padding: .4rem; background: white; }
-.facts { columns: 2; } .facts td, .facts th { padding: .15rem .9rem .15rem 0; font-size: .875rem; }
-"""
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
@@ -124,30 +99,20 @@ def write_report(
         f"took {summary['seconds']:.0f} s (device: {summary['device']})."
     )
     sections = [
-        "<h1>DPO and DPOP on low-edit pairs</h1>",
-        f"<p>{escape(introduction)}</p>",
-        f'<p class="verdict">{escape(format_verdict(summary))}</p>',
-        "<h2>Results</h2>",
-        _html_table(summary),
-        f'<p class="note">{escape(_LEGEND)}</p>',
-        *(_html_figure(title, figure) for title, figure in figures),
-        "<h2>One pair</h2>",
+        html_page.paragraph(introduction),
+        html_page.paragraph(format_verdict(summary), "verdict"),
+        html_page.heading("Results"),
+        html_page.table([("method", ""), *((column.title, column.unit) for column in _COLUMNS)], _rows(summary)),
+        html_page.paragraph(_LEGEND, "note"),
+        *(html_page.figure(title, figure) for title, figure in figures),
+        html_page.heading("One pair"),
         _html_example(summary["example"]),
-        "<h2>Configuration</h2>",
-        _html_facts(summary["config"]),
-        "<h2>Versions</h2>",
-        _html_facts(summary["versions"]),
+        html_page.heading("Configuration"),
+        html_page.facts(summary["config"]),
+        html_page.heading("Versions"),
+        html_page.facts(summary["versions"]),
     ]
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>DPO and DPOP on low-edit pairs</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    html_page.write_page("DPO and DPOP on low-edit pairs", sections, path)
 
 
 def _conclusion(dpo: float, dpop: float) -> str:
@@ -200,22 +165,6 @@ def _cell(value: float | None, column: _Column) -> str:
     return "—" if value is None or math.isnan(value) else column.text(value)
 
 
-def _html_table(summary: Mapping[str, Any]) -> str:
-    titles = "".join(
-        f"<th>{escape(column.title)}<small>{escape(column.unit) or '&nbsp;'}</small></th>" for column in _COLUMNS
-    )
-    rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(summary))
-    return f'<div class="wide"><table>\n<tr><th>method</th>{titles}</tr>\n{rows}\n</table></div>'
-
-
-def _html_figure(title: str, path: str | os.PathLike[str]) -> str:
-    png = base64.b64encode(Path(path).read_bytes()).decode("ascii")
-    return (
-        f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{png}">'
-        f"<figcaption>{escape(title)}</figcaption></figure>"
-    )
-
-
 def _html_example(example: Mapping[str, str]) -> str:
     """Prompt and both answers, with the words that differ marked."""
     chosen, rejected = (re.findall(r"\s|\w+|[^\w\s]", example[answer].strip()) for answer in ("chosen", "rejected"))
@@ -231,8 +180,3 @@ def _mark(words: Sequence[str], region: EditRegions, kind: str) -> str:
     return (
         f'{escape("".join(before))}<mark class="{escape(kind)}">{escape("".join(edit))}</mark>{escape("".join(after))}'
     )
-
-
-def _html_facts(facts: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in facts.items())
-    return f'<div class="facts"><table>{rows}</table></div>'

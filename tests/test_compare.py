@@ -1,0 +1,192 @@
+"""`dpop compare`: what a method may be, results through JSON, words that follow the numbers, a whole run."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset
+from dpop_trainer.cli import main
+from dpop_trainer.compare.methods import parse_method, parse_methods
+from dpop_trainer.compare.report import Comparison, RunResult, read_comparison, table_rows, verdict
+from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs
+from dpop_trainer.token_shift import mean_token_shift, token_shift_as_dict, token_shift_from_dict
+from tiny import text_pairs, tiny_llama, word_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "slug", "overrides"),
+    [
+        ("dpop", "DPOP", "dpop", {"loss_type": "dpop"}),
+        ("dpop:dpop_lambda=5", "DPOP, λ = 5", "dpop-dpop_lambda=5", {"loss_type": "dpop", "dpop_lambda": 5}),
+        (
+            "dpo:beta=0.1,learning_rate=1.0e-4",
+            "DPO, β = 0.1, lr = 0.0001",
+            "dpo-beta=0.1-learning_rate=1.0e-4",
+            {"loss_type": "dpo", "beta": 0.1, "learning_rate": 1e-4},
+        ),
+        (
+            "dpo+sft:loss_type_is_not=1",
+            None,
+            None,
+            "expected a field of DPOPConfig that may differ, got 'loss_type_is_not'",
+        ),
+        ("dpop:dpop_lamda=5", None, None, "Did you mean 'dpop_lambda'"),
+        ("dpop:5", None, None, "expected FIELD=VALUE after the colon, got '5'"),
+        (":beta=1", None, None, "expected LOSS"),
+        ("dpo:seed=3", None, None, "expected a field of DPOPConfig that may differ, got 'seed'"),
+    ],
+)
+def test_methods(text, name, slug, overrides):
+    if name is None:
+        with pytest.raises(ValueError, match=overrides):
+            parse_method(text)
+    else:
+        assert parse_method(text) == (name, slug, overrides)
+
+
+def test_a_list_is_one_value():
+    assert parse_method("dpop+ipo:max_length=[1,2],beta=0.1").overrides == {
+        "loss_type": ["dpop", "ipo"],
+        "max_length": [1, 2],
+        "beta": 0.1,
+    }
+
+
+def test_methods_are_there_once():
+    with pytest.raises(ValueError, match="expected each once, got 'dpo ' and 'dpo'"):
+        parse_methods(["dpo", "dpop", "dpo "])
+    with pytest.raises(ValueError, match="expected at least one"):
+        parse_methods([])
+
+
+def result(method, seed, chosen, rejected=0.0):
+    """One pair of two answers of four tokens; the change of the chosen one falls on its last token."""
+    pair = {"prompt_ids": [5], "chosen_ids": [6, 7, 8, 9], "rejected_ids": [6, 10, 8, 9]}
+    dataset, _ = tokenise_pairs(Dataset.from_list([pair]), word_tokenizer())
+    before = [PairTokenLogps(np.full(4, -2.0), np.full(4, -3.0))]
+    after = [PairTokenLogps(np.array([-2, -2, -2, chosen - 2]), np.array([rejected - 3, -3, -3, -3]))]
+    history = {"step": [0, 5], "chosen": [0.0, chosen], "rejected": [0.0, rejected]}
+    return RunResult(method, seed, 1, evaluate_pairs(after, before, dataset), history, 1.5)
+
+
+def comparison(**changes):
+    """By method, the chosen answers' change with every seed."""
+    results = [result(name, seed, value) for name, values in changes.items() for seed, value in enumerate(values)]
+    return Comparison(list(changes), results, {}, {})
+
+
+def test_results_survive_json():
+    before = result("DPO", 3, -2.0)
+    after = RunResult.from_dict(json.loads(json.dumps(before.as_dict(), allow_nan=False)))
+    assert after.as_dict() == before.as_dict()
+    assert np.isnan(after.evaluation.chosen_logratio_error)  # of a single pair
+    assert after.evaluation.shift.after == before.evaluation.shift.after
+    np.testing.assert_array_equal(after.evaluation.shift.profile.mean_change, before.evaluation.shift.profile[1])
+    # a region without tokens has no mean, and JSON no NaN
+    shift = before.evaluation.shift
+    empty = shift._replace(at=shift.at._replace(mean_change=float("nan"), num_tokens=0))
+    values = token_shift_as_dict(empty)
+    assert values["at"][0] is None
+    assert np.isnan(token_shift_from_dict(json.loads(json.dumps(values))).at.mean_change)
+
+
+def test_mean_shift_by_hand():
+    shifts = [result("DPO", seed, value).evaluation.shift for seed, value in enumerate((-2.0, -6.0))]
+    mean = mean_token_shift(shifts)
+    assert mean.after.mean_change == pytest.approx(-2.0)  # two tokens after the edit, one changed: -1 and -3
+    assert mean.after.num_tokens == 4
+    assert mean.profile.mean_change[mean.profile.offsets.tolist().index(2)] == pytest.approx(-4.0)
+
+
+def test_table_by_hand():
+    rows = table_rows(comparison(DPO=[-1.0, -3.0], DPOP=[0.5, 0.5]))
+    # standard deviation of -1 and -3 is √2
+    assert rows[0][:4] == ["DPO", "-2.00 ± 1.41", "+0.00 ± 0.00", "-1.000 ± 0.707"]
+    assert rows[1][:2] == ["DPOP", "+0.50 ± 0.00"]
+    assert rows[0][4] == "25.0 % ± 0.0 %"  # one token of four
+
+
+def test_verdict_follows_the_numbers():
+    text = verdict(comparison(DPO=[-10.0, -11.0, -12.0], IPO=[-4.0, 5.0, 0.5], DPOP=[2.0, 2.1, 2.2]))
+    assert text.startswith("On 1 held-out pairs, 3 seeds: DPO (-11.00 nats) lowered the chosen answers.")
+    assert "IPO (+0.50 nats) left the chosen answers where they were." in text
+    assert "DPOP (+2.10 nats) raised the chosen answers." in text
+    assert text.endswith(
+        "DPOP keeps them highest (+2.10 nats) and also sets the two answers furthest apart (2.10 nats)."
+    )
+    other = verdict(Comparison(["A", "B"], [result("A", 0, -1.0, -9.0), result("B", 0, 1.0, 0.0)], {}, {}))
+    assert other.endswith("B keeps them highest (+1.00 nats) and A sets the two answers furthest apart (8.00 nats).")
+
+
+@pytest.fixture
+def setting(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    for name, pairs in (("train", text_pairs()), ("test", text_pairs(9)[6:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    values = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "train.jsonl"),
+        "eval_dataset_name": str(tmp_path / "test.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3.0e-3,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "methods": ["dpo", "dpop:dpop_lambda=500"],
+        "seeds": [0, 1],
+    }
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def test_whole_comparison_and_its_second_start(setting, capsys):
+    argv = ["compare", "--config", str(setting / "compare.yaml")]
+    assert main(argv) == 0
+    out = setting / "out"
+    assert {"compare.json", "compare.html", "curves.png", "token_shift.png"} <= {path.name for path in out.iterdir()}
+    written = read_comparison(out / "compare.json")
+    assert written.methods == ["DPO", "DPOP, λ = 500"]
+    assert [(run.method, run.seed) for run in written.results] == [(m, s) for m in written.methods for s in (0, 1)]
+    assert all(run.history["step"] == list(range(9)) for run in written.results)
+    for run in written.results:
+        # the last evaluation of the run and the measurement after it are of the same model
+        assert run.history["chosen"][-1] == pytest.approx(run.evaluation.chosen_logratio, abs=1e-4)
+    assert not list(out.rglob("*.safetensors"))
+    capsys.readouterr()
+
+    assert main([*argv, "--methods", "dpo", "dpop:dpop_lambda=500", "slic"]) == 0
+    again = capsys.readouterr().out
+    assert again.count("(finished before)") == 4
+    assert [run.as_dict() for run in read_comparison(out / "compare.json").results[:4]] == [
+        run.as_dict() for run in written.results
+    ]
+    assert main([*argv, "--learning_rate", "1e-4"]) == 1
+    assert "got one with other values of learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "dpop:beta=-1"], "beta: expected a finite value > 0, got -1"),
+        (["--methods", "dpoop"], "loss_type: expected one of"),
+        (["--seeds", "1", "1"], "seeds: expected at least one, each once, got [1, 1]"),
+        (["--max_eval_pairs", "0"], "max_eval_pairs: expected at least 1, got 0"),
+    ],
+)
+def test_nothing_is_trained_before_all_is_checked(setting, capsys, flags, message):
+    assert main(["compare", "--config", str(setting / "compare.yaml"), *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not (setting / "out").exists()
+
+
+def test_held_out_pairs_are_needed(setting, capsys):
+    path = setting / "compare.yaml"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "eval_dataset" not in line))
+    assert main(["compare", "--config", str(path)]) == 1
+    assert "eval_dataset_name: expected pairs to measure on" in capsys.readouterr().err

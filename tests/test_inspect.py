@@ -1,0 +1,187 @@
+"""`dpop inspect`: tokens as text, what is held against what, words that follow the numbers, a page that escapes."""
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset
+from dpop_trainer.cli import main
+from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.data.counts import TokeniseCounts
+from dpop_trainer.edits import EditRegions
+from dpop_trainer.evaluate import PairTokenLogps, Ranking, evaluate_pairs
+from dpop_trainer.inspect_report import AnswerTokens, Inspection, PairChange, verdict, write_inspection
+from dpop_trainer.inspection import subject_of
+from dpop_trainer.token_text import token_texts
+from tiny import text_pairs, tiny_llama, word_tokenizer
+from transformers import AutoTokenizer
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def evaluation_of(*answers):
+    """Answers of four tokens that differ in the second; each is its chosen changes and its rejected changes."""
+    pair = {"prompt_ids": [5], "chosen_ids": [6, 7, 8, 9], "rejected_ids": [6, 10, 8, 9]}
+    dataset, _ = tokenise_pairs(Dataset.from_list([pair] * len(answers)), word_tokenizer())
+    reference = [PairTokenLogps(np.full(4, -2.0), np.full(4, -2.5))] * len(answers)
+    policy = [PairTokenLogps(np.array(w) - 2.0, np.array(l) - 2.5) for w, l in answers]  # noqa: E741
+    return evaluate_pairs(policy, reference, dataset)
+
+
+# chosen -4 and -6 nats, all of it after the edit; rejected unchanged
+FALL = evaluation_of(([0, 0, -2, -2], [0] * 4), ([0, 0, -3, -3], [0] * 4))
+
+
+def test_errors_shares_and_rankings_by_hand():
+    assert FALL.chosen_logratio == pytest.approx(-5)
+    # deviations of one nat from the mean, n - 1 = 1: sd √2, standard error √2 / √2
+    assert FALL.chosen_logratio_error == pytest.approx(1.0)
+    assert FALL.rejected_logratio_error == 0
+    assert FALL.lost_share == 0.5
+    # the reference gives -8 to the chosen and -10 to the rejected answer; the policy -12 or -14, and -10
+    assert FALL.ref_ranking == Ranking(1.0, 1.0)
+    assert FALL.ranking == Ranking(0.0, 0.0)
+    assert FALL.rejected_shift.after.mean_change == 0
+    assert math.isnan(evaluation_of(([0] * 4, [0] * 4)).chosen_logratio_error)
+
+
+def test_ranking_by_token_differs_where_lengths_do():
+    pair = {"prompt_ids": [5], "chosen_ids": [6, 7, 8, 9], "rejected_ids": [6]}
+    dataset, _ = tokenise_pairs(Dataset.from_list([pair]), word_tokenizer())
+    logps = [PairTokenLogps(np.full(4, -1.0), np.array([-2.0]))]  # -4 against -2, but -1 per token against -2
+    assert evaluate_pairs(logps, logps, dataset).ranking == Ranking(accuracy=0.0, normalised_accuracy=1.0)
+
+
+def test_verdict_names_the_fall_and_what_to_do():
+    text = verdict(FALL)
+    assert "lowered the chosen answers by 5.00 ± 1.00 nats, most after the edit (-2.500 nats per token)" in text
+    assert "left the rejected answers where they were (+0.00 ± 0.00 nats per answer)" in text
+    assert "50% of the chosen answers' tokens lost more than 0.01 nats" in text
+    assert "the likelier one in 0.0%, where the reference had 100.0%" in text
+    assert text.endswith("train with DPOP, a larger λ, or a smaller learning rate.")
+
+
+def test_verdict_does_not_cry_wolf():
+    # +4 and -5 nats: mean -0.5, standard error 4.5
+    noise = verdict(evaluation_of(([0, 0, 2, 2], [0] * 4), ([0, 0, -2.5, -2.5], [0] * 4)))
+    assert "left the chosen answers where they were (-0.50 ± 4.50 nats per answer)" in noise
+    assert "train with DPOP" not in noise
+    rise = verdict(evaluation_of(([0, 1, 0, 0], [0, -1, 0, 0])))
+    assert "raised the chosen answers by 1.00 nats; it lowered the rejected answers by 1.00 nats" in rise
+    assert "train with DPOP" not in rise
+
+
+def test_token_texts_join_to_the_text():
+    tokenizer = word_tokenizer()
+    assert token_texts(tokenizer, tokenizer("w3 w4 w5", add_special_tokens=False)["input_ids"]) == ["w3", " w4", " w5"]
+    ids = tokenizer("w1 w2 w3 w4", add_special_tokens=False)["input_ids"]
+    assert token_texts(tokenizer, ids[2:], ids[:2]) == [" w3", " w4"]
+    assert token_texts(tokenizer, [], ids) == []
+
+
+@pytest.mark.parametrize("folder", ["tokenizers/gpt2", "tokenizers/mistral", "models/stories260K"])
+def test_token_texts_of_real_tokenizers(folder):
+    if not (SHARED / folder).exists():
+        pytest.skip(f"{SHARED / folder} is absent")
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / folder)
+    text = "Answer: naïve 🎉🧑‍💻 مرحبا 你好 <b> 48/2\n" * 3
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = token_texts(tokenizer, ids)
+    assert len(whole) == len(ids)
+    assert "".join(whole) == tokenizer.decode(ids)
+    for cut in (1, 7, len(ids) // 2, len(ids) - 1):
+        tail = token_texts(tokenizer, ids[cut:], ids[:cut])
+        assert len(tail) == len(ids) - cut
+        # a cut within a character leaves its first bytes outside
+        assert tokenizer.decode(ids).endswith("".join(tail).lstrip("\ufffd"))
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.attributes = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.append(dict(attrs))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_escapes_everything_and_marks_tokens(tmp_path):
+    hostile = "<script>alert(1)</script>&\x00\u202e\"'"
+    answer = AnswerTokens([hostile, " b", " c"], [-1.0, -1.0, -1.0], [-4.0, -1.0, 0.5], EditRegions(1, 2))
+    counts = TokeniseCounts(1, 1, *[0] * 11)
+    pair = PairChange(7, hostile, answer, answer)
+    inspection = Inspection(hostile, hostile, hostile, counts, FALL, {}, [pair])
+    write_inspection(inspection, [], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "\x00" not in text
+    assert "<script>alert(1)</script>&␀⟨U+202E⟩\"'" in page.text  # as a reader sees it
+    spans = [attributes for tag, attributes in zip(page.tags, page.attributes, strict=True) if tag == "span"]
+    assert len(spans) == 6  # two answers of three tokens
+    fell, edit, gained = spans[:3]
+    assert fell["class"] == "fell"  # by three nats
+    assert fell["style"] == "background: rgb(213 94 0 / 0.7)"
+    assert fell["title"] == "-3.00 nats: -1.00 → -4.00"
+    assert edit["class"] == "edit"
+    assert "style" not in edit
+    assert gained["style"] == "background: rgb(0 114 178 / 0.35)"  # half of three nats: half the colour
+    assert "Pair 7: chosen -1.50 nats" in page.text
+
+
+def test_what_is_held_against_what(tmp_path):
+    run = tmp_path / "run"
+    for name in ("checkpoint-20", "checkpoint-100", "checkpoint-3"):
+        (run / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"ref_model: expected the model that training started from.*--ref_model"):
+        subject_of(str(run))
+    (run / "adapter_config.json").write_text("{}")
+    assert subject_of(str(run)).reference is None  # the base model under the adapter
+    (run / "config.yaml").write_text(yaml.safe_dump({"model_name_or_path": "start", "max_length": 77}))
+    subject = subject_of(str(run))
+    assert (subject.reference, subject.max_length) == ("start", 77)
+    assert [step for step, _ in subject.checkpoints] == [3, 20, 100]
+    assert subject_of(str(run), "other").reference == "other"
+
+
+def test_inspect_follows_the_checkpoints_of_a_run(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs()))
+    run = tmp_path / "run"
+    settings = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "pairs.jsonl"),
+        "output_dir": str(run),
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1.0e-3,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "use_peft": True,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert main(["inspect", str(run), "--pairs", str(tmp_path / "pairs.jsonl"), "--num_worst", "2"]) == 0
+    result = json.loads((run / "inspect.json").read_text())
+    assert [line["step"] for line in result["checkpoints"]] == [2, 4]
+    # the last checkpoint is the model that was saved
+    assert result["checkpoints"][-1]["chosen_logratio"] == pytest.approx(result["chosen_logratio"], abs=1e-5)
+    assert result["checkpoints"][0]["chosen_logratio"] != result["chosen_logratio"]
+    lost = [pair["chosen"]["logratio"] for pair in result["worst"]]
+    assert len(lost) == 2
+    assert lost == sorted(lost)
+    assert {"shift.png", "checkpoints.png", "inspect.html"} <= {path.name for path in run.iterdir()}
+    assert main(["inspect", str(run), "--pairs", str(tmp_path / "pairs.jsonl"), "--limit", "0"]) == 1
+    assert "limit: expected at least 1, got 0" in capsys.readouterr().err

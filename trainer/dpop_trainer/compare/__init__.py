@@ -1,0 +1,1 @@
+"""`dpop compare`: the same model, data and seeds under several losses, and one report."""

@@ -1,0 +1,182 @@
+"""Train every method with every seed, measure each on the same held-out pairs, and keep what was measured.
+
+A run's folder holds comparison.json once it is finished; a comparison that was interrupted goes on from there.
+"""
+
+import gc
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import transformers
+
+from dpop_trainer.arguments import ComparisonArguments, DataArguments, ModelArguments, arguments_of, run_config
+from dpop_trainer.compare.methods import Method, parse_methods
+from dpop_trainer.compare.report import Comparison, RunResult, format_comparison, write_comparison
+from dpop_trainer.config import DPOPConfig
+from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs, pair_token_logps
+from dpop_trainer.loading import load_for_scoring
+from dpop_trainer.runs import run_train
+from dpop_trainer.versions import versions
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILE = "comparison.json"
+
+
+class PlannedRun(NamedTuple):
+    """One training of the comparison."""
+
+    method: Method
+    seed: int
+    values: dict[str, Any]
+    """Its whole configuration, as config.yaml holds it."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.values["output_dir"])
+
+
+def run_comparison(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    config: DPOPConfig,
+    comparison: ComparisonArguments,
+) -> Comparison:
+    """Run what is not finished yet, and write the report of everything into config.output_dir.
+
+    Every configuration is checked before the first run begins.
+
+    Raises:
+        ValueError: a method or a seed cannot be used, there are no held-out pairs, or a run fails on its input.
+    """
+    plan = plan_runs(model_arguments, data_arguments, config, comparison)
+    folder = Path(config.output_dir)  # type: ignore[arg-type]
+    results: list[RunResult] = []
+    scored = _Reference()
+    for number, run in enumerate(plan, 1):
+        title = f"Run {number} of {len(plan)}: {run.method.name}, seed {run.seed}"
+        result = _finished(run)
+        print(f"{title}{' (finished before)' if result else ''}")
+        results.append(result or _train_and_measure(run, scored, comparison))
+    written = Comparison(
+        methods=[method.name for method in parse_methods(comparison.methods)],
+        results=results,
+        config=run_config(model_arguments, data_arguments, config),
+        versions=versions(),
+    )
+    write_comparison(written, folder)
+    print(format_comparison(written))
+    print(f"Written to {folder}/: compare.json, compare.html and its figures")
+    return written
+
+
+def plan_runs(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    config: DPOPConfig,
+    comparison: ComparisonArguments,
+) -> list[PlannedRun]:
+    """Seeds within methods, each with its checked configuration and a folder of its own.
+
+    Raises:
+        ValueError: see `run_comparison`.
+    """
+    if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
+        raise ValueError(f"seeds: expected at least one, each once, got {comparison.seeds}.")
+    if comparison.max_eval_pairs < 1:
+        raise ValueError(f"max_eval_pairs: expected at least 1, got {comparison.max_eval_pairs}.")
+    if not data_arguments.eval_dataset_name and not data_arguments.dataset_test_split:
+        raise ValueError(
+            "eval_dataset_name: expected pairs to measure on that no run trains on, got none. Pass --eval_dataset_name "
+            "or --dataset_test_split."
+        )
+    values = run_config(model_arguments, data_arguments, config)
+    if config.eval_strategy == "no":
+        # eight points for the curves; below 1 the steps are a share of the run
+        values |= {"eval_strategy": "steps", "eval_steps": 0.125}
+    plan = []
+    for method in parse_methods(comparison.methods):
+        for seed in comparison.seeds:
+            folder = Path(values["output_dir"]) / method.slug / f"seed-{seed}"
+            run = {**values, **method.overrides, "seed": seed, "output_dir": str(folder), "run_name": None}
+            arguments_of(run, DPOPConfig)  # refuses what cannot be, before anything is trained
+            plan.append(PlannedRun(method, seed, run))
+    return plan
+
+
+class _Reference:
+    """The reference's log-probs of the held-out pairs: every run starts from the same model, so one pass is enough."""
+
+    def __init__(self) -> None:
+        self._logps: list[PairTokenLogps] | None = None
+
+    def logps(self, run: PlannedRun, dataset: datasets.Dataset, **score: Any) -> list[PairTokenLogps]:
+        if self._logps is None:
+            name = run.values["ref_model_name_or_path"] or run.values["model_name_or_path"]
+            self._logps = pair_token_logps(load_for_scoring(name), dataset, desc="Scoring the reference", **score)
+        return self._logps
+
+
+def _train_and_measure(run: PlannedRun, reference: _Reference, comparison: ComparisonArguments) -> RunResult:
+    arguments = arguments_of(run.values, DPOPConfig)
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # else every run tells again that it loads and saves
+    try:
+        trainer = run_train(*arguments, max_eval_pairs=comparison.max_eval_pairs)
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    dataset: Any = trainer.eval_dataset
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    trainer.head.remove()
+    tokenizer: Any = trainer.processing_class
+    score = {"pad_token_id": tokenizer.pad_token_id, "batch_size": arguments[2].per_device_eval_batch_size}
+    logps = pair_token_logps(model, dataset, desc="Scoring", **score)
+    lines = [line for line in trainer.state.log_history if "eval_dpop/chosen_logratio" in line]
+    history = {
+        "step": [0, *(line["step"] for line in lines)],
+        "chosen": [0.0, *(line["eval_dpop/chosen_logratio"] for line in lines)],
+        "rejected": [0.0, *(line["eval_dpop/rejected_logratio"] for line in lines)],
+    }
+    runtime = next(line["train_runtime"] for line in reversed(trainer.state.log_history) if "train_runtime" in line)
+    del trainer, model
+    gc.collect()
+    result = RunResult(
+        method=run.method.name,
+        seed=run.seed,
+        num_pairs=len(dataset),
+        evaluation=evaluate_pairs(logps, reference.logps(run, dataset, **score), dataset),
+        history=history,
+        seconds=runtime,
+    )
+    (run.folder / RESULT_FILE).write_text(json.dumps({"config": _identity(run), **result.as_dict()}, indent=2))
+    if not comparison.keep_models:
+        for path in run.folder.rglob("*.safetensors"):
+            path.unlink()
+    return result
+
+
+def _finished(run: PlannedRun) -> RunResult | None:
+    """The result of a run that was finished before with the same configuration.
+
+    Raises:
+        ValueError: it was finished with another.
+    """
+    path = run.folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text())
+    before, now = record.pop("config"), json.loads(json.dumps(_identity(run)))
+    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if changed:
+        raise ValueError(
+            f"{path}: expected a run with this configuration, got one with other values of {', '.join(changed)}. "
+            "Remove the folder to run it again, or choose another output_dir."
+        )
+    return RunResult.from_dict(record)
+
+
+def _identity(run: PlannedRun) -> dict[str, Any]:
+    return {key: value for key, value in run.values.items() if key not in ("output_dir", "logging_dir")}
