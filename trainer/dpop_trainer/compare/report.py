@@ -30,7 +30,8 @@ class RunResult(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: NaN becomes None."""
-        evaluation = {key: None if value != value else value for key, value in self.evaluation._asdict().items()}
+        values: dict[str, Any] = self.evaluation._asdict()
+        evaluation: dict[str, Any] = {key: None if value != value else value for key, value in values.items()}
         for shift in ("shift", "rejected_shift"):
             evaluation[shift] = token_shift_as_dict(evaluation[shift])
         for ranking in ("ranking", "ref_ranking"):
@@ -40,7 +41,9 @@ class RunResult(NamedTuple):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunResult":
         """Undo `as_dict`."""
-        evaluation = {key: math.nan if value is None else value for key, value in values["evaluation"].items()}
+        evaluation: dict[str, Any] = {
+            key: math.nan if value is None else value for key, value in values["evaluation"].items()
+        }
         for shift in ("shift", "rejected_shift"):
             evaluation[shift] = token_shift_from_dict(evaluation[shift])
         for ranking in ("ranking", "ref_ranking"):
