@@ -42,8 +42,11 @@ class MeanMetrics:
         }
 
 
-def pair_metrics(pairs: PairLosses, *, beta: float) -> dict[str, tuple[Tensor, int]]:
-    """TRL's per-pair metrics (rewards are β · log-ratio, without the penalty) and DPOP's own, as sums over pairs."""
+def pair_metrics(pairs: PairLosses, *, beta: float, has_reference: bool = True) -> dict[str, tuple[Tensor, int]]:
+    """TRL's per-pair metrics (rewards are β · log-ratio, without the penalty) and DPOP's own, as sums over pairs.
+
+    Without a reference only the log-probs: there is nothing that a log-ratio could be of.
+    """
     num_pairs = pairs.losses.shape[0]
     deficits = (-pairs.chosen_logratios).clamp(min=0)
     values = {
@@ -59,6 +62,8 @@ def pair_metrics(pairs: PairLosses, *, beta: float) -> dict[str, tuple[Tensor, i
         "dpop/active_fraction": (pairs.chosen_logratios < 0).float(),  # pairs with Δw < 0
         "dpop/chosen_deficit": deficits,  # max(0, -Δw), nats
     }
+    if not has_reference:
+        values = {key: value for key, value in values.items() if key.startswith("logps/")}
     return {key: (value.sum(), num_pairs) for key, value in values.items()}
 
 

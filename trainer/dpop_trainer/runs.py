@@ -26,17 +26,20 @@ def run_train(model_arguments: ModelArguments, data_arguments: DataArguments, co
     Raises:
         ValueError: an argument or the data cannot be used.
     """
+    settings = run_config(model_arguments, data_arguments, config)
     train_dataset, eval_dataset = _load_data(data_arguments)
-    ref_name = model_arguments.ref_model_name_or_path
+    if model_arguments.ref_model_name_or_path and model_arguments.trust_remote_code:
+        own: Any = config.ref_model_init_kwargs
+        config.ref_model_init_kwargs = {"trust_remote_code": True, **(own or {})}
     trainer = DPOPTrainer(
         _load_model(model_arguments),
-        ref_model=load_model(ref_name, _init_kwargs(model_arguments)) if ref_name else None,
+        ref_model=model_arguments.ref_model_name_or_path,
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=load_tokenizer(model_arguments.model_name_or_path),
         peft_config=_peft_config(model_arguments),
-        run_config=run_config(model_arguments, data_arguments, config),
+        run_config=settings,
     )
     _train_and_save(trainer, config)
     return trainer
