@@ -119,7 +119,7 @@ def _ref_segment_logps(records: list[dict[str, Any]], prefix_sharing: bool) -> T
     shared = torch.zeros(len(records), 1, dtype=torch.float64)
     if prefix_sharing and any(record.get(REF_SHARED_COLUMN) is not None for record in records):
         shared[:, 0] = torch.tensor([_shared_logp(record) for record in records], dtype=torch.float64)
-    # fp64 holds the sum of two fp32 numbers, so that a tail is what it was before the shared part was added to it
+    # fp64 holds the sum of two fp32 numbers that are less than 2^29 apart: a tail is then, bit for bit, what it was
     ref_logps = torch.cat([shared, whole - shared], dim=1).float()
     finite = ref_logps.isfinite().all(-1)
     if not finite.all():
