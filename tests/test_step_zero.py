@@ -60,7 +60,7 @@ def test_an_evaluation_does_not_take_the_report_away(tmp_path, tokenizer):
 
 
 def test_micro_batches_are_taken_together_by_hand():
-    report = StepZero(Accelerator(cpu=True), lambda: pytest.fail("nothing to explain"))
+    report = StepZero(Accelerator(cpu=True), lambda: Setting(tiny_llama(), None, True, None, "no"))
     report.add(torch.tensor([1e-3, -4e-3]), torch.tensor([0.0, 2e-3]))
     report.add(torch.tensor([1e-3]), torch.tensor([-7e-3]))
     report.on_pre_optimizer_step(None, TrainerState(), TrainerControl())
@@ -152,6 +152,18 @@ def test_rounding_of_16_bits_in_other_batches_is_named():
     setting = Setting(tiny_llama(), None, True, "computed", "bf16")
     assert "16-bit rounding, which depends on the batch" in explanation(setting)
     assert explanation(setting._replace(mixed_precision="no")).startswith("No cause was found")
+
+
+def test_rounding_at_the_hinge_is_told_where_the_reference_was_computed_in_other_batches(tmp_path, tokenizer, caplog):
+    # fp32 columns that are off by what another batch may round to: 0.001 nats below, so that every penalty is active
+    run = trainer(tmp_path, tokenizer, max_steps=1, precompute_ref_log_probs=True, ref_cache_dir=None)
+    above = [value + 1e-3 for value in run.train_dataset["ref_chosen_logps"]]
+    run.train_dataset = run.train_dataset.remove_columns("ref_chosen_logps").add_column("ref_chosen_logps", above)
+    run.train()
+    (told,) = [r.getMessage() for r in caplog.records if "computed in other batches" in r.getMessage()]
+    assert "by up to 0.001 nats" in told
+    assert "A dead zone of about 2e-03 nats" in told
+    assert logged(run, "dpop/active_fraction") == [1.0]
 
 
 @torch.no_grad()

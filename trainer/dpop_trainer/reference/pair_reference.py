@@ -223,6 +223,7 @@ class PairReference:
             is_start_of_policy=self._is_start_of_policy,
             columns=columns,
             mixed_precision=str(self._accelerator.mixed_precision),
+            has_hinge="dpop" in self._trainer.args.loss_type,
             cached_attention=self._cache.notes().get("attn_implementation") if self._cache is not None else None,
         )
 

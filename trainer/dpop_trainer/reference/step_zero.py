@@ -38,6 +38,13 @@ class Setting(NamedTuple):
     """accelerate's name of the policy's autocast."""
     cached_attention: str | None = None
     """The attention implementation that a cache was computed with."""
+    has_hinge: bool = True
+    """DPOP is among the losses."""
+
+    @property
+    def is_rounding_at_the_hinge(self) -> bool:
+        """A difference of nothing but rounding would decide which pairs are penalised."""
+        return self.columns == "computed" and self.is_start_of_policy and self.has_hinge
 
 
 class StepZero(TrainerCallback):
@@ -81,6 +88,14 @@ class StepZero(TrainerCallback):
             "dpop/step_0_max_rejected_logratio": rejected,
             "dpop/step_0_mean_rejected_logratio": rejected_sum / num_pairs,
         }
+        if 0 < max(chosen, rejected) <= TOLERANCE and self._setting().is_rounding_at_the_hinge:
+            logger.warning(
+                "Reference log-probs were computed in other batches than these: rounding moves them by up to %.2g nats "
+                "per answer. At the start every pair is at DPOP's hinge, and there rounding decides which pairs are "
+                "penalised (λ + 1 times the gradient). A dead zone of about %.0e nats keeps it from doing so.",
+                max(chosen, rejected),
+                2 * max(chosen, rejected),
+            )
         if max(chosen, rejected) > TOLERANCE:
             logger.warning(
                 "Policy and reference differ before the first update: |Δ| of chosen answers up to %.3g nats (mean "
@@ -129,8 +144,8 @@ def probable_causes(setting: Setting) -> Iterator[str]:
             )
         if setting.mixed_precision in ("bf16", "fp16") or policy.dtype in (torch.bfloat16, torch.float16):
             yield (
-                "16-bit rounding, which depends on the batch that a pair is in; leave precompute_ref_log_probs out, so "
-                "that both are computed in the same batch"
+                "16-bit rounding, which depends on the batch that a pair is in, and at the start decides which pairs "
+                "DPOP penalises; leave precompute_ref_log_probs out, so that both are computed in the same batch"
             )
 
 
