@@ -5,13 +5,16 @@ import logging
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
-from dpop_trainer import DPOPTrainer
+from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer import trainer as trainer_module
+from dpop_trainer.arguments import parse_arguments
 from dpop_trainer.reference.adapters import adapter_changes_nothing
 from dpop_trainer.reference.second_model import check_init_kwargs
 from dpop_trainer.reference.source import eval_mode
 from dpop_trainer.reference.start_weights import RECORD_FILE, WEIGHTS_FILE, StartWeights
+from dpop_trainer.runs import run_train
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import answer_logp, config, logged, trainer
@@ -418,6 +421,33 @@ def test_no_reference_where_no_loss_has_one(tmp_path, tokenizer, monkeypatch, ca
     assert not [key for key in line if key.startswith(("rewards/", "dpop/"))]
     assert isinstance(trainer(tmp_path, tokenizer, loss_type="sft", ref_model="nowhere"), DPOPTrainer)
     assert "ref_model is not used" in caplog.text
+
+
+def test_fields_of_the_reference_come_from_the_command_line(tmp_path, tokenizer):
+    tiny_llama(seed=7).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs()))
+    flags = {
+        "model_name_or_path": tmp_path / "model",
+        "ref_model_name_or_path": tmp_path / "model",
+        "ref_model_init_kwargs": '{"dtype": "float16"}',
+        "ref_cache_dir": tmp_path / "cache",
+        "precompute_ref_log_probs": "true",
+        "dataset_name": tmp_path / "pairs.jsonl",
+        "output_dir": tmp_path / "run",
+        "max_steps": 1,
+        "gradient_checkpointing": "false",
+        "report_to": "none",
+        "use_cpu": "true",
+        "layout": "rows",
+    }
+    run_train(
+        *parse_arguments(DPOPConfig, [word for k, v in flags.items() for word in (f"--{k}", str(v))], "dpop train")
+    )
+    (about,) = (tmp_path / "cache").glob("*/reference.json")
+    assert json.loads(about.read_text())["notes"]["attn_implementation"] == "sdpa"
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["ref_model_init_kwargs"] == {"dtype": "float16"}
 
 
 def test_configuration_is_checked(tmp_path):

@@ -145,6 +145,10 @@ def test_a_fingerprint_tells_a_trained_model():
 def test_weights_that_cannot_be_read_have_no_digest():
     with pytest.raises(ValueError, match=r"weights: expected all of them to be readable, got 'model\.embed_tokens"):
         weights_digest(tiny_llama().to("meta"), with_adapter=True)
+    sharded = tiny_llama()
+    sharded.model.norm.weight.ds_id = 3  # what ZeRO-3 leaves of a parameter is marked so
+    with pytest.raises(ValueError, match=r"got 'model\.norm\.weight' sharded"):
+        weights_digest(sharded, with_adapter=True)
 
 
 def test_cache_gives_back_what_it_was_given(tmp_path):

@@ -13,6 +13,6 @@ step_zero         how far policy and reference are apart before the first update
 
 from dpop_trainer.reference.pair_reference import PairReference, has_reference_columns
 from dpop_trainer.reference.second_model import load_reference
-from dpop_trainer.reference.source import frozen_copy
+from dpop_trainer.reference.source import frozen_copy, reference_segment_logps
 
-__all__ = ["PairReference", "frozen_copy", "has_reference_columns", "load_reference"]
+__all__ = ["PairReference", "frozen_copy", "has_reference_columns", "load_reference", "reference_segment_logps"]

@@ -109,7 +109,7 @@ def weights_digest(model: nn.Module, *, with_adapter: bool, sample_bytes: int | 
     if absent is not None:
         raise ValueError(f"weights: expected all of them to be readable, got {absent!r} sharded or on no device.")
     seen: dict[tuple, Any] = {}  # tied weights are read once
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashlib lets go of the interpreter
         for _, tensor in named:
             identity = _identity(tensor)
             if identity not in seen:
@@ -119,6 +119,9 @@ def weights_digest(model: nn.Module, *, with_adapter: bool, sample_bytes: int | 
         ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
+
+# each holds one weight in the host's memory
+_HASHING_THREADS = 4
 
 _ADAPTER_INERT = {
     "auto_mapping",
@@ -140,11 +143,8 @@ def _flat(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _state(model: nn.Module, with_adapter: bool) -> Iterator[tuple[str, Tensor]]:
-    if not isinstance(model, PeftModel):
-        yield from model.state_dict().items()
-        return
-    if with_adapter:
-        yield from model.state_dict().items()
+    if with_adapter or not isinstance(model, PeftModel):
+        yield from model.state_dict(keep_vars=True).items()  # a sharded parameter is known by its attributes
         return
     base = model.get_base_model()
     left_out = {
@@ -153,7 +153,7 @@ def _state(model: nn.Module, with_adapter: bool) -> Iterator[tuple[str, Tensor]]
         if hasattr(module, "adapter_layer_names")
         for name, _ in adapter_parameters(module)
     }
-    for name, tensor in base.state_dict().items():
+    for name, tensor in base.state_dict(keep_vars=True).items():
         if name not in left_out:
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), tensor
 

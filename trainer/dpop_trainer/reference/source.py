@@ -52,7 +52,7 @@ class PolicyAsReference:
 
     def segment_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
         with self.state(), self.accelerator.autocast():
-            return _segment_logps(self.head, self.model(), batch, model_inputs, self.backend)
+            return reference_segment_logps(self.head, self.model(), batch, model_inputs, self.backend)
 
 
 @dataclass
@@ -74,7 +74,7 @@ class FrozenModel:
 
     def segment_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
         with self.accelerator.autocast():
-            return _segment_logps(self.head, self.model, batch, model_inputs, self.backend)
+            return reference_segment_logps(self.head, self.model, batch, model_inputs, self.backend)
 
 
 def frozen_copy(model: Any) -> Any:
@@ -102,8 +102,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _segment_logps(
+def reference_segment_logps(
     head: ScoringHead, model: nn.Module, batch: dict[str, Any], model_inputs: dict[str, Any], backend: str
 ) -> Tensor:
+    """A model's log-prob sums of a batch's segments, as the model is -> [B, 3] (shared, chosen tail, rejected tail)."""
     logps = head.token_logps(model, batch["score_positions"], batch["target_ids"], **model_inputs)
     return segment_sums(logps, batch["cu_seqlens"], backend=backend).view(-1, 3)
