@@ -8,6 +8,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/cpu_step.jsonl  what `python -m benchmarks.cpu_step` appends
     benchmarks/results/cpu_head.jsonl  what `python -m benchmarks.cpu_head` appends
     benchmarks/results/cpu_layouts/*.json    records of benchmarks.cpu_layouts, one per model
+    benchmarks/results/cpu_tie/*.json        a record of benchmarks.cpu_tie
 """
 
 import argparse
@@ -134,11 +135,38 @@ def layouts() -> str:
     return f"{_table(titles, rows)}\n\n{note}"
 
 
+def tie() -> str:
+    """docs/reference.md's table: what rounding of a cached reference does at DPOP's hinge."""
+    record = _records("cpu_tie")[-1]
+    precisions = {"fp32": "fp32", "bf16": "bf16 autocast"}
+    titles = ["reference"]
+    titles += [
+        f"{what}, {name}" for name in precisions.values() for what in ("max \\|Δw\\|", "penalised", "gradient norm")
+    ]
+    rows = []
+    for setting in record["settings"]:
+        row = [setting]
+        for precision in precisions:
+            first = record["settings"][setting][precision]
+            row += [
+                f"{first['max_chosen_logratio']:.1g}",
+                f"{first['active_fraction']:.0%}",
+                f"{first['grad_norm']:.2g}",
+            ]
+        rows.append(row)
+    note = (
+        f"First step on {record['num_pairs']} GSM8K pairs in micro-batches of {record['batch_size']}, λ "
+        f"{record['dpop_lambda']:g}, no clipping; {record['model']}, on a CPU (torch {record['torch']}). Δw in nats."
+    )
+    return f"{_table(titles, rows)}\n\n{note}"
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "step": step},
     ROOT / "docs" / "gsm8k.md": {"gsm8k": gsm8k},
     ROOT / "docs" / "kernels.md": {"cpu_head": cpu_head},
     ROOT / "docs" / "layouts.md": {"layouts": layouts},
+    ROOT / "docs" / "reference.md": {"tie": tie},
 }
 
 

@@ -1,6 +1,9 @@
 """Shared by all tests: kernels interpreted where there is no GPU, one thread per worker, NaN-poisoned allocations."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
+# what an earlier run of the tests has computed must not stand in for what this one is to compute
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dpop-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -82,6 +82,23 @@ def test_data_path_knows_no_model_and_no_kernel():
             )
 
 
+def test_the_reference_is_asked_by_the_trainer_and_asks_no_trainer():
+    for path in (ROOT / "trainer" / "dpop_trainer" / "reference").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        checked_only = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
+        imported = {
+            node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and id(node) not in checked_only and node.module is not None
+        }
+        wrong = {"dpop_trainer.trainer", "dpop_trainer.config", "dpop_trainer.runs", "dpop_trainer.cli"}
+        assert not imported & wrong, (path, imported & wrong)
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def test_import_needs_neither_triton_nor_transformers():
     code = """
 import sys

@@ -182,10 +182,13 @@ class _StopOnNonFinite(TrainerCallback):
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set the probability of every dropout module to zero."""
+    """Set the probability of every dropout to zero: modules, and numbers that a module hands to its attention."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def tokenise_for_training(

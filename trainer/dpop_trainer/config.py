@@ -24,6 +24,8 @@ class HeadConfig(TrainingArguments):
         ValueError: a value outside its range, named with the remedy.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 (transformers' own)
+
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate for AdamW."})
     logging_steps: float = field(
         default=10, metadata={"help": "Log every X optimizer steps; below 1, a fraction of all steps."}
@@ -95,6 +97,8 @@ class DPOPConfig(HeadConfig):
         ValueError: a value outside its range, named with the remedy.
     """
 
+    _VALID_DICT_FIELDS = [*HeadConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]  # noqa: RUF012 (transformers' own)
+
     keep_identical: bool = field(
         default=False,
         metadata={"help": "Keep pairs whose two answers are equal after tokenisation. By default they are left out."},
@@ -155,6 +159,24 @@ class DPOPConfig(HeadConfig):
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "Pairs per batch of that pass. None: the training or evaluation batch size."}
     )
+    ref_cache_dir: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Folder that keeps what that pass computed, for any run with the same tokens and reference. auto: "
+            "beside the tokenised data sets; none: keep nothing."
+        },
+    )
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "from_pretrained's keyword arguments where ref_model is a name (JSON on the command line): dtype, "
+            "quantization_config, ... Unset: the policy's dtype and attention."
+        },
+    )
+    ref_model_offload: bool = field(
+        default=False,
+        metadata={"help": "Keep a second model's weights in CPU memory; a layer is on the device while it runs."},
+    )
 
     def __post_init__(self) -> None:
         losses = resolve_losses(self.loss_type, self.loss_weights)
@@ -174,6 +196,10 @@ class DPOPConfig(HeadConfig):
             )
         if self.layout not in ("auto", "rows", "tree"):
             raise ValueError(f"layout: expected 'auto', 'rows' or 'tree', got {self.layout!r}.")
+        if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
+            raise ValueError(
+                f"precompute_ref_batch_size: expected None or at least 1 pair, got {self.precompute_ref_batch_size}."
+            )
         super().__post_init__()
 
     def weights_by_loss(self) -> dict[str, float]:

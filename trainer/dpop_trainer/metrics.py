@@ -43,8 +43,13 @@ class MeanMetrics:
         }
 
 
-def pair_metrics(pairs: PairLosses, *, beta: float, dead_zone: float = 0.0) -> dict[str, tuple[Tensor, int]]:
-    """TRL's per-pair metrics (rewards are β · log-ratio, without the penalty) and DPOP's own, as sums over pairs."""
+def pair_metrics(
+    pairs: PairLosses, *, beta: float, dead_zone: float = 0.0, has_reference: bool = True
+) -> dict[str, tuple[Tensor, int]]:
+    """TRL's per-pair metrics (rewards are β · log-ratio, without the penalty) and DPOP's own, as sums over pairs.
+
+    Without a reference only the log-probs: there is nothing that a log-ratio could be of.
+    """
     num_pairs = pairs.losses.shape[0]
     deficits = (-pairs.chosen_logratios).clamp(min=0)
     values = {
@@ -60,6 +65,8 @@ def pair_metrics(pairs: PairLosses, *, beta: float, dead_zone: float = 0.0) -> d
         "dpop/active_fraction": (pairs.chosen_logratios < -dead_zone).float(),  # pairs with Δw < -τ
         "dpop/chosen_deficit": deficits,  # max(0, -Δw), nats
     }
+    if not has_reference:
+        values = {key: value for key, value in values.items() if key.startswith("logps/")}
     return {key: (value.sum(), num_pairs) for key, value in values.items()}
 
 

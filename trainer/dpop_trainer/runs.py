@@ -35,19 +35,22 @@ def run_train(
     Raises:
         ValueError: an argument or the data cannot be used.
     """
+    settings = run_config(model_arguments, data_arguments, config)
     train_dataset, eval_dataset = _load_data(data_arguments)
     if eval_dataset is not None and max_eval_pairs is not None:
         eval_dataset = eval_dataset.select(range(min(max_eval_pairs, len(eval_dataset))))
-    ref_name = model_arguments.ref_model_name_or_path
+    if model_arguments.ref_model_name_or_path and model_arguments.trust_remote_code:
+        own: Any = config.ref_model_init_kwargs
+        config.ref_model_init_kwargs = {"trust_remote_code": True, **(own or {})}
     trainer = DPOPTrainer(
         _load_model(model_arguments),
-        ref_model=load_model(ref_name, _init_kwargs(model_arguments)) if ref_name else None,
+        ref_model=model_arguments.ref_model_name_or_path,
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=load_tokenizer(model_arguments.model_name_or_path),
         peft_config=_peft_config(model_arguments),
-        run_config=run_config(model_arguments, data_arguments, config),
+        run_config=settings,
     )
     _train_and_save(trainer, config)
     return trainer

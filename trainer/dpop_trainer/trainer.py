@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from dpop_kernels import ScoringHead
+from dpop_kernels import ScoringHead, needs_reference
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.pair_loss import pair_loss_terms
 from dpop_trainer.base import HeadTrainer, disable_dropout, tokenise_for_training
@@ -20,12 +20,9 @@ from dpop_trainer.data import PairCollator
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs
 from dpop_trainer.loading import prepare_policy
 from dpop_trainer.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
-from dpop_trainer.reference import adapter_off, frozen_copy, precompute_reference, reference_segment_logps
+from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
 
 logger = logging.getLogger(__name__)
-
-# nats; what fp32 sums over a long answer may differ by when policy and reference are the same weights
-STEP_0_TOLERANCE = 1e-2
 
 # of the data set's first; enough to see a mask or a position that is not heeded, and seconds for any model
 NUM_PROBED_PAIRS = 2
@@ -38,8 +35,9 @@ class DPOPTrainer(HeadTrainer):
 
     Args:
         model: a causal LM, a peft model, or a name or path to load one from (with args.model_init_kwargs).
-        ref_model: the frozen reference. By default the base model under the adapter where there is one (peft_config
-            given, or a peft model passed), else a frozen copy of the model.
+        ref_model: the frozen reference, or a name or path to load it from (with args.ref_model_init_kwargs). By default
+            the model as it is when the trainer is built: the base under an adapter that is new, else an adapter as it
+            was at the start, else a frozen copy of the model.
         args: `DPOPConfig`.
         data_collator: defaults to `PairCollator` with the layout of `args`; must return the same keys.
         train_dataset: columns prompt, chosen, rejected, as text or as messages; or token ids in prompt_ids, chosen_ids,
@@ -62,7 +60,7 @@ class DPOPTrainer(HeadTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         args: DPOPConfig | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: Dataset | None = None,
@@ -92,6 +90,11 @@ class DPOPTrainer(HeadTrainer):
             peft_config=peft_config,
             gradient_checkpointing=args.gradient_checkpointing,
         )
+        if train_dataset is not None and not any(p.requires_grad for p in policy.model.parameters()):
+            raise ValueError(
+                "model: expected parameters to train, got a model in which all are frozen. Load an adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True)."
+            )
         data_metrics: dict[str, float] = {}
 
         def tokenise(dataset: Any, name: str) -> Any:
@@ -100,23 +103,31 @@ class DPOPTrainer(HeadTrainer):
             return tokenise_for_training(dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical)
 
         train_dataset, eval_dataset = tokenise(train_dataset, "train"), tokenise(eval_dataset, "eval")
-        has_columns = [_has_reference_columns(part) for part in _parts(train_dataset, eval_dataset)]
-        self._reference_from_columns = all(has_columns) or args.precompute_ref_log_probs
-        ref_is_another_model = ref_model is not None
-        self._reference_is_adapter_off = ref_model is None and isinstance(policy.model, PeftModel)
-        if ref_model is None and not self._reference_is_adapter_off and not all(has_columns):
-            ref_model = frozen_copy(policy.model)
-        self.ref_model = ref_model
-        if ref_model is not None:
-            if ref_model is policy.model:
-                raise ValueError(
-                    "ref_model: expected a model of its own, got the policy itself, which would train the reference "
-                    "too. Pass None for a frozen copy."
-                )
-            ref_model.eval().requires_grad_(False)
+        parts = _parts(train_dataset, eval_dataset)
+        is_missing = needs_reference(args.loss_type) and not all(has_reference_columns(part) for part in parts)
+        if ref_model is not None and not is_missing:
+            logger.warning("ref_model is not used: no loss needs a reference, or all pairs bring their own columns.")
+        reference: Any = ref_model
+        if isinstance(ref_model, str):
+            reference = load_reference(ref_model, policy.model, args.ref_model_init_kwargs) if is_missing else None
+        if reference is policy.model:
+            raise ValueError(
+                "ref_model: expected a model of its own, got the policy itself, which would train the reference too. "
+                "Pass None for a frozen copy."
+            )
+        # an adapter's start costs less than a copy, and before training the policy is still its own reference
+        ref_is_copy = (
+            is_missing
+            and reference is None
+            and not isinstance(policy.model, PeftModel)
+            and not args.precompute_ref_log_probs
+        )
+        if ref_is_copy:
+            reference = frozen_copy(policy.model)
+        if reference is not None:
+            reference.eval().requires_grad_(False)
             if args.disable_dropout:
-                disable_dropout(ref_model)
-            self.ref_head = ScoringHead(ref_model, backend=args.kernel_backend)
+                disable_dropout(reference)
 
         super().__init__(
             policy.model,
@@ -137,22 +148,30 @@ class DPOPTrainer(HeadTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.ref_model = reference
+        ref_head = ScoringHead(reference, backend=args.kernel_backend) if reference is not None else None
         if data_collator is None:
-            probed = _parts(train_dataset, eval_dataset)[0]
+            probed = parts[0]
             layout = choose_layout(
                 args.layout,
                 ScoredModel(self.model, self.head),
-                ScoredModel(ref_model, self.ref_head) if ref_is_another_model else None,
+                ScoredModel(reference, ref_head) if ref_head is not None and not ref_is_copy else None,
                 self.data_collator,  # type: ignore[arg-type]
                 probed.select(range(min(NUM_PROBED_PAIRS, len(probed)))).to_list(),
                 max_length=args.max_length,
             )
             self.data_collator = replace(self.data_collator, layout=layout)  # type: ignore[type-var]
-        if self.ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
-        if args.precompute_ref_log_probs and not all(has_columns):
+        self.reference = PairReference(
+            self,
+            reference,
+            ref_head,
+            is_needed=needs_reference(args.loss_type),
+            is_missing=is_missing,
+            is_copy=ref_is_copy,
+            is_new_adapter=peft_config is not None,
+        )
+        if args.precompute_ref_log_probs and is_missing:
             self._precompute_reference()
-        self._step_0_logratio: Tensor | None = None
 
     def num_items(self, batch: Mapping[str, Any]) -> int:
         return batch["pair_ids"].shape[0]
@@ -175,10 +194,15 @@ class DPOPTrainer(HeadTrainer):
             options=options,
             backend=self.args.kernel_backend,
         )
-        if mode == "train" and self.state.global_step == 0 and self._step_0_logratio is None:
-            self._step_0_logratio = torch.stack([pairs.chosen_logratios, pairs.rejected_logratios]).abs().max()
+        if mode == "train" and self.state.global_step == 0 and self.reference.is_needed:
+            self.reference.step_zero.add(pairs.chosen_logratios, pairs.rejected_logratios)
         metrics = {
-            **pair_metrics(pairs, beta=options.beta, dead_zone=options.dead_zone),
+            **pair_metrics(
+                pairs,
+                beta=options.beta,
+                dead_zone=options.dead_zone,
+                has_reference=self.reference.is_needed,
+            ),
             **loss_metrics(terms, options),
             **token_metrics(stats, batch["cu_seqlens"]),
             **layout_metrics(batch),
@@ -187,18 +211,8 @@ class DPOPTrainer(HeadTrainer):
         return pairs.losses.sum(), is_bad, metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._step_0_logratio is not None and self.state.global_step > 0:
-            largest = float(self._step_0_logratio)
-            self._step_0_logratio = None
-            logs = {**logs, "dpop/step_0_max_logratio": largest}
-            if largest > STEP_0_TOLERANCE:
-                logger.warning(
-                    "Policy and reference differ by up to %.3g nats per answer before the first update. Expected when "
-                    "the reference is another model; otherwise look for dropout, another dtype, a trained adapter, "
-                    "or stale reference log-probs.",
-                    largest,
-                )
-        super().log(logs, start_time)
+        step_zero = self.reference.step_zero.pop_metrics() if self.model.training else {}  # type: ignore[union-attr]
+        super().log({**logs, **step_zero}, start_time)
 
     def _loss_options(self, mode: str) -> LossOptions:
         """Evaluation takes the full λ from the first step on: one objective, by which checkpoints compare."""
@@ -207,28 +221,20 @@ class DPOPTrainer(HeadTrainer):
         return self.args.loss_options(self.args.lambda_at(self.state.global_step, self.state.max_steps))
 
     def _reference_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
-        if self._reference_from_columns and "ref_segment_logps" in batch:
-            return batch["ref_segment_logps"]
-        backend = self.args.kernel_backend
-        if self._reference_is_adapter_off:
-            with adapter_off(self.accelerator.unwrap_model(self.model)):
-                wrapped: Any = self.model_wrapped
-                return reference_segment_logps(self.head, wrapped, batch, model_inputs, backend)
-        return reference_segment_logps(self.ref_head, self.ref_model, batch, model_inputs, backend)  # type: ignore[arg-type]
+        return self.reference.segment_logps(batch, model_inputs)
 
     def _precompute_reference(self) -> None:
-        def with_reference(dataset: Dataset, batch_size: int) -> Dataset:
-            batch_size = self.args.precompute_ref_batch_size or batch_size
-            return precompute_reference(self, dataset, batch_size)
-
         args = self.args
+        precompute = self.reference.precompute
         if self.train_dataset is not None:
-            self.train_dataset = with_reference(self.train_dataset, args.per_device_train_batch_size)  # type: ignore[arg-type]
+            self.train_dataset = precompute(self.train_dataset, "train", args.per_device_train_batch_size)
         if isinstance(self.eval_dataset, dict):
             for name, part in self.eval_dataset.items():
-                self.eval_dataset[name] = with_reference(part, args.per_device_eval_batch_size)
+                self.eval_dataset[name] = precompute(part, name, args.per_device_eval_batch_size)
         elif self.eval_dataset is not None:
-            self.eval_dataset = with_reference(self.eval_dataset, args.per_device_eval_batch_size)  # type: ignore[arg-type]
+            self.eval_dataset = precompute(self.eval_dataset, "eval", args.per_device_eval_batch_size)
+        self.reference.release()
+        self.ref_model = None
 
 
 def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any) -> None:
@@ -247,7 +253,3 @@ def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: An
 def _parts(train_dataset, eval_dataset) -> list[Dataset]:
     parts = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
     return [part for part in [train_dataset, *parts] if part is not None]
-
-
-def _has_reference_columns(dataset: Dataset) -> bool:
-    return {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpop_trainer.data.layouts import Layout, cheaper_layout, padded_rows, tree_rows
 from dpop_trainer.data.pair_tree import PairTree
-from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
+from dpop_trainer.data.records import REF_COLUMNS, REF_SHARED_COLUMN, TOKEN_COLUMNS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,14 @@ class PairCollator:
         """
         Args:
             records: B records with prompt_ids, chosen_ids, rejected_ids, pair_id and, in all or none,
-                ref_chosen_logps and ref_rejected_logps.
+                ref_chosen_logps and ref_rejected_logps; with them, in all or none, ref_shared_logps.
 
         Returns:
             The tensors of `padded_rows` or `tree_rows`, and
             pair_ids: [B] int64.
-            ref_segment_logps: [B, 3] fp32, in nats, if the records carry reference log-probs: 0, the whole chosen
-                answer's sum, the whole rejected answer's. The loss adds segments up, so sums over whole answers
-                stand for the tails and nothing for the shared part.
+            ref_segment_logps: [B, 3] fp32, in nats, if the records carry reference log-probs: the sums of the segments
+                that are scored, where the records know the shared part or none is scored apart. Else 0 and the whole
+                answers' sums: the loss adds segments up, so these stand for the tails and nothing for the shared part.
 
         Raises:
             ValueError: a record lacks a column or a prompt token, a reference log-prob is not finite, or an id lies
@@ -76,7 +76,7 @@ class PairCollator:
         batch = lay_out(trees, pad_token_id=self.pad_token_id, pad_to_multiple_of=multiple)
         batch["pair_ids"] = torch.tensor([record["pair_id"] for record in records], dtype=torch.int64)
         if any(column in record for record in records for column in REF_COLUMNS):
-            batch["ref_segment_logps"] = _ref_segment_logps(records)
+            batch["ref_segment_logps"] = _ref_segment_logps(records, self.prefix_sharing)
         self._check_vocabulary(batch)
         return batch
 
@@ -108,21 +108,35 @@ def _check_record(record: dict[str, Any]) -> None:
         )
 
 
-def _ref_segment_logps(records: list[dict[str, Any]]) -> Tensor:
+def _ref_segment_logps(records: list[dict[str, Any]], prefix_sharing: bool) -> Tensor:
     for record in records:
         if any(record.get(column) is None for column in REF_COLUMNS):
             raise ValueError(
                 f"{', '.join(REF_COLUMNS)}: expected both in every record of a batch or in none, "
                 f"got pair {record['pair_id']} without. Compute the reference log-probs of the whole data set."
             )
-    ref_logps = torch.tensor(
-        [[0.0, *(record[column] for column in REF_COLUMNS)] for record in records], dtype=torch.float32
-    )
+    whole = torch.tensor([[record[column] for column in REF_COLUMNS] for record in records], dtype=torch.float64)
+    shared = torch.zeros(len(records), 1, dtype=torch.float64)
+    if prefix_sharing and any(record.get(REF_SHARED_COLUMN) is not None for record in records):
+        shared[:, 0] = torch.tensor([_shared_logp(record) for record in records], dtype=torch.float64)
+    # fp64 holds the sum of two fp32 numbers that are less than 2^29 apart: a tail is then, bit for bit, what it was
+    ref_logps = torch.cat([shared, whole - shared], dim=1).float()
     finite = ref_logps.isfinite().all(-1)
     if not finite.all():
         first = int((~finite).nonzero()[0])
         raise ValueError(
-            f"{', '.join(REF_COLUMNS)}: expected finite values, got {ref_logps[first, 1:].tolist()} "
-            f"for pair {records[first]['pair_id']}. Compute the reference log-probs again."
+            f"{', '.join(REF_COLUMNS)}: expected finite values, got {whole[first].tolist()} "
+            f"for pair {records[first]['pair_id']} ({REF_SHARED_COLUMN}: {shared[first].item():g}). Compute the "
+            "reference log-probs again."
         )
     return ref_logps
+
+
+def _shared_logp(record: dict[str, Any]) -> float:
+    value = record.get(REF_SHARED_COLUMN)
+    if value is None:
+        raise ValueError(
+            f"{REF_SHARED_COLUMN}: expected it in every record of a batch or in none, got pair {record['pair_id']} "
+            "without. Compute the reference log-probs of the whole data set, or remove the column."
+        )
+    return value

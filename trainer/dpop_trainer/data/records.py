@@ -24,6 +24,7 @@ Message: TypeAlias = dict[str, Any]
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REF_SHARED_COLUMN = "ref_shared_logps"
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 _MAX_REPORTED = 5
@@ -101,7 +102,8 @@ def used_columns(dataset: Dataset) -> list[str]:
     token_columns = set(TOKEN_COLUMNS)
     is_tokenised = token_columns <= set(dataset.column_names)
     used = token_columns if is_tokenised else {*TEXT_COLUMNS, *TEMPLATE_COLUMNS}
-    return [column for column in dataset.column_names if column in used or column in REF_COLUMNS]
+    refs = (*REF_COLUMNS, REF_SHARED_COLUMN)
+    return [column for column in dataset.column_names if column in used or column in refs]
 
 
 def read_text_pair(record: dict[str, Any]) -> TextPair:

@@ -22,6 +22,7 @@ from dpop_trainer.data.encode import EncodedPair, check_tokenizer, encode_record
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.records import (
     REF_COLUMNS,
+    REF_SHARED_COLUMN,
     TOKEN_COLUMNS,
     Form,
     check_pairs,
@@ -69,7 +70,8 @@ def tokenise_pairs(
 
     Returns:
         The data set with the columns prompt_ids, chosen_ids, rejected_ids (whole answers), pair_id (the pair's row
-        in `dataset`) and, if `dataset` has them, ref_chosen_logps and ref_rejected_logps; and the counts.
+        in `dataset`) and, if `dataset` has them, ref_chosen_logps, ref_rejected_logps and ref_shared_logps; and the
+        counts.
 
     Raises:
         ValueError: records cannot be used (see `check_pairs`), the tokenizer has no EOS token or no chat template
@@ -79,7 +81,7 @@ def tokenise_pairs(
     check_truncation(max_length, truncation_mode)
     form = check_pairs(dataset)
     check_tokenizer(processing_class, form)
-    refs = [column for column in REF_COLUMNS if column in dataset.column_names]
+    refs = [column for column in (*REF_COLUMNS, REF_SHARED_COLUMN) if column in dataset.column_names]
     source = dataset.with_format(None).select_columns(used_columns(dataset))
     mapped = source.map(
         _tokenise_batch,
@@ -135,7 +137,7 @@ def _tokenise_batch(
     pairs = encode_records(records, indices, form=form, tokenizer=tokenizer)
     rows = [_finish_pair(pair, max_length, truncation_mode) for pair in pairs]
     columns = {column: [row[column] for row in rows] for column in rows[0]}
-    refs = {column: batch[column] for column in REF_COLUMNS if column in batch}
+    refs = {column: batch[column] for column in (*REF_COLUMNS, REF_SHARED_COLUMN) if column in batch}
     return {**columns, **refs, "pair_id": indices}
 
 

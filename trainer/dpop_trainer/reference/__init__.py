@@ -1,0 +1,18 @@
+"""The reference: which model it is, what it costs, and how its log-probs are kept.
+
+pair_reference    the choice, and what a trainer asks
+source            the policy in a state in which it is the reference, or a frozen model
+adapters          does an adapter change anything yet?
+start_weights     the trainable parameters as they were, and their place in a run that is resumed
+second_model      a reference by name, quantised or offloaded
+precompute        one pass over a data set, sharded, resumable -> columns
+cache             log-probs by pair on disk
+keys              what a pair and a reference are known by
+step_zero         how far policy and reference are apart before the first update, and why
+"""
+
+from dpop_trainer.reference.pair_reference import PairReference, has_reference_columns
+from dpop_trainer.reference.second_model import load_reference
+from dpop_trainer.reference.source import frozen_copy, reference_segment_logps
+
+__all__ = ["PairReference", "frozen_copy", "has_reference_columns", "load_reference", "reference_segment_logps"]

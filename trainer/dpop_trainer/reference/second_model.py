@@ -1,0 +1,66 @@
+"""A reference model of its own by name: loaded as the policy was unless told otherwise, and offloaded if wanted."""
+
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from dpop_trainer.loading import load_model
+
+
+def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] | str | None = None) -> PreTrainedModel:
+    """A frozen reference from a hub id or a local folder, in the policy's dtype and with its attention, which keeps
+    their rounding alike, where `init_kwargs` do not say otherwise.
+
+    Args:
+        name_or_path: of a causal LM.
+        policy: the model that is trained.
+        init_kwargs: for from_pretrained: dtype, attn_implementation, device_map, quantization_config (also as a
+            mapping, such as {"load_in_4bit": true}), ...
+
+    Raises:
+        ValueError: nothing can be loaded from there, or it is to be quantised by bitsandbytes without a CUDA device.
+    """
+    base: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    own = dict(check_init_kwargs(init_kwargs) or {})
+    quantization = own.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.keys() & {"load_in_4bit", "load_in_8bit"}:
+        own["quantization_config"] = {"quant_method": "bitsandbytes", **quantization}
+    attention = base.config.get_text_config()._attn_implementation
+    kwargs = {"dtype": base.dtype, "attn_implementation": attention, **own}
+    return load_model(name_or_path, kwargs).eval().requires_grad_(False)
+
+
+def check_init_kwargs(init_kwargs: Any) -> dict[str, Any] | None:
+    """
+    Raises:
+        ValueError: neither a mapping nor None; or bitsandbytes is asked for without a CUDA device.
+    """
+    if init_kwargs is None:
+        return None
+    if not isinstance(init_kwargs, dict):
+        raise ValueError(
+            f"ref_model_init_kwargs: expected a mapping of from_pretrained's arguments, or its JSON, got "
+            f"{init_kwargs!r}."
+        )
+    quantization = init_kwargs.get("quantization_config")
+    asked = quantization if isinstance(quantization, dict) else getattr(quantization, "to_dict", dict)()
+    is_bitsandbytes = any(asked.get(key) or init_kwargs.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+    if is_bitsandbytes and not torch.cuda.is_available():
+        raise ValueError(
+            "ref_model_init_kwargs: expected no bitsandbytes quantisation without a CUDA device, whose kernels it is, "
+            "got load_in_4bit or load_in_8bit. Load the reference in bfloat16, or compute its log-probs once "
+            "(precompute_ref_log_probs) where there is a GPU: the cache can be copied."
+        )
+    return init_kwargs
+
+
+def offload_reference(model: Any, device: torch.device) -> None:
+    """Keep a frozen model's weights in the host's memory; each layer's are on `device` only while it runs.
+
+    The device holds one layer of the reference at a time, and every forward sends the whole model over the bus.
+    """
+    model.to("cpu")
+    cpu_offload(model, execution_device=device)

@@ -1,0 +1,110 @@
+"""The models that reference log-probs come from: the policy in a state in which it is the reference, or a second model.
+
+Either gives the log-prob sums of a batch's segments, and leaves every module in the mode and with the weights it had.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+
+from dpop_kernels import ScoringHead
+from dpop_kernels.pair_loss import segment_sums
+
+
+class Reference(Protocol):
+    """Where reference log-probs come from."""
+
+    kind: str
+    """What it is, in words for a log line."""
+
+    def segment_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
+        """The log-prob sums of a collated batch's segments, in nats, without gradient -> [B, 3] (shared, chosen tail,
+        rejected tail)."""
+        ...
+
+
+@dataclass
+class PolicyAsReference:
+    """The policy in a state in which it is the reference.
+
+    Args:
+        kind: what it is, in words.
+        head: the policy's.
+        model: gives the policy as it is now, wrapped for distribution or not.
+        state: puts the policy into that state and back, whatever happens in between.
+        accelerator: its autocast is the policy's in training.
+        backend: of the segment sums.
+    """
+
+    kind: str
+    head: ScoringHead
+    model: Callable[[], Any]
+    state: Callable[[], AbstractContextManager[None]]
+    accelerator: Accelerator
+    backend: str
+
+    def segment_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
+        with self.state(), self.accelerator.autocast():
+            return reference_segment_logps(self.head, self.model(), batch, model_inputs, self.backend)
+
+
+@dataclass
+class FrozenModel:
+    """A model of its own, in eval mode and without gradient.
+
+    Args:
+        model: a causal LM, on the device where it runs.
+        head: its own.
+        accelerator: its autocast is the policy's in training.
+        backend: of the segment sums.
+    """
+
+    model: Any
+    head: ScoringHead
+    accelerator: Accelerator
+    backend: str
+    kind: str = "a frozen model"
+
+    def segment_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
+        with self.accelerator.autocast():
+            return reference_segment_logps(self.head, self.model, batch, model_inputs, self.backend)
+
+
+def frozen_copy(model: Any) -> Any:
+    """An independent copy in eval mode whose parameters take no gradient."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """The base model: adapters off and, since a base may have dropout of its own, in eval mode. Restores both."""
+    with eval_mode(model), model.disable_adapter():
+        yield
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, then each module in the mode it had: a part that was frozen in eval mode stays so."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+@torch.no_grad()
+def reference_segment_logps(
+    head: ScoringHead, model: nn.Module, batch: dict[str, Any], model_inputs: dict[str, Any], backend: str
+) -> Tensor:
+    """A model's log-prob sums of a batch's segments, as the model is -> [B, 3] (shared, chosen tail, rejected tail)."""
+    logps = head.token_logps(model, batch["score_positions"], batch["target_ids"], **model_inputs)
+    return segment_sums(logps, batch["cu_seqlens"], backend=backend).view(-1, 3)
