@@ -1,4 +1,4 @@
-"""Measure the layouts on a CPU: tokens computed on GSM8K low-edit pairs, and a training step in rows and in trees.
+"""Measure the layouts on a CPU: tokens computed on GSM8K low-edit pairs, and a training step in each layout.
 
     python -m benchmarks.cpu_layouts GSM8K/train.jsonl TOKENIZER OUT.json
 
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from dpop_trainer.data import PairCollator, tokenise_pairs
+from dpop_trainer.flat_attention import use_flat_attention
 from dpop_trainer.layout import forward_inputs
 from dpop_trainer.loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.pairs.metamath import build_pairs
@@ -69,6 +70,9 @@ class Step:
         torch.manual_seed(0)
         self.policy = LlamaForCausalLM(config)
         self.reference = frozen_copy(LlamaForCausalLM(config))  # another model: no pair is at the hinge's tie
+        if collator.layout == "flat":
+            use_flat_attention(self.policy)
+            use_flat_attention(self.reference)
         self.head, self.reference_head = ScoringHead(self.policy), ScoringHead(self.reference)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
 
@@ -150,6 +154,8 @@ def main() -> None:
         "rows": rows,
         "tree, prompt shared": PairCollator(pad_token_id=rows.pad_token_id, layout="tree", prefix_sharing=False),
         "tree": PairCollator(pad_token_id=rows.pad_token_id, layout="tree"),
+        "packed": PairCollator(pad_token_id=rows.pad_token_id, layout="packed", hidden_size=config.hidden_size),
+        "flat": PairCollator(pad_token_id=rows.pad_token_id, layout="flat"),
     }
     steps = {name: Step(collator, config) for name, collator in collators.items()}
     check(steps, batches[0])

@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 
 from dpop_kernels.losses import LOSSES, check_hyperparameters
 
+LAYOUTS = ("auto", "rows", "tree", "packed", "flat")
+
 
 @dataclass
 class HeadConfig(TrainingArguments):
@@ -102,9 +104,10 @@ class DPOPConfig(HeadConfig):
     layout: str = field(
         default="auto",
         metadata={
-            "help": "rows (two per pair), tree (one per pair: what the two have in common is computed once), or auto: "
-            "the cheaper for each batch where the model can run trees, else rows.",
-            "choices": ["auto", "rows", "tree"],
+            "help": "rows (two per pair), tree (one per pair: what the two have in common is computed once), packed "
+            "(several pairs per row), flat (all pairs in one row, no padding), or auto: the best that model and device "
+            "can run.",
+            "choices": list(LAYOUTS),
         },
     )
     loss_type: str = field(
@@ -130,6 +133,6 @@ class DPOPConfig(HeadConfig):
                 f"loss_type: expected one of {sorted(LOSSES)}, got {self.loss_type!r}. "
                 "TRL's 'sigmoid' is 'dpo' here, its 'hinge' is 'slic'."
             )
-        if self.layout not in ("auto", "rows", "tree"):
-            raise ValueError(f"layout: expected 'auto', 'rows' or 'tree', got {self.layout!r}.")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(map(repr, LAYOUTS))}, got {self.layout!r}.")
         super().__post_init__()

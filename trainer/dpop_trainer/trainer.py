@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from dpop_kernels import ScoringHead, pair_loss
 from dpop_trainer.base import HeadTrainer, disable_dropout, tokenise_for_training
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import PairCollator
-from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs
+from dpop_trainer.flat_attention import use_flat_attention
+from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out
 from dpop_trainer.loading import prepare_policy
 from dpop_trainer.metrics import layout_metrics, pair_metrics, token_metrics
 from dpop_trainer.reference import adapter_off, frozen_copy, precompute_reference, reference_segment_logps
@@ -145,7 +145,9 @@ class DPOPTrainer(HeadTrainer):
                 probed.select(range(min(NUM_PROBED_PAIRS, len(probed)))).to_list(),
                 max_length=args.max_length,
             )
-            self.data_collator = replace(self.data_collator, layout=layout)  # type: ignore[type-var]
+            self.data_collator = laid_out(self.data_collator, layout, self.model)  # type: ignore[arg-type]
+            if layout == "flat" and ref_model is not None:  # a copy of the policy was not probed
+                use_flat_attention(ref_model)
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         if args.precompute_ref_log_probs and not all(has_columns):

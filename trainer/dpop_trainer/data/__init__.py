@@ -2,7 +2,7 @@
 
 from dpop_trainer.data.collate import PairCollator
 from dpop_trainer.data.counts import TokeniseCounts
-from dpop_trainer.data.layouts import Layout, padded_rows, tree_mask, tree_rows
+from dpop_trainer.data.layouts import Layout, flat_row, packed_rows, padded_rows, tree_rows, trie_mask
 from dpop_trainer.data.load import load_pairs
 from dpop_trainer.data.pair_tree import PairTree
 from dpop_trainer.data.records import check_pairs
@@ -14,9 +14,11 @@ __all__ = [
     "PairTree",
     "TokeniseCounts",
     "check_pairs",
+    "flat_row",
     "load_pairs",
+    "packed_rows",
     "padded_rows",
     "tokenise_pairs",
-    "tree_mask",
     "tree_rows",
+    "trie_mask",
 ]
