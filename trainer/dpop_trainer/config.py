@@ -110,6 +110,20 @@ class DPOPConfig(HeadConfig):
             "choices": list(LAYOUTS),
         },
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill each training batch of a device up to so many positions, padding included, instead of "
+            "per_device_train_batch_size pairs. The loss stays the mean over the step's pairs, however many."
+        },
+    )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "With max_tokens_per_batch: keep pairs of one prompt in one batch, which computes the prompt once "
+            "for all of them, and a chosen answer that they have in common."
+        },
+    )
     loss_type: str = field(
         default="dpop",
         metadata={"help": "dpop, dpo (TRL's 'sigmoid'), ipo or slic (TRL's 'hinge').", "choices": sorted(LOSSES)},
@@ -135,4 +149,30 @@ class DPOPConfig(HeadConfig):
             )
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {', '.join(map(repr, LAYOUTS))}, got {self.layout!r}.")
+        self._check_budget()
         super().__post_init__()
+
+    def _check_budget(self) -> None:
+        if self.max_tokens_per_batch is None:
+            if self.group_by_prompt:
+                raise ValueError("group_by_prompt: expected max_tokens_per_batch beside it, got None. Set both.")
+            return
+        if self.max_tokens_per_batch < 2:
+            raise ValueError(
+                f"max_tokens_per_batch: expected None or at least 2 positions, got {self.max_tokens_per_batch}."
+            )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                "train_sampling_strategy: expected 'random' with max_tokens_per_batch, which plans its own batches, "
+                f"got {self.train_sampling_strategy!r}. Leave one of the two out."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size: expected False with max_tokens_per_batch, which no number of pairs changes, "
+                "got True. Lower max_tokens_per_batch instead."
+            )
+        if self.group_by_prompt and self.layout in ("rows", "tree"):
+            raise ValueError(
+                f"group_by_prompt: expected layout 'auto', 'packed' or 'flat', got {self.layout!r}, which computes the "
+                "prompt for each pair anew."
+            )

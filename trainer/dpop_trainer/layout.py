@@ -232,7 +232,7 @@ def _found_by_probe(
             if layout == "flat":
                 _switch_attention([scored])
             difference = layout_difference(scored, collator, records, layout=probed)
-        except (RuntimeError, ValueError, TypeError, IndexError, ImportError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
             return f"the model's forward does not take one ({type(error).__name__}: {error})"
         if not difference <= tolerance:
             return (

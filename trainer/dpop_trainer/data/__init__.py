@@ -1,5 +1,6 @@
 """From preference pairs on disk to batches of tensors: load, check, tokenise, collate."""
 
+from dpop_trainer.data.budget import Budget, BudgetBatchSampler, pair_units, plan_batches
 from dpop_trainer.data.collate import PairCollator
 from dpop_trainer.data.counts import TokeniseCounts
 from dpop_trainer.data.layouts import Layout, flat_row, packed_rows, padded_rows, tree_rows, trie_mask
@@ -9,6 +10,8 @@ from dpop_trainer.data.records import check_pairs
 from dpop_trainer.data.tokenise import tokenise_pairs
 
 __all__ = [
+    "Budget",
+    "BudgetBatchSampler",
     "Layout",
     "PairCollator",
     "PairTree",
@@ -18,6 +21,8 @@ __all__ = [
     "load_pairs",
     "packed_rows",
     "padded_rows",
+    "pair_units",
+    "plan_batches",
     "tokenise_pairs",
     "tree_rows",
     "trie_mask",

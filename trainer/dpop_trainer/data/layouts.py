@@ -217,7 +217,7 @@ def pack_pairs(
     groups: dict[tuple[int, ...], list[int]] = {}
     for pair, tree in enumerate(trees):
         groups.setdefault(tuple(tree.prompt_ids), []).append(pair)
-    lengths = [_group_length([trees[i] for i in group]) for group in groups.values()]
+    lengths = [group_length([trees[i] for i in group]) for group in groups.values()]
     longest_first = sorted(zip(lengths, groups.values(), strict=True), key=lambda item: -item[0])
     best = Packing([], math.inf if trees else 0.0)
     for num_rows in range(1, len(longest_first) + 1):
@@ -251,6 +251,13 @@ def longest_sequence(tree: PairTree) -> int:
     return _beginning(tree) + max(len(tree.chosen_ids), len(tree.rejected_ids))
 
 
+def group_length(trees: list[PairTree]) -> int:
+    """Columns of the trie of pairs with one prompt; for a single pair, of its tree."""
+    if len(trees) == 1:
+        return tree_length(trees[0])
+    return len(sorted_trie_row([ids for tree in trees for ids in _sequences(tree)]).input_ids)
+
+
 def token_counts(trees: list[PairTree], rows: list[list[int]]) -> Tensor:
     """Two counts [2] int64: tokens of both whole sequences of every pair (prompt and answer, twice), and tokens in the
     rows that the model runs. Neither counts padding."""
@@ -277,13 +284,6 @@ def _sequences(tree: PairTree) -> list[list[int]]:
     """The two whole sequences, chosen first."""
     beginning = tree.prompt_ids + tree.shared_ids
     return [beginning + tree.chosen_ids, beginning + tree.rejected_ids]
-
-
-def _group_length(trees: list[PairTree]) -> int:
-    """Columns of the trie of pairs with one prompt; for a single pair, of its tree."""
-    if len(trees) == 1:
-        return tree_length(trees[0])
-    return len(sorted_trie_row([ids for tree in trees for ids in _sequences(tree)]).input_ids)
 
 
 def _binned_rows(
