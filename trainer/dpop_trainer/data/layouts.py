@@ -101,7 +101,7 @@ def tree_rows(trees: list[PairTree], *, pad_token_id: int, pad_to_multiple_of: i
         target_ids, cu_seqlens: see `scored_tokens`.
     """
     rows = [trie_row(_sequences(tree), [0, _beginning(tree)]) for tree in trees]
-    places = [(row, *trie.columns) for row, trie in enumerate(rows)]
+    places = [(row, trie.columns[0], trie.columns[1]) for row, trie in enumerate(rows)]
     return _trie_rows(trees, rows, places, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
 
 
@@ -294,7 +294,7 @@ def _binned_rows(
     places: list[tuple[int, list[int], list[int]]] = [(0, [], [])] * len(trees)
     for row, pairs in enumerate(bins):
         for i, pair in enumerate(pairs):
-            places[pair] = (row, *rows[row].columns[2 * i : 2 * i + 2])
+            places[pair] = (row, rows[row].columns[2 * i], rows[row].columns[2 * i + 1])
     return _trie_rows(trees, rows, places, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
 
 
