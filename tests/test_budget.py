@@ -257,6 +257,22 @@ def test_budget_and_masked_auto_pack(tmp_path):
     assert run.data_collator.layout == "packed"
 
 
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_transformers_own_grouping_by_length_works(tmp_path, strategy):
+    records = token_pairs(16)
+    settings = {"layout": "tree", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    settings |= {"num_train_epochs": 1, "records": records, "loss_type": "dpo"}
+    plain = trainer(tmp_path, **settings)
+    grouped = trainer(tmp_path, **settings, train_sampling_strategy=strategy)
+    # pair 0: prompt 3, answers of 4 that part after 1: 3 + 1 + 3 + 3; pair 1: 4, 6, 2
+    assert grouped.train_dataset["length"][:2] == [10, 4 + 2 + 4 + 4]
+    plain.train()
+    grouped.train()
+    padding = [sum(logged(run, "tokens/padding_share")) for run in (plain, grouped)]
+    assert padding[1] < 0.6 * padding[0]
+    assert logged(grouped, "num_tokens")[-1] == logged(plain, "num_tokens")[-1]  # every pair once
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

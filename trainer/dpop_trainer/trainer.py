@@ -18,7 +18,7 @@ from transformers.trainer_utils import seed_worker
 from dpop_kernels import ScoringHead, pair_loss
 from dpop_trainer.base import HeadTrainer, disable_dropout, tokenise_for_training
 from dpop_trainer.config import DPOPConfig
-from dpop_trainer.data import Budget, BudgetBatchSampler, PairCollator, plan_batches
+from dpop_trainer.data import Budget, BudgetBatchSampler, PairCollator, plan_batches, with_lengths
 from dpop_trainer.flat_attention import use_flat_attention
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out
 from dpop_trainer.loading import prepare_policy
@@ -105,7 +105,12 @@ class DPOPTrainer(HeadTrainer):
         def tokenise(dataset: Any, name: str) -> Any:
             if isinstance(dataset, Mapping):
                 return {part_name: tokenise(part, part_name) for part_name, part in dataset.items()}
-            return tokenise_for_training(dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical)
+            dataset = tokenise_for_training(
+                dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical
+            )
+            if dataset is None or args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
+                return dataset
+            return with_lengths(dataset, args.length_column_name, prefix_sharing=args.prefix_sharing)
 
         train_dataset, eval_dataset = tokenise(train_dataset, "train"), tokenise(eval_dataset, "eval")
         has_columns = [_has_reference_columns(part) for part in _parts(train_dataset, eval_dataset)]

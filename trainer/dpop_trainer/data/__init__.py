@@ -4,6 +4,7 @@ from dpop_trainer.data.budget import Budget, BudgetBatchSampler, pair_units, pla
 from dpop_trainer.data.collate import PairCollator
 from dpop_trainer.data.counts import TokeniseCounts
 from dpop_trainer.data.layouts import Layout, flat_row, packed_rows, padded_rows, tree_rows, trie_mask
+from dpop_trainer.data.lengths import with_lengths
 from dpop_trainer.data.load import load_pairs
 from dpop_trainer.data.pair_tree import PairTree
 from dpop_trainer.data.records import check_pairs
@@ -26,4 +27,5 @@ __all__ = [
     "tokenise_pairs",
     "tree_rows",
     "trie_mask",
+    "with_lengths",
 ]

@@ -14,11 +14,10 @@ from typing import Literal, NamedTuple
 
 from datasets import Dataset
 from torch.utils.data import Sampler
-from tqdm.auto import tqdm
 
 from dpop_trainer.data.layouts import group_length, longest_sequence, tree_length
+from dpop_trainer.data.lengths import read_trees
 from dpop_trainer.data.pair_tree import PairTree
-from dpop_trainer.data.records import TOKEN_COLUMNS
 
 WINDOW_BATCHES = 32
 """Batches per window. Dealing out leaves the last of a window half full; 32 make that under 2 % of all positions."""
@@ -82,11 +81,7 @@ def plan_batches(
     Raises:
         ValueError: a pair alone exceeds the budget; says which and by how much.
     """
-    trees: list[PairTree] = []
-    columns = dataset.select_columns(list(TOKEN_COLUMNS))
-    for batch in tqdm(columns.iter(1000), desc="Planning batches", total=-(-len(dataset) // 1000), leave=False):
-        for ids in zip(*(batch[column] for column in TOKEN_COLUMNS), strict=True):  # type: ignore[index]
-            trees.append(PairTree.from_ids(*ids, share_prefix=prefix_sharing))
+    trees = list(read_trees(dataset, prefix_sharing=prefix_sharing, desc="Planning batches"))
     units = pair_units(trees, budget, group_by_prompt=group_by_prompt)
     _check_units(units, budget, dataset["pair_id"])
     if num_epochs is None:
