@@ -118,7 +118,7 @@ def layouts() -> str:
     """docs/layouts.md's table: tokens computed, and the time of a step on a CPU."""
     records = sorted(_records("cpu_layouts"), key=lambda record: record["model"]["num_hidden_layers"])
     titles = ["", "tokens computed", "padding"]
-    titles += [f"step, {record['model']['num_hidden_layers']} layers" for record in records]
+    titles += [f"step, {r['model']['num_hidden_layers']} layers of {r['model']['hidden_size']}" for r in records]
     rows = []
     for name, figures in records[0]["layouts"].items():
         timed = [record["layouts"][name] for record in records]
@@ -128,17 +128,37 @@ def layouts() -> str:
     note = (
         f"{first['num_pairs']} pairs in batches of {first['batch_size']}; median of "
         f"{min(record['num_steps'] for record in records)} steps or more, and how many times as fast as rows, on "
-        f"{first['num_threads']} CPU thread of a shared machine (torch {first['torch']}); a random Llama, hidden size "
-        f"{first['model']['hidden_size']}, vocabulary {first['model']['vocab_size']}."
+        f"{first['num_threads']} CPU thread of a shared machine (torch {first['torch']}); a random Llama, vocabulary "
+        f"{first['model']['vocab_size']}."
     )
     return f"{_table(titles, rows)}\n\n{note}"
+
+
+def budgets() -> str:
+    """docs/layouts.md's table of batches filled to a budget: tokens computed, padding, and batches per epoch."""
+    budget = next(record["budget"] for record in _records("cpu_layouts") if "budget" in record)
+    sets = budget["sets"]
+    titles = ["", *(f"{name} ({part['num_pairs']} pairs)" for name, part in sets.items())]
+    rows = [
+        [layout, *(_budget_cell(part["layouts"][layout]) for part in sets.values())]
+        for layout in next(iter(sets.values()))["layouts"]
+    ]
+    note = (
+        f"Tokens computed as a part of both whole sequences of every pair (padding among all positions; batches of "
+        f"{budget['max_positions']} positions in an epoch)."
+    )
+    return f"{_table(titles, rows)}\n\n{note}"
+
+
+def _budget_cell(figures: dict[str, float]) -> str:
+    return f"{figures['computed_ratio']:.3f} ({figures['padding_share']:.1%}; {figures['num_batches']})"
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "step": step},
     ROOT / "docs" / "gsm8k.md": {"gsm8k": gsm8k},
     ROOT / "docs" / "kernels.md": {"cpu_head": cpu_head},
-    ROOT / "docs" / "layouts.md": {"layouts": layouts},
+    ROOT / "docs" / "layouts.md": {"layouts": layouts, "budgets": budgets},
 }
 
 
