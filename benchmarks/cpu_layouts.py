@@ -1,22 +1,18 @@
 """Measure the layouts on a CPU: tokens computed on GSM8K low-edit pairs, and a training step in each layout.
 
-    python -m benchmarks.cpu_layouts GSM8K/train.jsonl TOKENIZER OUT.json [--arc ARC-Challenge.jsonl]
+    python -m benchmarks.cpu_layouts GSM8K/train.jsonl TOKENIZER OUT.json
 
 One step is the reference's forward, the policy's forward and backward, and AdamW, on a small random Llama. The layouts
 take turns on the same batches. Before anything is timed their losses and gradients are compared: a wrong result stops
 the run. "rows, scored twice" is what a trainer does that knows nothing of a pair's common tokens.
-
-Tokens are also counted, without training, for batches filled to a budget of positions, pairs of a prompt apart and
-together: of the same pairs, of GSM8K with several corruptions per problem, and of ARC, the right answer against each
-wrong one.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import time
@@ -26,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from dpop_trainer.data import Budget, PairCollator, plan_batches, tokenise_pairs
+from dpop_trainer.data import PairCollator
 from dpop_trainer.flat_attention import use_flat_attention
 from dpop_trainer.layout import forward_inputs
 from dpop_trainer.loading import load_tokenizer, prepare_tokenizer
@@ -35,88 +30,11 @@ from dpop_trainer.pairs.metamath import build_pairs
 from dpop_trainer.reference import frozen_copy, reference_segment_logps
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.layout_counts import count, read_lines, tokenised
 from dpop_kernels import ScoringHead, pair_loss
 
 AGREEMENT = 1e-4
 """Largest relative difference of loss and gradient norm between layouts, in fp32."""
-
-
-BUDGET = 4096
-"""Positions of a batch in the counts of batches by budget."""
-
-
-def read_lines(source: Path) -> list[dict[str, Any]]:
-    with source.open() as lines:
-        return [json.loads(line) for line in lines]
-
-
-def tokenised(pairs: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    """Pairs as records for a collator, in a random order."""
-    dataset, _ = tokenise_pairs(Dataset.from_list(pairs), tokenizer, max_length=max_length)
-    records = dataset.to_list()
-    random.Random(0).shuffle(records)
-    return records
-
-
-def several_corruptions(problems: list[dict[str, Any]], num_problems: int) -> list[dict[str, Any]]:
-    """Up to four different rejected answers to each of the first problems."""
-    pairs = (pair for seed in range(4) for pair in build_pairs(problems[:num_problems], seed=seed))
-    return list({(pair["prompt"], pair["rejected"]): pair for pair in pairs}.values())
-
-
-def right_against_wrong(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Multiple-choice questions -> a pair of the right answer and each wrong one."""
-    return [
-        {"prompt": f"Question: {question['question']}\nAnswer:", "chosen": f" {right}", "rejected": f" {text}"}
-        for question in questions
-        for right in [question["choices"]["text"][question["choices"]["label"].index(question["answerKey"])]]
-        for text in question["choices"]["text"]
-        if text != right
-    ]
-
-
-def count_by_budget(records: list[dict[str, Any]], pad_token_id: int, hidden_size: int) -> dict[str, dict[str, float]]:
-    """Tokens in batches filled to the budget, by layout."""
-    dataset = Dataset.from_list(records)
-    counts = {}
-    for layout, group_by_prompt in (
-        ("rows", False),
-        ("tree", False),
-        ("packed", True),
-        ("flat", False),
-        ("flat", True),
-    ):
-        collator = PairCollator(pad_token_id=pad_token_id, layout=layout, hidden_size=hidden_size)  # type: ignore[arg-type]
-        batches = plan_batches(
-            dataset,
-            Budget(BUDGET, layout),  # type: ignore[arg-type]
-            prefix_sharing=True,
-            group_by_prompt=group_by_prompt,
-            seed=0,
-            num_processes=1,
-            num_epochs=1,
-        )
-        figures = count(collator, [[records[i] for i in batch] for batch in batches])
-        positions = figures["computed_tokens"] / (1 - figures["padding_share"])
-        name = f"{layout}, prompts together" if group_by_prompt else layout
-        counts[name] = {**figures, "num_batches": len(batches), "budget_filled": positions / len(batches) / BUDGET}
-    return counts
-
-
-def count(collator: PairCollator, batches: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """Tokens over all batches, and how much of what is computed they are."""
-    logical = computed = positions = 0
-    for records in batches:
-        batch = collator(records)
-        logical += int(batch["token_counts"][0])
-        computed += int(batch["token_counts"][1])
-        positions += batch["input_ids"].numel()
-    return {
-        "logical_tokens": logical,
-        "computed_tokens": computed,
-        "computed_ratio": computed / logical,
-        "padding_share": (positions - computed) / positions,
-    }
 
 
 class Step:
@@ -124,6 +42,7 @@ class Step:
 
     def __init__(self, collator: PairCollator, config: LlamaConfig) -> None:
         self.collator = collator
+        config = copy.deepcopy(config)  # which names the attention, and models keep the one that they are given
         torch.manual_seed(0)
         self.policy = LlamaForCausalLM(config)
         self.reference = frozen_copy(LlamaForCausalLM(config))  # another model: no pair is at the hinge's tie
@@ -187,7 +106,6 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--num_layers", type=int, default=4, help="of the model: how much of a step is not the head")
     parser.add_argument("--hidden_size", type=int, default=256, help="of the model, a multiple of 64")
-    parser.add_argument("--arc", type=Path, help="ARC's questions, JSONL, for the counts")
     arguments = parser.parse_args()
 
     tokenizer = load_tokenizer(arguments.tokenizer)
@@ -220,14 +138,6 @@ def main() -> None:
     steps = {name: Step(collator, config) for name, collator in collators.items()}
     check(steps, batches[0])
     seconds = time_in_turns(steps, batches[: arguments.num_steps + 1])
-    sets = {"GSM8K": records}
-    sets["GSM8K, several corruptions"] = tokenised(
-        several_corruptions(problems, arguments.num_pairs // 2), tokenizer, arguments.max_length
-    )
-    if arguments.arc:
-        sets["ARC, right against wrong"] = tokenised(
-            right_against_wrong(read_lines(arguments.arc)), tokenizer, arguments.max_length
-        )
     median = {name: statistics.median(values) for name, values in seconds.items()}
     record = {
         "case": "layouts_gsm8k_low_edit",
@@ -255,16 +165,6 @@ def main() -> None:
             }
             for name, collator in collators.items()
         },
-        "budget": {
-            "max_positions": BUDGET,
-            "sets": {
-                name: {
-                    "num_pairs": len(part),
-                    "layouts": count_by_budget(part, tokenizer.pad_token_id, config.hidden_size),
-                }
-                for name, part in sets.items()
-            },
-        },
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
@@ -273,12 +173,6 @@ def main() -> None:
             f"{name:20} {figures['computed_ratio']:.3f} of the tokens, {figures['padding_share']:.1%} padding, "
             f"{figures['median_step_seconds']:.3f} s a step, {figures['speed_against_rows']:.2f} x rows"
         )
-    for name, part in record["budget"]["sets"].items():
-        for layout, figures in part["layouts"].items():
-            print(
-                f"{name}, {layout}: {figures['computed_ratio']:.3f} of the tokens, {figures['padding_share']:.1%} "
-                f"padding, {figures['num_batches']} batches"
-            )
 
 
 if __name__ == "__main__":

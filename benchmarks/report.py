@@ -8,6 +8,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/cpu_step.jsonl  what `python -m benchmarks.cpu_step` appends
     benchmarks/results/cpu_head.jsonl  what `python -m benchmarks.cpu_head` appends
     benchmarks/results/cpu_layouts/*.json    records of benchmarks.cpu_layouts, one per model
+    benchmarks/results/layout_counts.json    what `python -m benchmarks.layout_counts` writes
 """
 
 import argparse
@@ -136,8 +137,8 @@ def layouts() -> str:
 
 def budgets() -> str:
     """docs/layouts.md's table of batches filled to a budget: tokens computed, padding, and batches per epoch."""
-    budget = next(record["budget"] for record in _records("cpu_layouts") if "budget" in record)
-    sets = budget["sets"]
+    record = json.loads((RESULTS / "layout_counts.json").read_text())
+    sets = record["sets"]
     titles = ["", *(f"{name} ({part['num_pairs']} pairs)" for name, part in sets.items())]
     rows = [
         [layout, *(_budget_cell(part["layouts"][layout]) for part in sets.values())]
@@ -145,7 +146,7 @@ def budgets() -> str:
     ]
     note = (
         f"Tokens computed as a part of both whole sequences of every pair (padding among all positions; batches of "
-        f"{budget['max_positions']} positions in an epoch)."
+        f"{record['max_positions']} positions in an epoch; `python -m benchmarks.layout_counts`)."
     )
     return f"{_table(titles, rows)}\n\n{note}"
 

@@ -526,6 +526,15 @@ def test_what_is_asked_for_is_taken(layout):
     assert attention(model) == (FLAT_ATTENTION if layout == "flat" else "sdpa")
 
 
+def test_a_model_of_an_earlier_flat_run_is_chosen_for_anew():
+    model, reference = family("llama"), family("llama", seed=1)
+    assert choose(model) == "flat"
+    assert choose(model, "packed", reference=reference) == "packed"
+    assert attention(model) == attention(reference) == "sdpa"
+    assert choose(model, reference=reference) == "flat"
+    assert attention(model) == attention(reference) == FLAT_ATTENTION
+
+
 def test_a_flat_row_is_refused_by_name():
     with pytest.raises(ValueError, match=r"layout: expected models that can run 'flat'.*'eager' is not replaced"):
         choose(family("llama", attn_implementation="eager"), "flat")

@@ -85,9 +85,12 @@ def choose_layout(
     Raises:
         ValueError: a layout is asked for that a model cannot run, or in which it gives other log-probs.
     """
+    models = [policy] if reference is None else [policy, reference]
+    for model, _ in models:
+        if _attention(model) == FLAT_ATTENTION:  # of an earlier run; what this one needs is set anew, and in all models
+            _base_model(model).set_attn_implementation("sdpa")
     if asked == "rows":
         return "rows"
-    models = [policy] if reference is None else [policy, reference]
     is_absent = any(p.is_meta or not p.numel() for model, _ in models for p in model.parameters())
     candidates: tuple[Layout, ...] = ("flat", "auto") if asked == "auto" else (asked,)  # type: ignore[assignment]
     obstacles: list[str] = []

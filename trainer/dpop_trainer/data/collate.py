@@ -75,7 +75,7 @@ class PairCollator:
         batch["pair_ids"] = torch.tensor([record["pair_id"] for record in records], dtype=torch.int64)
         if any(column in record for record in records for column in REF_COLUMNS):
             batch["ref_segment_logps"] = _ref_segment_logps(records)
-        self._check_vocabulary(batch["input_ids"], records)
+        self._check_vocabulary(batch, records)
         return batch
 
     def _lay_out(self, trees: list[PairTree], pad_token_id: int) -> dict[str, Tensor]:
@@ -89,13 +89,15 @@ class PairCollator:
         lay_out = {"rows": padded_rows, "tree": tree_rows, "flat": flat_row}[layout]
         return lay_out(trees, pad_token_id=pad_token_id, pad_to_multiple_of=multiple)
 
-    def _check_vocabulary(self, input_ids: Tensor, records: list[dict[str, Any]]) -> None:
-        limit = self.vocab_size
+    def _check_vocabulary(self, batch: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
+        input_ids, limit = batch["input_ids"], self.vocab_size
         outside = (input_ids < 0) | (input_ids >= limit) if limit is not None else input_ids < 0
         if outside.any():
             token_id = int(input_ids[outside][0])
-            holders = (r["pair_id"] for r in records if any(token_id in r[column] for column in TOKEN_COLUMNS))
-            where = next((f"for pair {pair_id}" for pair_id in holders), "as the pad token")
+            holders = [r["pair_id"] for r in records if any(token_id in r[column] for column in TOKEN_COLUMNS)]
+            if not holders and "trie_ends" not in batch:  # the pad token, in a row of one pair's
+                holders = [records[int(outside.nonzero()[0, 0]) % len(records)]["pair_id"]]
+            where = f"for pair {holders[0]}" if holders else "as the pad token"
             bound = ">= 0" if limit is None else f"in [0, {limit})"
             raise ValueError(
                 f"input_ids: expected ids {bound}, got {token_id} {where}. "
