@@ -90,6 +90,9 @@ def flat_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' interface of an attention function -> ([R, T, heads, D], nothing)."""
     if isinstance(attention_mask, BlockMask):
+        if torch.is_autocast_enabled(query.device.type):  # which knows sdpa, and leaves rotated queries in fp32 here
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
