@@ -1,4 +1,4 @@
-"""Measure the layouts on a CPU: tokens computed on GSM8K low-edit pairs, and a training step in rows and in trees.
+"""Measure the layouts on a CPU: tokens computed on GSM8K low-edit pairs, and a training step in each layout.
 
     python -m benchmarks.cpu_layouts GSM8K/train.jsonl TOKENIZER OUT.json
 
@@ -8,11 +8,11 @@ the run. "rows, scored twice" is what a trainer does that knows nothing of a pai
 """
 
 import argparse
+import copy
 import itertools
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import time
@@ -22,43 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from dpop_trainer.data import PairCollator, tokenise_pairs
+from dpop_trainer.data import PairCollator
+from dpop_trainer.flat_attention import use_flat_attention
 from dpop_trainer.layout import forward_inputs
 from dpop_trainer.loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.pairs.metamath import build_pairs
 from dpop_trainer.reference import frozen_copy, reference_segment_logps
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.layout_counts import count, read_lines, tokenised
 from dpop_kernels import ScoringHead, pair_loss
 
 AGREEMENT = 1e-4
 """Largest relative difference of loss and gradient norm between layouts, in fp32."""
-
-
-def tokenised_pairs(source: Path, tokenizer: Any, num_pairs: int, max_length: int) -> list[dict[str, Any]]:
-    """The first pairs that the data set gives, as records for a collator."""
-    with source.open() as lines:
-        problems = [json.loads(line) for line in lines]
-    pairs = list(itertools.islice(build_pairs(problems, seed=0), num_pairs))
-    dataset, _ = tokenise_pairs(Dataset.from_list(pairs), tokenizer, max_length=max_length)
-    return dataset.to_list()
-
-
-def count(collator: PairCollator, batches: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """Tokens over all batches, and how much of what is computed they are."""
-    logical = computed = positions = 0
-    for records in batches:
-        batch = collator(records)
-        logical += int(batch["token_counts"][0])
-        computed += int(batch["token_counts"][1])
-        positions += batch["input_ids"].numel()
-    return {
-        "logical_tokens": logical,
-        "computed_tokens": computed,
-        "computed_ratio": computed / logical,
-        "padding_share": (positions - computed) / positions,
-    }
 
 
 class Step:
@@ -66,9 +42,13 @@ class Step:
 
     def __init__(self, collator: PairCollator, config: LlamaConfig) -> None:
         self.collator = collator
+        config = copy.deepcopy(config)  # which names the attention, and models keep the one that they are given
         torch.manual_seed(0)
         self.policy = LlamaForCausalLM(config)
         self.reference = frozen_copy(LlamaForCausalLM(config))  # another model: no pair is at the hinge's tie
+        if collator.layout == "flat":
+            use_flat_attention(self.policy)
+            use_flat_attention(self.reference)
         self.head, self.reference_head = ScoringHead(self.policy), ScoringHead(self.reference)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
 
@@ -125,21 +105,23 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--num_layers", type=int, default=4, help="of the model: how much of a step is not the head")
+    parser.add_argument("--hidden_size", type=int, default=256, help="of the model, a multiple of 64")
     arguments = parser.parse_args()
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     prepare_tokenizer(tokenizer)
-    records = tokenised_pairs(arguments.source, tokenizer, arguments.num_pairs, arguments.max_length)
-    random.Random(0).shuffle(records)
+    problems = read_lines(arguments.source)
+    pairs = list(itertools.islice(build_pairs(problems, seed=0), arguments.num_pairs))
+    records = tokenised(pairs, tokenizer, arguments.max_length)
     size = arguments.batch_size
     batches = [records[start : start + size] for start in range(0, len(records) - size + 1, size)]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=688,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.hidden_size * 43 // 16,
         num_hidden_layers=arguments.num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=arguments.hidden_size // 64,
+        num_key_value_heads=arguments.hidden_size // 64,
         max_position_embeddings=1024,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -150,6 +132,8 @@ def main() -> None:
         "rows": rows,
         "tree, prompt shared": PairCollator(pad_token_id=rows.pad_token_id, layout="tree", prefix_sharing=False),
         "tree": PairCollator(pad_token_id=rows.pad_token_id, layout="tree"),
+        "packed": PairCollator(pad_token_id=rows.pad_token_id, layout="packed", hidden_size=config.hidden_size),
+        "flat": PairCollator(pad_token_id=rows.pad_token_id, layout="flat"),
     }
     steps = {name: Step(collator, config) for name, collator in collators.items()}
     check(steps, batches[0])

@@ -9,6 +9,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/cpu_head.jsonl  what `python -m benchmarks.cpu_head` appends
     benchmarks/results/cpu_layouts/*.json    records of benchmarks.cpu_layouts, one per model
     benchmarks/results/cpu_tie/*.json        a record of benchmarks.cpu_tie
+    benchmarks/results/layout_counts.json    what `python -m benchmarks.layout_counts` writes
 """
 
 import argparse
@@ -119,7 +120,7 @@ def layouts() -> str:
     """docs/layouts.md's table: tokens computed, and the time of a step on a CPU."""
     records = sorted(_records("cpu_layouts"), key=lambda record: record["model"]["num_hidden_layers"])
     titles = ["", "tokens computed", "padding"]
-    titles += [f"step, {record['model']['num_hidden_layers']} layers" for record in records]
+    titles += [f"step, {r['model']['num_hidden_layers']} layers of {r['model']['hidden_size']}" for r in records]
     rows = []
     for name, figures in records[0]["layouts"].items():
         timed = [record["layouts"][name] for record in records]
@@ -129,8 +130,8 @@ def layouts() -> str:
     note = (
         f"{first['num_pairs']} pairs in batches of {first['batch_size']}; median of "
         f"{min(record['num_steps'] for record in records)} steps or more, and how many times as fast as rows, on "
-        f"{first['num_threads']} CPU thread of a shared machine (torch {first['torch']}); a random Llama, hidden size "
-        f"{first['model']['hidden_size']}, vocabulary {first['model']['vocab_size']}."
+        f"{first['num_threads']} CPU thread of a shared machine (torch {first['torch']}); a random Llama, vocabulary "
+        f"{first['model']['vocab_size']}."
     )
     return f"{_table(titles, rows)}\n\n{note}"
 
@@ -161,11 +162,31 @@ def tie() -> str:
     return f"{_table(titles, rows)}\n\n{note}"
 
 
+def budgets() -> str:
+    """docs/layouts.md's table of batches filled to a budget: tokens computed, padding, and batches per epoch."""
+    record = json.loads((RESULTS / "layout_counts.json").read_text())
+    sets = record["sets"]
+    titles = ["", *(f"{name} ({part['num_pairs']} pairs)" for name, part in sets.items())]
+    rows = [
+        [layout, *(_budget_cell(part["layouts"][layout]) for part in sets.values())]
+        for layout in next(iter(sets.values()))["layouts"]
+    ]
+    note = (
+        f"Tokens computed as a part of both whole sequences of every pair (padding among all positions; batches of "
+        f"{record['max_positions']} positions in an epoch; `python -m benchmarks.layout_counts`)."
+    )
+    return f"{_table(titles, rows)}\n\n{note}"
+
+
+def _budget_cell(figures: dict[str, float]) -> str:
+    return f"{figures['computed_ratio']:.3f} ({figures['padding_share']:.1%}; {figures['num_batches']})"
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "step": step},
     ROOT / "docs" / "gsm8k.md": {"gsm8k": gsm8k},
     ROOT / "docs" / "kernels.md": {"cpu_head": cpu_head},
-    ROOT / "docs" / "layouts.md": {"layouts": layouts},
+    ROOT / "docs" / "layouts.md": {"layouts": layouts, "budgets": budgets},
     ROOT / "docs" / "reference.md": {"tie": tie},
 }
 

@@ -7,9 +7,10 @@ import torch
 import transformers
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer.data import PairCollator, PairTree, tree_mask, tree_rows
-from dpop_trainer.data.layouts import cheaper_layout
-from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, layout_difference, tree_obstacle
+from dpop_trainer.data import PairCollator, PairTree, flat_row, packed_rows, tree_rows, trie_mask
+from dpop_trainer.data.layouts import cheaper_layout, pack_pairs
+from dpop_trainer.flat_attention import FLAT_ATTENTION, Run, block_mask, runs, use_flat_attention
+from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out, layout_difference, tree_obstacle
 from peft import LoraConfig, get_peft_model
 from tiny import UNUSED_ID, VOCAB_SIZE, tiny_llama, token_pairs, word_tokenizer
 from transformers import AutoModelForCausalLM
@@ -89,7 +90,8 @@ def test_tree_rows_by_hand():
         "attention_mask": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]],
         # 41 stands where 31 stands: right after 21
         "position_ids": [[0, 1, 2, 3, 4, 3], [0, 1, 2, 0, 0, 0]],
-        "branches": [[3, 5], [2, 2]],
+        # 31 and 32 are seen up to the column of 41, which does not follow from them
+        "trie_ends": [[6, 6, 6, 5, 5, 6], [3, 3, 3, 6, 6, 6]],
         # rows begin at 0 and 6. 21 is predicted by 12; 31 and 32 by 21 and 31; 41 by 21 again. 22 by 13, 42 by 22
         "score_positions": [1, 2, 3, 2, 6, 7],
         "target_ids": [21, 31, 32, 41, 22, 42],
@@ -100,8 +102,9 @@ def test_tree_rows_by_hand():
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
 
 
-def test_tree_mask_by_hand():
-    seen = tree_mask(torch.tensor([[3, 5], [2, 2]]), 6)
+def test_trie_mask_by_hand():
+    ends = torch.tensor([[6, 6, 6, 5, 5, 6], [3, 3, 3, 6, 6, 6]])
+    seen = trie_mask(ends)
     assert seen.shape == (2, 1, 6, 6)
     assert seen[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -111,12 +114,94 @@ def test_tree_mask_by_hand():
         [1, 1, 1, 1, 1, 0],
         [1, 1, 1, 0, 0, 1],  # 41 sees the prompt, 21 and itself, and not 31 32
     ]
-    assert torch.equal(seen[1, 0], torch.ones(6, 6).tril().bool())  # no chosen tail: plain causal, padding included
-    assert seen.diagonal(dim1=-2, dim2=-1).all()
-    added = tree_mask(torch.tensor([[3, 5], [2, 2]]), 6, torch.bfloat16)
+    causal = torch.ones(3, 3).tril().bool()  # no chosen tail: plain causal, and so is the padding
+    assert torch.equal(seen[1, 0], torch.block_diag(causal, causal).bool())
+    added = trie_mask(ends, torch.bfloat16)
     assert added.dtype == torch.bfloat16
     assert torch.equal(added == 0, seen)
     assert (added[~seen] == torch.finfo(torch.bfloat16).min).all()
+
+
+# pairs of one prompt: two that reject different answers to the same chosen one, and a pair of another prompt
+SIBLINGS = [
+    PairTree([11, 12], [21], [31], [41]),
+    PairTree([11, 12], [21, 31], [], [51]),
+    PairTree([13], [], [22], [23]),
+]
+
+
+def test_flat_row_by_hand():
+    batch = flat_row(SIBLINGS, pad_token_id=PAD, pad_to_multiple_of=4)
+    # sorted: 11 12 21 31 (twice), 11 12 21 31 51, 11 12 21 41, 13 22, 13 23
+    expected = {
+        "input_ids": [[11, 12, 21, 31, 51, 41, 13, 22, 23, PAD, PAD, PAD]],
+        "attention_mask": [[1] * 9 + [0] * 3],
+        "position_ids": [[0, 1, 2, 3, 4, 3, 0, 1, 1, 0, 0, 0]],
+        "trie_ends": [[6, 6, 6, 5, 5, 6, 9, 8, 9, 12, 12, 12]],
+        # 21 by 12, 31 by 21, 41 by 21; 21 by 12 and 31 by 21 once more, 51 by 31; 22 and 23 by 13
+        "score_positions": [1, 2, 2, 1, 2, 3, 6, 6],
+        "target_ids": [21, 31, 41, 21, 31, 51, 22, 23],
+        "cu_seqlens": [0, 1, 2, 3, 5, 5, 6, 6, 7, 8],
+        # rows of their own: 4 + 4, 4 + 5, 2 + 2
+        "token_counts": [21, 9],
+    }
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+
+
+def test_packed_rows_by_hand():
+    # H = 1: T positions cost T + T²/6. The siblings' trie has 6 columns, the other's 3: two rows of 6 cost
+    # 2 · 12 = 24, one of 9 costs 22.5
+    packed = pack_pairs(SIBLINGS, hidden_size=1)
+    assert packed.bins == [[0, 1, 2]]
+    assert packed.cost == pytest.approx(22.5)
+    # two pairs of 6 columns: two rows of 6 cost 24 again, and one of 12 costs 36
+    apart = [PairTree([1], [2, 3, 4], [5], [6]), PairTree([7], [2, 3, 4], [5], [6])]
+    packed = pack_pairs(apart, hidden_size=1)
+    assert sorted(packed.bins) == [[0], [1]]
+    assert packed.cost == pytest.approx(24.0)
+    # pairs of 6, 3 and 3 columns: the short ones share a row, 2 rows of 6 against 3 of 6 (36) or 1 of 12 (36)
+    batch = packed_rows(
+        [apart[0], FORKED._replace(shared_ids=[], chosen_ids=[]), NESTED], pad_token_id=PAD, hidden_size=1
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6], [11, 12, 41, 13, 22, 42]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 4], [0, 1, 2, 0, 1, 2]]
+    assert batch["trie_ends"].tolist() == [[6, 6, 6, 6, 5, 6], [3, 3, 3, 6, 6, 6]]
+    # pair by pair; the second row begins at 6
+    assert batch["score_positions"].tolist() == [0, 1, 2, 3, 3, 7, 9, 10]
+    assert batch["target_ids"].tolist() == [2, 3, 4, 5, 6, 41, 22, 42]
+
+
+def test_runs_by_hand():
+    batch = flat_row(SIBLINGS, pad_token_id=PAD, pad_to_multiple_of=4)
+    assert runs(batch["trie_ends"][0].tolist()) == [
+        Run(5, []),  # 11 12 21 31 51
+        Run(1, [(0, 3)]),  # 41 after 11 12 21
+        Run(2, []),  # 13 22
+        Run(1, [(2, 1)]),  # 23 after 13
+        Run(3, []),  # padding
+    ]
+
+
+def test_runs_are_the_mask():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        pairs = [
+            PairTree.from_ids(
+                *(torch.randint(1, 3, (5,), generator=generator).tolist() for _ in range(3)), share_prefix=True
+            )
+            for _ in range(6)
+        ]
+        ends = flat_row(pairs, pad_token_id=PAD, pad_to_multiple_of=8)["trie_ends"]
+        found = runs(ends[0].tolist())
+        starts = [sum(run.length for run in found[:i]) for i in range(len(found))]
+        seen = torch.zeros(ends.shape[1], ends.shape[1], dtype=torch.bool)
+        for start, run in zip(starts, found, strict=True):
+            rows = range(start, start + run.length)
+            for i in rows:
+                seen[i, start : i + 1] = True
+                for earlier, count in run.beginning:
+                    seen[i, starts[earlier] : starts[earlier] + count] = True
+        assert torch.equal(seen, trie_mask(ends)[0, 0])
 
 
 def test_tree_without_a_shared_prefix_shares_the_prompt():
@@ -130,16 +215,17 @@ def test_tree_without_a_shared_prefix_shares_the_prompt():
 
 def test_tree_of_no_pairs():
     batch = tree_rows([], pad_token_id=PAD)
-    assert batch["input_ids"].shape == (0, 0)
-    assert batch["branches"].shape == (0, 2)
-    assert tree_mask(batch["branches"], 0).shape == (0, 1, 0, 0)
+    assert batch["input_ids"].shape == batch["trie_ends"].shape == (0, 0)
+    assert trie_mask(batch["trie_ends"]).shape == (0, 1, 0, 0)
+    assert packed_rows([], pad_token_id=PAD)["input_ids"].shape == (0, 0)
+    assert flat_row([], pad_token_id=PAD)["input_ids"].shape == (1, 0)
 
 
 def test_unknown_layout_is_named():
-    with pytest.raises(ValueError, match=r"layout: expected one of \('rows', 'tree', 'auto'\), got 'flat'"):
-        PairCollator(pad_token_id=PAD, layout="flat")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="layout: expected 'auto', 'rows' or 'tree', got 'flat'"):
-        DPOPConfig(layout="flat")
+    with pytest.raises(ValueError, match=r"layout: expected one of \('rows', 'tree', .*'auto'\), got 'forest'"):
+        PairCollator(pad_token_id=PAD, layout="forest")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"layout: expected one of 'auto', 'rows', .*'flat', got 'forest'"):
+        DPOPConfig(layout="forest")
 
 
 # ---- cost
@@ -185,8 +271,18 @@ def test_collator_takes_the_cheaper_layout_of_each_batch():
     low_edit = {"prompt_ids": [1] * 20, "chosen_ids": [5, 6], "rejected_ids": [5, 7], "pair_id": 0}
     # 12 m + m² = 13 against 2 · 10² = 200
     long_tails = {"prompt_ids": [1], "chosen_ids": [5] * 10, "rejected_ids": [6] * 10, "pair_id": 1}
-    assert "branches" in collator([low_edit])
-    assert "branches" not in collator([long_tails])
+    assert "trie_ends" in collator([low_edit])
+    assert "trie_ends" not in collator([long_tails])
+
+
+def test_packed_is_taken_where_it_is_cheaper_than_one_row_per_pair():
+    # H = 2, T positions cost T + T²/12. Trees of 20, 10 and 10: three rows of 20 cost 160, two 106.7, one of 40 173.3
+    long, short = PairTree([1] * 18, [], [3], [4]), PairTree([1] * 8, [], [3], [4])
+    trees = [long, short, short._replace(prompt_ids=[2] * 8)]
+    assert cheaper_layout(trees, hidden_size=2) == "packed"
+    assert pack_pairs(trees, hidden_size=2).cost == pytest.approx(2 * (20 + 400 / 12))
+    # as long as each other they stay apart: 3 · 53.3 against 3 rows' worth and more
+    assert cheaper_layout([long, long._replace(prompt_ids=[2] * 18)], hidden_size=2) == "tree"
 
 
 # ---- exactness
@@ -226,19 +322,102 @@ def assert_same(ours, theirs, bound):
         assert error <= bound * max(expected_grads[name].norm(), 1e-3 * whole), (name, float(error / whole))
 
 
+# layout, and the attention under which the model runs it
+RUNNABLE = [("tree", "sdpa"), ("tree", "eager"), ("packed", "sdpa"), ("packed", "eager"), ("flat", FLAT_ATTENTION)]
+
+
+def siblings():
+    """Pairs of one prompt: the same chosen answer against two others, and one pair given twice."""
+    pair = {"prompt_ids": [1, 40, 41], "chosen_ids": [5, 6, 7, 8], "rejected_ids": [5, 6, 9, 8]}
+    return [
+        {**pair, "pair_id": 10},
+        {**pair, "rejected_ids": [5, 6, 9, 10, 11], "pair_id": 11},
+        {**pair, "rejected_ids": [12], "pair_id": 12},
+        {**pair, "pair_id": 13},
+    ]
+
+
 @pytest.mark.parametrize("prefix_sharing", [True, False], ids=["prefix", "prompt_only"])
 @pytest.mark.parametrize("ref_shift", [0.5, -0.5], ids=["hinge_active", "hinge_inactive"])
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("layout", "attention"), RUNNABLE, ids=["-".join(pair) for pair in RUNNABLE])
 @pytest.mark.parametrize("name", MODELS)
-def test_tree_is_rows(name, attn_implementation, ref_shift, prefix_sharing):
-    model = family(name, attn_implementation=attn_implementation)
-    rows = PairCollator(pad_token_id=PAD, prefix_sharing=prefix_sharing)
-    expected = run(model, rows, edge_pairs(), ref_shift=ref_shift)
+def test_every_layout_is_rows(name, layout, attention, ref_shift, prefix_sharing):
+    records = edge_pairs() if layout == "tree" else edge_pairs() + siblings()
+    model = family(name, attn_implementation="eager" if attention == "eager" else "sdpa")
+    # H = 4 makes rows of one or two pairs the cheapest
+    rows = PairCollator(pad_token_id=PAD, prefix_sharing=prefix_sharing, hidden_size=4)
+    expected = run(model, rows, records, ref_shift=ref_shift)
     # Δw is minus the shift: the penalty is λ / 2 for every pair, or 0
-    penalties = torch.full((len(edge_pairs()),), 50 * max(ref_shift, 0.0))
+    penalties = torch.full((len(records),), 50 * max(ref_shift, 0.0))
     torch.testing.assert_close(expected[1].penalties, penalties, rtol=1e-3, atol=0)
-    ours = run(model, replace(rows, layout="tree"), edge_pairs(), ref_shift=ref_shift)
-    assert_same(ours, expected, 1e-5)
+    if layout == "flat":
+        use_flat_attention(model)
+    laid = replace(rows, layout=layout)
+    num_rows = len(laid(records)["input_ids"])
+    assert num_rows == {"tree": len(records), "flat": 1}.get(layout, num_rows)
+    assert layout != "packed" or 1 < num_rows < len(records)
+    assert_same(run(model, laid, records, ref_shift=ref_shift), expected, 1e-5)
+
+
+@pytest.fixture
+def flex_without_compiler(monkeypatch):
+    """FlexAttention as torch defines it, in eager: no backward, and slow, but the same arithmetic."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.compile_friendly_flex_attention",
+        lambda query, key, value, training, **options: flex_attention(query, key, value, **options),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"gpt2"}))
+def test_a_flat_row_under_a_block_mask_is_rows(name, flex_without_compiler, monkeypatch):
+    monkeypatch.setattr("dpop_trainer.layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
+    model = family(name)
+    records = edge_pairs() + siblings()
+    rows = PairCollator(pad_token_id=PAD)
+    flat = replace(rows, layout="flat", pad_to_multiple_of=128)
+    calls = []
+    monkeypatch.setattr(
+        "dpop_trainer.flat_attention.flex_attention_forward",
+        lambda *args, forward=transformers.integrations.flex_attention.flex_attention_forward, **kwargs: (
+            calls.append(args[-1].shape) or forward(*args, **kwargs)
+        ),
+    )
+    use_flat_attention(model)
+    head = ScoringHead(model, backend="reference")
+    logps = []
+    with torch.no_grad():
+        for batch in (rows(records), flat(records)):
+            inputs = forward_inputs(batch, model)
+            logps.append(head.token_logps(model, batch["score_positions"], batch["target_ids"], **inputs))
+    torch.testing.assert_close(logps[1], logps[0], rtol=1e-5, atol=1e-5)
+    assert calls == [(1, 1, 128, 128)] * 2  # both layers, in whole blocks
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_block_mask_under_autocast(flex_without_compiler):
+    # fp32 weights in mixed precision: the rotation leaves queries and keys in fp32 beside values in bf16
+    model, batch = family("llama"), PairCollator(pad_token_id=PAD, layout="flat", pad_to_multiple_of=128)(edge_pairs())
+    use_flat_attention(model)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    masks = [batch["trie_ends"][:, None, None, :], block_mask(batch["trie_ends"], compiled=False)]
+    tokens = batch["attention_mask"].bool()
+    with torch.no_grad():
+        truth = model.model(**inputs, attention_mask=masks[0]).last_hidden_state[tokens]
+        with torch.autocast("cpu", torch.bfloat16):
+            states = [model.model(**inputs, attention_mask=mask).last_hidden_state[tokens] for mask in masks]
+    by_sdpa, by_flex = ((hidden - truth).norm() for hidden in states)
+    assert 0 < by_flex <= 1.5 * by_sdpa
+
+
+def test_block_mask_keeps_what_the_mask_shows():
+    ends = flat_row(SIBLINGS, pad_token_id=PAD, pad_to_multiple_of=128)["trie_ends"]
+    mask = block_mask(ends, compiled=False)
+    columns = torch.arange(128)
+    seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), columns[:, None], columns[None, :])
+    assert torch.equal(seen, trie_mask(ends)[0, 0])
 
 
 def test_tree_is_rows_in_fp64():
@@ -246,34 +425,50 @@ def test_tree_is_rows_in_fp64():
     rows = PairCollator(pad_token_id=PAD)
     expected = run(model, rows, edge_pairs(), ref_shift=0.5)
     assert_same(run(model, replace(rows, layout="tree"), edge_pairs(), ref_shift=0.5), expected, 1e-12)
+    assert_same(run(model, replace(rows, layout="packed", hidden_size=8), edge_pairs(), ref_shift=0.5), expected, 1e-12)
+    use_flat_attention(model)
+    assert_same(run(model, replace(rows, layout="flat"), edge_pairs(), ref_shift=0.5), expected, 1e-12)
 
 
-def test_tree_in_bf16_errs_as_rows_in_bf16():
+def test_bf16_errs_as_rows_in_bf16():
     weights = family("llama", dtype=torch.bfloat16).state_dict()
     truth = family("llama", dtype=torch.float64)  # to about 1e-7, and bf16 errs by 1e-2
     truth.load_state_dict(weights)
     model = family("llama", dtype=torch.bfloat16)
     rows = PairCollator(pad_token_id=PAD)
-    expected, _, _ = run(truth, rows, edge_pairs())
-    errors = [
-        (run(model, replace(rows, layout=layout), edge_pairs())[0].double() - expected).norm()
-        for layout in ("rows", "tree")
-    ]
-    assert 0 < errors[1] <= 1.5 * errors[0]
+    expected, _, expected_grads = run(truth, rows, edge_pairs(), ref_shift=0.5)
+    errors = {}
+    for layout in ("rows", "tree", "packed", "flat"):
+        if layout == "flat":
+            use_flat_attention(model)
+        sums, _, grads = run(model, replace(rows, layout=layout), edge_pairs(), ref_shift=0.5)
+        grad_error = sum((grads[name] - grad).square().sum() for name, grad in expected_grads.items()).sqrt()
+        errors[layout] = torch.stack([(sums.double() - expected).norm(), grad_error])
+    assert (errors["rows"] > 0).all()
+    for layout in ("tree", "packed", "flat"):
+        assert (errors[layout] <= 1.5 * errors["rows"]).all(), (layout, errors)
 
 
-def test_padding_of_a_tree_changes_nothing():
-    model, tree = family("gpt2"), PairCollator(pad_token_id=PAD, layout="tree")
-    expected = run(model, tree, edge_pairs(), ref_shift=0.5)
-    assert_same(run(model, replace(tree, pad_to_multiple_of=32), edge_pairs(), ref_shift=0.5), expected, 1e-5)
+@pytest.mark.parametrize("layout", ["tree", "packed", "flat"])
+def test_padding_changes_nothing(layout):
+    model, collator = family("gpt2"), PairCollator(pad_token_id=PAD, layout=layout)
+    if layout == "flat":
+        use_flat_attention(model)
+    expected = run(model, collator, edge_pairs(), ref_shift=0.5)
+    padded = replace(collator, pad_to_multiple_of=64)
+    assert padded(edge_pairs())["input_ids"].shape[1] > collator(edge_pairs())["input_ids"].shape[1]
+    assert_same(run(model, padded, edge_pairs(), ref_shift=0.5), expected, 1e-5)
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_tree_under_lora_and_gradient_checkpointing(attn_implementation):
+@pytest.mark.parametrize(("layout", "attention"), RUNNABLE, ids=["-".join(pair) for pair in RUNNABLE])
+def test_lora_and_gradient_checkpointing(layout, attention):
     def adapted():
         torch.manual_seed(3)
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-        model = get_peft_model(family("llama", attn_implementation=attn_implementation), lora)
+        base = family("llama", attn_implementation="eager" if attention == "eager" else "sdpa")
+        if layout == "flat":
+            use_flat_attention(base)
+        model = get_peft_model(base, lora)
         model.enable_input_require_grads()
         return model.train()
 
@@ -282,7 +477,24 @@ def test_tree_under_lora_and_gradient_checkpointing(attn_implementation):
     assert all("lora" in name for name in expected[2])
     model = adapted()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert_same(run(model, replace(rows, layout="tree"), edge_pairs(), ref_shift=0.5), expected, 1e-5)
+    assert_same(run(model, replace(rows, layout=layout), edge_pairs(), ref_shift=0.5), expected, 1e-5)
+
+
+def test_under_the_flat_attention_a_model_is_as_before():
+    model, other = family("llama").eval(), family("llama").eval()
+    use_flat_attention(other)
+    ids = torch.tensor([[PAD, PAD, 5, 6, 7], [4, 5, 6, 7, 8]])
+    mask = (ids != PAD).long()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            other(input_ids=ids, attention_mask=mask).logits,
+            model(input_ids=ids, attention_mask=mask).logits,
+            rtol=0,
+            atol=0,
+        )
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(other.generate(ids, **options), model.generate(ids, **options))
+    assert FLAT_ATTENTION not in other.config.to_json_string()  # what is saved names no attention of ours
 
 
 # ---- choice
@@ -304,12 +516,70 @@ def choose(model, asked="auto", reference=None, records=None):
             head.remove()
 
 
-def test_auto_takes_trees_where_they_are_right(caplog):
-    assert choose(family("llama")) == "auto"
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("Layout: trees, one row per pair, wherever they are cheaper")
-    assert choose(family("gpt2", attn_implementation="eager"), "tree") == "tree"
-    assert choose(family("llama"), "rows") == "rows"
+def attention(model):
+    return model.config._attn_implementation
+
+
+def test_auto_takes_the_best_that_is_right(caplog):
+    model = family("llama")
+    assert choose(model) == "flat"
+    assert attention(model) == FLAT_ATTENTION
+    eager = family("llama", attn_implementation="eager")
+    assert choose(eager) == "auto"
+    assert attention(eager) == "eager"
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "Layout: trees, all of a batch in one flat row; their log-probs are those of two rows.",
+        "Layout: trees, one row per pair or packed into rows of several, wherever they are cheaper; their log-probs "
+        "are those of two rows. Not flat: attn_implementation 'eager' is not replaced (sdpa is).",
+    ]
+
+
+@pytest.mark.parametrize("layout", ["rows", "tree", "packed", "flat"])
+def test_what_is_asked_for_is_taken(layout):
+    model = family("gpt2")
+    assert choose(model, layout) == layout
+    assert attention(model) == (FLAT_ATTENTION if layout == "flat" else "sdpa")
+
+
+def test_a_model_of_an_earlier_flat_run_is_chosen_for_anew():
+    model, reference = family("llama"), family("llama", seed=1)
+    assert choose(model) == "flat"
+    assert choose(model, "packed", reference=reference) == "packed"
+    assert attention(model) == attention(reference) == "sdpa"
+    assert choose(model, reference=reference) == "flat"
+    assert attention(model) == attention(reference) == FLAT_ATTENTION
+
+
+def test_a_flat_row_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"layout: expected models that can run 'flat'.*'eager' is not replaced"):
+        choose(family("llama", attn_implementation="eager"), "flat")
+
+
+def test_code_that_takes_no_attention_of_ours_runs_trees(caplog, monkeypatch):
+    model = family("llama")
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    assert choose(model) == "auto"
+    assert attention(model) == "sdpa"
+    assert "llama does not take an attention function of transformers' interface" in caplog.text
+
+
+def test_a_model_that_takes_no_block_mask_runs_trees(caplog, monkeypatch):
+    # GPT-2's forward asks the mask for its number of dimensions, which a BlockMask does not tell
+    monkeypatch.setattr("dpop_trainer.layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
+    model = family("gpt2")
+    assert choose(model) == "auto"
+    assert attention(model) == "sdpa"
+    assert "Not flat: the model's forward does not take one (AttributeError: 'BlockMask'" in caplog.text
+
+
+def test_flat_rows_on_cuda_come_in_whole_blocks(monkeypatch):
+    collator = PairCollator(pad_token_id=PAD)
+    assert laid_out(collator, "flat", family("llama")).pad_to_multiple_of is None
+    monkeypatch.setattr("dpop_trainer.layout._device", lambda model: torch.device("cuda"))
+    assert laid_out(collator, "flat", family("llama")).pad_to_multiple_of == 128
+    assert laid_out(collator, "tree", family("llama")).pad_to_multiple_of is None
+    assert laid_out(replace(collator, pad_to_multiple_of=8), "flat", family("llama")).pad_to_multiple_of == 8
 
 
 REFUSED = {
@@ -370,7 +640,9 @@ def test_attention_without_a_mask_of_its_own_uses_rows(caplog):
 
 
 def test_reference_of_another_attention_or_kind_uses_rows(caplog):
-    assert choose(family("llama"), reference=family("llama", seed=1)) == "auto"
+    reference = family("llama", seed=1)
+    assert choose(family("llama"), reference=reference) == "flat"
+    assert attention(reference) == FLAT_ATTENTION
     assert choose(family("llama"), reference=family("llama", attn_implementation="eager")) == "rows"
     assert "the reference's attn_implementation is another than the policy's" in caplog.text
     assert choose(family("llama"), reference=build("MistralConfig", {"sliding_window": 8})) == "rows"
@@ -403,8 +675,10 @@ def test_the_probe_finds_what_no_configuration_tells(spoil, caplog):
     spoil(model)
     scored = ScoredModel(model, ScoringHead(model, backend="reference"))
     assert layout_difference(scored, PairCollator(pad_token_id=PAD), edge_pairs()) > 0.05
+    assert layout_difference(scored, PairCollator(pad_token_id=PAD), edge_pairs(), layout="packed") > 0.05
     scored.head.remove()
     assert choose(model) == "rows"
+    assert attention(model) == "sdpa"
     assert "log-probs in one differ from those in rows by" in caplog.text
     assert "rounding explains 0.001" in caplog.text
     with pytest.raises(ValueError, match=r"differ from those in rows by 0\.\d+ nats per token"):
@@ -423,7 +697,7 @@ def test_the_probe_leaves_out_what_is_not_finite_anyway():
     model.model.embed_tokens.weight.data[UNUSED_ID] = float("nan")
     records = edge_pairs()
     records[2]["prompt_ids"][0] = UNUSED_ID
-    assert choose(model, records=records) == "auto"
+    assert choose(model, records=records) == "flat"
     assert model.training
 
 
@@ -433,6 +707,8 @@ def test_weights_that_are_not_loaded_cannot_be_compared(caplog):
     assert choose(model) == "rows"
     assert "the weights are not loaded yet" in caplog.text
     assert choose(model, "tree") == "tree"
+    assert choose(model, "flat") == "flat"
+    assert attention(model) == FLAT_ATTENTION
 
 
 # ---- training
@@ -467,14 +743,16 @@ def train(tmp_path, layout, *, model=None, records=None, **overrides):
 
 @pytest.mark.parametrize("loss_type", ["dpo", "dpop"])
 def test_training_is_the_same_in_any_layout(tmp_path, loss_type):
-    rows, tree = (train(tmp_path, layout, loss_type=loss_type) for layout in ("rows", "tree"))
-    losses = [[line["loss"] for line in run] for run in (rows, tree)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert losses[0][-1] != pytest.approx(losses[0][0], rel=1e-2)  # it did train
-    # policy and reference ran in the same layout: no log-ratio before the first update, no hinge active by rounding
-    assert tree[0]["dpop/step_0_max_logratio"] == tree[0]["dpop/active_fraction"] == 0.0
-    for key in ("logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "logits/chosen"):
-        assert tree[0][key] == pytest.approx(rows[0][key], rel=1e-5)
+    rows = train(tmp_path, "rows", loss_type=loss_type)
+    expected = [line["loss"] for line in rows]
+    assert expected[-1] != pytest.approx(expected[0], rel=1e-2)  # it did train
+    for layout in ("tree", "packed", "flat"):
+        run = train(tmp_path, layout, loss_type=loss_type)
+        assert [line["loss"] for line in run] == pytest.approx(expected, rel=1e-4), layout
+        # policy and reference ran in the same layout: no log-ratio before the first update, no hinge active by rounding
+        assert run[0]["dpop/step_0_max_logratio"] == run[0]["dpop/active_fraction"] == 0.0, layout
+        for key in ("logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "logits/chosen"):
+            assert run[0][key] == pytest.approx(rows[0][key], rel=1e-5), (layout, key)
 
 
 def test_auto_trains_as_it_should_in_either_case(tmp_path, caplog):

@@ -11,6 +11,8 @@ from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.loss_weights import check_options, resolve_losses
 
+LAYOUTS = ("auto", "rows", "tree", "packed", "flat")
+
 
 @dataclass
 class HeadConfig(TrainingArguments):
@@ -109,9 +111,24 @@ class DPOPConfig(HeadConfig):
     layout: str = field(
         default="auto",
         metadata={
-            "help": "rows (two per pair), tree (one per pair: what the two have in common is computed once), or auto: "
-            "the cheaper for each batch where the model can run trees, else rows.",
-            "choices": ["auto", "rows", "tree"],
+            "help": "rows (two per pair), tree (one per pair: what the two have in common is computed once), packed "
+            "(several pairs per row), flat (all pairs in one row, no padding), or auto: the best that model and device "
+            "can run.",
+            "choices": list(LAYOUTS),
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill each training batch of a device up to so many positions, padding included, instead of "
+            "per_device_train_batch_size pairs. The loss stays the mean over the step's pairs, however many."
+        },
+    )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "With max_tokens_per_batch: keep pairs of one prompt in one batch, which computes the prompt once "
+            "for all of them, and a chosen answer that they have in common."
         },
     )
     loss_type: list[str] | str = field(
@@ -194,8 +211,9 @@ class DPOPConfig(HeadConfig):
             raise ValueError(
                 f"dpop_lambda_warmup_steps: expected a whole number of steps, or a fraction below 1, got {warmup}."
             )
-        if self.layout not in ("auto", "rows", "tree"):
-            raise ValueError(f"layout: expected 'auto', 'rows' or 'tree', got {self.layout!r}.")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(map(repr, LAYOUTS))}, got {self.layout!r}.")
+        self._check_budget()
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
             raise ValueError(
                 f"precompute_ref_batch_size: expected None or at least 1 pair, got {self.precompute_ref_batch_size}."
@@ -225,3 +243,28 @@ class DPOPConfig(HeadConfig):
         warmup = self.dpop_lambda_warmup_steps
         warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else warmup
         return self.dpop_lambda if step >= warmup_steps else self.dpop_lambda * step / warmup_steps
+
+    def _check_budget(self) -> None:
+        if self.max_tokens_per_batch is None:
+            if self.group_by_prompt:
+                raise ValueError("group_by_prompt: expected max_tokens_per_batch beside it, got None. Set both.")
+            return
+        if self.max_tokens_per_batch < 2:
+            raise ValueError(
+                f"max_tokens_per_batch: expected None or at least 2 positions, got {self.max_tokens_per_batch}."
+            )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                "train_sampling_strategy: expected 'random' with max_tokens_per_batch, which plans its own batches, "
+                f"got {self.train_sampling_strategy!r}. Leave one of the two out."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size: expected False with max_tokens_per_batch, which no number of pairs changes, "
+                "got True. Lower max_tokens_per_batch instead."
+            )
+        if self.group_by_prompt and self.layout in ("rows", "tree"):
+            raise ValueError(
+                f"group_by_prompt: expected layout 'auto', 'packed' or 'flat', got {self.layout!r}, which computes the "
+                "prompt for each pair anew."
+            )

@@ -1,7 +1,8 @@
 """Which layout a run uses: what a model's attention can run, found out by its kind and then by a probe.
 
-A tree row is right only for a model whose attention takes any mask and whose positions come from `position_ids`. What
-is known to be otherwise is refused by name; everything else is run once in both layouts, and their log-probs compared.
+Rows of trees are right only for a model whose attention takes any mask and whose positions come from `position_ids`;
+a flat row needs an attention function that can be replaced, too. What is known to be otherwise is refused by name;
+everything else is run once in both layouts, and their log-probs compared.
 """
 
 import inspect
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from dpop_kernels import ScoringHead
 from dpop_trainer.base import MODEL_INPUTS
-from dpop_trainer.data import Layout, PairCollator, tree_mask
+from dpop_trainer.data import Layout, PairCollator, trie_mask
+from dpop_trainer.flat_attention import BLOCK_SIZE, FLAT_ATTENTION, flat_mask, use_flat_attention
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +37,26 @@ class ScoredModel(NamedTuple):
 
 
 def forward_inputs(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """What the model's forward takes of a collated batch. A tree's 4-D mask is made here, on the batch's device.
+    """What the model's forward takes of a collated batch. The mask of tree rows is made here, on the batch's device.
 
     Args:
         batch: from `PairCollator`.
         model: tells by its configuration in which form its attention takes a mask.
     """
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-    if "branches" in batch:
-        inputs["attention_mask"] = tree_mask(batch["branches"], batch["input_ids"].shape[1], _mask_dtype(model))
+    if "trie_ends" in batch:
+        # a single row is flat wherever the attention can leave out what is not seen, which is never dearer
+        is_flat = _attention(model) == FLAT_ATTENTION and batch["trie_ends"].shape[0] == 1
+        ends = batch["trie_ends"]
+        inputs["attention_mask"] = flat_mask(ends) if is_flat else trie_mask(ends, _mask_dtype(model))
     return inputs
+
+
+def laid_out(collator: PairCollator, layout: Layout, model: nn.Module) -> PairCollator:
+    """The collator of a layout for a model where it is now. FlexAttention wants its rows in whole blocks."""
+    if layout == "flat" and _device(model).type == "cuda" and collator.pad_to_multiple_of is None:
+        return replace(collator, layout=layout, pad_to_multiple_of=BLOCK_SIZE)
+    return replace(collator, layout=layout)
 
 
 def choose_layout(
@@ -59,7 +71,7 @@ def choose_layout(
     """The layout of a run, from what is asked for and what its models can run; logs in one line which and why.
 
     Args:
-        asked: "auto", "rows" or "tree".
+        asked: "auto", or the layout that it must be.
         policy: the model that is trained.
         reference: the reference model, where it is another than the policy or its copy.
         collator: as the run uses it, whatever its layout.
@@ -67,34 +79,51 @@ def choose_layout(
         max_length: of prompt + answer, in tokens, in all of the run's data; None where there is no bound.
 
     Returns:
-        "rows"; "tree"; or "auto": the cheaper for each batch, where trees are right.
+        What was asked for; for "auto" the first of these that is right: "flat", whereupon the models' attention is
+        `FLAT_ATTENTION`; "auto", for each batch the cheapest under a mask; "rows".
 
     Raises:
-        ValueError: "tree" is asked for, and a model cannot run it or gives other log-probs.
+        ValueError: a layout is asked for that a model cannot run, or in which it gives other log-probs.
     """
+    models = [policy] if reference is None else [policy, reference]
+    for model, _ in models:
+        if _attention(model) == FLAT_ATTENTION:  # of an earlier run; what this one needs is set anew, and in all models
+            _base_model(model).set_attn_implementation("sdpa")
     if asked == "rows":
         return "rows"
-    models = [policy] if reference is None else [policy, reference]
-    obstacle = _obstacle_of_kind(models, max_length)
     is_absent = any(p.is_meta or not p.numel() for model, _ in models for p in model.parameters())
-    if obstacle is None and is_absent:
-        if asked == "tree":
-            logger.warning("Layout: trees, one row per pair; not compared with rows, the weights not being loaded yet.")
-            return "tree"
-        obstacle = "the weights are not loaded yet, so that its log-probs cannot be compared with those of rows"
-    obstacle = obstacle or _obstacle_of_probe(models, collator, records)
-    if obstacle is None:
-        logger.warning(
-            "Layout: %s; their log-probs are those of two rows.",
-            "trees, one row per pair" if asked == "tree" else "trees, one row per pair, wherever they are cheaper",
-        )
-        return "tree" if asked == "tree" else "auto"
-    if asked == "tree":
+    candidates: tuple[Layout, ...] = ("flat", "auto") if asked == "auto" else (asked,)  # type: ignore[assignment]
+    obstacles: list[str] = []
+    for layout in candidates:
+        obstacle = _obstacle_of_kind(layout, models, max_length)
+        if obstacle is None and is_absent and asked != "auto":
+            if layout == "flat":
+                _switch_attention(models)
+            logger.warning("Layout: %s; not compared with rows, the weights not being loaded yet.", _IN_WORDS[layout])
+            return layout
+        if obstacle is None and is_absent:
+            obstacle = "the weights are not loaded yet, so that its log-probs cannot be compared with those of rows"
+        obstacle = obstacle or _obstacle_of_probe(layout, models, collator, records)
+        if obstacle is None:
+            why = f" Not flat: {obstacles[0]}." if obstacles else ""
+            logger.warning("Layout: %s; their log-probs are those of two rows.%s", _IN_WORDS[layout], why)
+            return layout
+        obstacles.append(obstacle)
+    if asked != "auto":
         raise ValueError(
-            f"layout: expected models that can run 'tree', got one that cannot: {obstacle}. Use 'rows' or 'auto'."
+            f"layout: expected models that can run {asked!r}, got one that cannot: {obstacles[-1]}. "
+            "Use 'rows' or 'auto'."
         )
-    logger.warning("Layout: two rows per pair, not a tree: %s.", obstacle)
+    logger.warning("Layout: two rows per pair, not a tree: %s.", obstacles[-1])
     return "rows"
+
+
+_IN_WORDS = {
+    "tree": "trees, one row per pair",
+    "packed": "trees, packed into rows of several",
+    "flat": "trees, all of a batch in one flat row",
+    "auto": "trees, one row per pair or packed into rows of several, wherever they are cheaper",
+}
 
 
 def tree_obstacle(model: nn.Module, *, max_length: int | None = None) -> str | None:
@@ -105,9 +134,8 @@ def tree_obstacle(model: nn.Module, *, max_length: int | None = None) -> str | N
         max_length: of prompt + answer in tokens. A sliding window no shorter than this hides nothing.
     """
     base = _base_model(model)
-    config = base.config.get_text_config()
-    attention = config._attn_implementation
-    if attention not in ("sdpa", "eager"):
+    config, attention = base.config.get_text_config(), _attention(model)
+    if attention not in ("sdpa", "eager", FLAT_ATTENTION):
         return f"attn_implementation {attention!r} takes no mask of its own (sdpa and eager do)"
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = {str(kind) for name in ("layer_types", "attention_layers") for kind in getattr(config, name, None) or ()}
@@ -126,38 +154,55 @@ def tree_obstacle(model: nn.Module, *, max_length: int | None = None) -> str | N
     return None
 
 
+def flat_obstacle(model: nn.Module, *, max_length: int | None = None) -> str | None:
+    """Why a model cannot run flat rows, as far as its kind and its device tell; None where nothing speaks against it.
+
+    Args:
+        model, max_length: as for `tree_obstacle`.
+    """
+    device = _device(model).type
+    if device not in ("cuda", "cpu", "meta"):
+        return f"flat rows need an attention that was written for CUDA and CPU, and the model is on {device}"
+    if _attention(model) not in ("sdpa", FLAT_ATTENTION):
+        return f"attn_implementation {_attention(model)!r} is not replaced (sdpa is)"
+    return tree_obstacle(model, max_length=max_length)
+
+
 @torch.no_grad()
-def layout_difference(scored: ScoredModel, collator: PairCollator, records: list[dict[str, Any]]) -> float:
-    """By how much a model's token log-probs differ between tree and rows, in nats per token.
+def layout_difference(
+    scored: ScoredModel, collator: PairCollator, records: list[dict[str, Any]], *, layout: Layout = "tree"
+) -> float:
+    """By how much a model's token log-probs differ between a layout and rows, in nats per token.
 
     Returns:
         The root mean square over the tokens of the rejected tails or over all others, whichever is larger. Tokens that
-        have no finite log-prob in rows are left out; one that has none in the tree alone gives infinity.
+        have no finite log-prob in rows are left out; one that has none in the layout alone gives infinity.
     """
     model, head = scored
-    device = next(model.parameters()).device
+    device = _device(model)
     was_training = model.training
     model.eval()
     try:
         logps = []
-        for layout in ("rows", "tree"):
-            batch = {key: value.to(device) for key, value in replace(collator, layout=layout)(records).items()}
+        for compared in (laid_out(collator, "rows", model), laid_out(collator, layout, model)):
+            batch = {key: value.to(device) for key, value in compared(records).items()}
             inputs: dict[str, Any] = forward_inputs(batch, model)
             logps.append(head.token_logps(model, batch["score_positions"], batch["target_ids"], **inputs).double())
     finally:
         model.train(was_training)
-    rows, tree = (values.cpu() for values in logps)
+    rows, other = (values.cpu() for values in logps)
     bounds = batch["cu_seqlens"].cpu()
     segment = torch.searchsorted(bounds[1:].contiguous(), torch.arange(len(rows), dtype=bounds.dtype), right=True)
     is_rejected, is_known = segment % 3 == 2, rows.isfinite()
-    squares = (tree - rows).square().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    squares = (other - rows).square().nan_to_num(nan=torch.inf, posinf=torch.inf)
     parts = [squares[is_known & is_rejected], squares[is_known & ~is_rejected]]
     return max((float(part.mean().sqrt()) for part in parts if len(part)), default=0.0)
 
 
-def _obstacle_of_kind(models: list[ScoredModel], max_length: int | None) -> str | None:
+def _obstacle_of_kind(layout: Layout, models: list[ScoredModel], max_length: int | None) -> str | None:
+    find_obstacle = flat_obstacle if layout == "flat" else tree_obstacle
     for model, _ in models:
-        obstacle = tree_obstacle(model, max_length=max_length)
+        obstacle = find_obstacle(model, max_length=max_length)
         if obstacle:
             return obstacle
     if len({_mask_dtype(model) == torch.bool for model, _ in models}) > 1:
@@ -165,12 +210,32 @@ def _obstacle_of_kind(models: list[ScoredModel], max_length: int | None) -> str 
     return None
 
 
-def _obstacle_of_probe(models: list[ScoredModel], collator: PairCollator, records: list[dict[str, Any]]) -> str | None:
+def _obstacle_of_probe(
+    layout: Layout, models: list[ScoredModel], collator: PairCollator, records: list[dict[str, Any]]
+) -> str | None:
+    """Compares log-probs. Leaves the models with the attention that the layout needs, or as they were if it fails."""
+    before = [_attention(model) for model, _ in models]
+    obstacle = _found_by_probe(layout, models, collator, records)
+    if obstacle is not None:
+        for (model, _), attention in zip(models, before, strict=True):
+            if _attention(model) != attention:
+                _base_model(model).set_attn_implementation(attention)
+    return obstacle
+
+
+def _found_by_probe(
+    layout: Layout, models: list[ScoredModel], collator: PairCollator, records: list[dict[str, Any]]
+) -> str | None:
+    # of the layouts under a mask, packed rows hold all that the others do
+    probed: Layout = "packed" if layout == "auto" else layout
+    collator = replace(collator, hidden_size=None)  # all in one row
     for scored in models:
         tolerance = _tolerance(scored.model)
         try:
-            difference = layout_difference(scored, collator, records)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if layout == "flat":
+                _switch_attention([scored])
+            difference = layout_difference(scored, collator, records, layout=probed)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
             return f"the model's forward does not take one ({type(error).__name__}: {error})"
         if not difference <= tolerance:
             return (
@@ -180,14 +245,27 @@ def _obstacle_of_probe(models: list[ScoredModel], collator: PairCollator, record
     return None
 
 
+def _switch_attention(models: list[ScoredModel]) -> None:
+    for model, _ in models:
+        use_flat_attention(_base_model(model))
+
+
 def _base_model(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _attention(model: Any) -> str:
+    return _base_model(model).config.get_text_config()._attn_implementation
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _mask_dtype(model: Any) -> torch.dtype:
     """bool for sdpa; eager adds its mask to the scores, in the model's own dtype."""
     base = _base_model(model)
-    if base.config.get_text_config()._attn_implementation != "eager":
+    if _attention(model) != "eager":
         return torch.bool
     return base.dtype if base.dtype in _TOLERANCES else torch.float32  # weights of 8 bits are computed with in more
 

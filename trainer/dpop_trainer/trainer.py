@@ -1,23 +1,28 @@
 """DPOPTrainer: preference fine-tuning with TRL's interface, on this package's kernels."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import seed_worker
 
 from dpop_kernels import ScoringHead, needs_reference
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.pair_loss import pair_loss_terms
 from dpop_trainer.base import HeadTrainer, disable_dropout, tokenise_for_training
 from dpop_trainer.config import DPOPConfig
-from dpop_trainer.data import PairCollator
-from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs
+from dpop_trainer.data import Budget, BudgetBatchSampler, PairCollator, plan_batches, with_lengths
+from dpop_trainer.flat_attention import use_flat_attention
+from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out
 from dpop_trainer.loading import prepare_policy
 from dpop_trainer.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
 from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
@@ -76,6 +81,11 @@ class DPOPTrainer(HeadTrainer):
     ) -> None:
         args = args if args is not None else DPOPConfig()
         _check_arguments(model, args, train_dataset, eval_dataset)
+        if data_collator is not None and args.max_tokens_per_batch is not None:
+            raise ValueError(
+                "data_collator: expected None with max_tokens_per_batch, which counts the positions of this trainer's "
+                "own layouts, got one. Leave one of the two out."
+            )
         if compute_metrics is not None:
             raise ValueError(
                 "compute_metrics: expected None, got a function. It would be given logits, which this trainer never "
@@ -100,7 +110,12 @@ class DPOPTrainer(HeadTrainer):
         def tokenise(dataset: Any, name: str) -> Any:
             if isinstance(dataset, Mapping):
                 return {part_name: tokenise(part, part_name) for part_name, part in dataset.items()}
-            return tokenise_for_training(dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical)
+            dataset = tokenise_for_training(
+                dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical
+            )
+            if dataset is None or args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
+                return dataset
+            return with_lengths(dataset, args.length_column_name, prefix_sharing=args.prefix_sharing)
 
         train_dataset, eval_dataset = tokenise(train_dataset, "train"), tokenise(eval_dataset, "eval")
         parts = _parts(train_dataset, eval_dataset)
@@ -160,7 +175,11 @@ class DPOPTrainer(HeadTrainer):
                 probed.select(range(min(NUM_PROBED_PAIRS, len(probed)))).to_list(),
                 max_length=args.max_length,
             )
-            self.data_collator = replace(self.data_collator, layout=layout)  # type: ignore[type-var]
+            self.data_collator = laid_out(self.data_collator, layout, self.model)  # type: ignore[arg-type]
+            if layout == "flat" and reference is not None and ref_is_copy:  # which was not probed
+                use_flat_attention(reference)
+        if args.max_tokens_per_batch is not None and train_dataset is not None:
+            self._plan_batches(args.max_tokens_per_batch)
         self.reference = PairReference(
             self,
             reference,
@@ -172,6 +191,30 @@ class DPOPTrainer(HeadTrainer):
         )
         if args.precompute_ref_log_probs and is_missing:
             self._precompute_reference()
+
+    _budget_batches: BudgetBatchSampler | None = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self._budget_batches is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self._budget_batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        return self.accelerator.prepare(loader)  # which deals the batches out to the processes
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        batches = self._budget_batches
+        if batches is None:
+            return super().get_total_train_batch_size(args)
+        return round(batches.num_pairs / len(batches) * args.gradient_accumulation_steps * args.world_size)
 
     def num_items(self, batch: Mapping[str, Any]) -> int:
         return batch["pair_ids"].shape[0]
@@ -205,7 +248,7 @@ class DPOPTrainer(HeadTrainer):
             ),
             **loss_metrics(terms, options),
             **token_metrics(stats, batch["cu_seqlens"]),
-            **layout_metrics(batch),
+            **layout_metrics(batch, max_positions=self.args.max_tokens_per_batch if mode == "train" else None),
         }
         is_bad = ~torch.isfinite(pairs.losses.detach() + pairs.margins + pairs.chosen_logratios)
         return pairs.losses.sum(), is_bad, metrics
@@ -223,6 +266,32 @@ class DPOPTrainer(HeadTrainer):
     def _reference_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
         return self.reference.segment_logps(batch, model_inputs)
 
+    def _plan_batches(self, max_positions: int) -> None:
+        args, collator = self.args, self.data_collator
+        assert isinstance(collator, PairCollator)
+        if collator.layout == "auto":  # rows would need more positions than the trees that are planned for
+            collator = self.data_collator = replace(collator, layout="packed")
+        budget = Budget(max_positions, collator.layout, collator.pad_to_multiple_of)  # type: ignore[arg-type]
+        self._budget_batches = batches = plan_batches(
+            self.train_dataset,  # type: ignore[arg-type]
+            budget,
+            prefix_sharing=args.prefix_sharing,
+            group_by_prompt=args.group_by_prompt,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            num_processes=args.world_size,
+            num_epochs=None if args.max_steps > 0 else math.ceil(args.num_train_epochs),
+            num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
+        )
+        self.add_callback(_EpochOfBatches(batches))
+        logger.warning(
+            "Batches: %d per epoch, of %.1f pairs and %.0f of at most %d positions on average (layout %s).",
+            len(batches),
+            batches.num_pairs / len(batches),
+            batches.mean_positions,
+            max_positions,
+            budget.layout,
+        )
+
     def _precompute_reference(self) -> None:
         args = self.args
         precompute = self.reference.precompute
@@ -235,6 +304,17 @@ class DPOPTrainer(HeadTrainer):
             self.eval_dataset = precompute(self.eval_dataset, "eval", args.per_device_eval_batch_size)
         self.reference.release()
         self.ref_model = None
+
+
+class _EpochOfBatches(TrainerCallback):
+    """Tells the plan its epoch. transformers does not reach it behind what skips batches on resuming and what shards
+    them."""
+
+    def __init__(self, batches: BudgetBatchSampler) -> None:
+        self._batches = batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._batches.set_epoch(int(state.epoch or 0))
 
 
 def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any) -> None:

@@ -1,22 +1,31 @@
 """From preference pairs on disk to batches of tensors: load, check, tokenise, collate."""
 
+from dpop_trainer.data.budget import Budget, BudgetBatchSampler, pair_units, plan_batches
 from dpop_trainer.data.collate import PairCollator
 from dpop_trainer.data.counts import TokeniseCounts
-from dpop_trainer.data.layouts import Layout, padded_rows, tree_mask, tree_rows
+from dpop_trainer.data.layouts import Layout, flat_row, packed_rows, padded_rows, tree_rows, trie_mask
+from dpop_trainer.data.lengths import with_lengths
 from dpop_trainer.data.load import load_pairs
 from dpop_trainer.data.pair_tree import PairTree
 from dpop_trainer.data.records import check_pairs
 from dpop_trainer.data.tokenise import tokenise_pairs
 
 __all__ = [
+    "Budget",
+    "BudgetBatchSampler",
     "Layout",
     "PairCollator",
     "PairTree",
     "TokeniseCounts",
     "check_pairs",
+    "flat_row",
     "load_pairs",
+    "packed_rows",
     "padded_rows",
+    "pair_units",
+    "plan_batches",
     "tokenise_pairs",
-    "tree_mask",
     "tree_rows",
+    "trie_mask",
+    "with_lengths",
 ]

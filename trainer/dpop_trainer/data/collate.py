@@ -6,14 +6,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dpop_trainer.data.layouts import Layout, cheaper_layout, padded_rows, tree_rows
+from dpop_trainer.data.layouts import Layout, cheaper_layout, flat_row, packed_rows, padded_rows, tree_rows
 from dpop_trainer.data.pair_tree import PairTree
 from dpop_trainer.data.records import REF_COLUMNS, REF_SHARED_COLUMN, TOKEN_COLUMNS
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairCollator:
-    """Collates records of `tokenise_pairs` into the tensors of a layout, see `padded_rows` and `tree_rows`.
+    """Collates records of `tokenise_pairs` into the tensors of a layout: `padded_rows`, `tree_rows`, `packed_rows` or
+    `flat_row`.
 
     Raises:
         ValueError: an option is out of range.
@@ -27,10 +28,11 @@ class PairCollator:
     pad_to_multiple_of: int | None = None
     """Round the batch's length up to a multiple of this."""
     layout: Layout = "rows"
-    """"rows" (two per pair, for any model), "tree" (one per pair, where the model's attention takes `tree_mask`), or
-    "auto": for each batch the cheaper of both."""
+    """"rows" (two per pair, for any model), "tree" and "packed" (one or more pairs per row, where the model's attention
+    takes `trie_mask`), "flat" (one row, for `flat_attention`), or "auto": for each batch the cheapest of the first
+    three."""
     hidden_size: int | None = None
-    """The model's, for "auto" to weigh attention against everything else; None counts positions only."""
+    """The model's, for "packed" and "auto" to weigh attention against everything else; None counts positions only."""
     vocab_size: int | None = None
     """If given, every input id must be below it: on a GPU an id outside the vocabulary ends the process."""
 
@@ -52,7 +54,7 @@ class PairCollator:
                 ref_chosen_logps and ref_rejected_logps; with them, in all or none, ref_shared_logps.
 
         Returns:
-            The tensors of `padded_rows` or `tree_rows`, and
+            The tensors of `padded_rows`, or of `tree_rows` in the other layouts, and
             pair_ids: [B] int64.
             ref_segment_logps: [B, 3] fp32, in nats, if the records carry reference log-probs: the sums of the segments
                 that are scored, where the records know the shared part or none is scored apart. Else 0 and the whole
@@ -69,27 +71,36 @@ class PairCollator:
             PairTree.from_ids(*(record[column] for column in TOKEN_COLUMNS), share_prefix=self.prefix_sharing)
             for record in records
         ]
-        layout, multiple = self.layout, self.pad_to_multiple_of
-        if layout == "auto":
-            layout = cheaper_layout(trees, hidden_size=self.hidden_size, pad_to_multiple_of=multiple)
-        lay_out = tree_rows if layout == "tree" else padded_rows
-        batch = lay_out(trees, pad_token_id=self.pad_token_id, pad_to_multiple_of=multiple)
+        batch = self._lay_out(trees, self.pad_token_id)
         batch["pair_ids"] = torch.tensor([record["pair_id"] for record in records], dtype=torch.int64)
         if any(column in record for record in records for column in REF_COLUMNS):
             batch["ref_segment_logps"] = _ref_segment_logps(records, self.prefix_sharing)
-        self._check_vocabulary(batch)
+        self._check_vocabulary(batch, records)
         return batch
 
-    def _check_vocabulary(self, batch: dict[str, Tensor]) -> None:
-        input_ids = batch["input_ids"]
-        limit = self.vocab_size
+    def _lay_out(self, trees: list[PairTree], pad_token_id: int) -> dict[str, Tensor]:
+        layout, multiple = self.layout, self.pad_to_multiple_of
+        if layout == "auto":
+            layout = cheaper_layout(trees, hidden_size=self.hidden_size, pad_to_multiple_of=multiple)
+        if layout == "packed":
+            return packed_rows(
+                trees, pad_token_id=pad_token_id, pad_to_multiple_of=multiple, hidden_size=self.hidden_size
+            )
+        lay_out = {"rows": padded_rows, "tree": tree_rows, "flat": flat_row}[layout]
+        return lay_out(trees, pad_token_id=pad_token_id, pad_to_multiple_of=multiple)
+
+    def _check_vocabulary(self, batch: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
+        input_ids, limit = batch["input_ids"], self.vocab_size
         outside = (input_ids < 0) | (input_ids >= limit) if limit is not None else input_ids < 0
         if outside.any():
-            row, column = outside.nonzero()[0].tolist()
-            pair_id = batch["pair_ids"][row % len(batch["pair_ids"])].item()
+            token_id = int(input_ids[outside][0])
+            holders = [r["pair_id"] for r in records if any(token_id in r[column] for column in TOKEN_COLUMNS)]
+            if not holders and "trie_ends" not in batch:  # the pad token, in a row of one pair's
+                holders = [records[int(outside.nonzero()[0, 0]) % len(records)]["pair_id"]]
+            where = f"for pair {holders[0]}" if holders else "as the pad token"
             bound = ">= 0" if limit is None else f"in [0, {limit})"
             raise ValueError(
-                f"input_ids: expected ids {bound}, got {input_ids[row, column].item()} for pair {pair_id}. "
+                f"input_ids: expected ids {bound}, got {token_id} {where}. "
                 "Use the model's own tokenizer, and a pad token that the model has an embedding for."
             )
 
