@@ -107,8 +107,8 @@ class HeadTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         metrics = self._mean_metrics[mode].pop(self.accelerator)
-        if mode == "train" and metrics:
-            metrics.update(self._total_token_counts())
+        if metrics:
+            metrics.update(self._total_token_counts(start_anew=mode == "train"))
         prefix = "eval_" if mode == "eval" else ""
         super().log({**logs, **{prefix + key: value for key, value in metrics.items()}}, start_time)
 
@@ -132,14 +132,15 @@ class HeadTrainer(Trainer):
         for key, count in self.token_counts(batch).items():
             self._token_counts[key] = self._token_counts.get(key, 0) + count.double()
 
-    def _total_token_counts(self) -> dict[str, float]:
-        """Tokens trained on, all processes, resumed runs included."""
-        counts, self._token_counts = self._token_counts, {}
-        for key, count in counts.items():
+    def _total_token_counts(self, *, start_anew: bool) -> dict[str, float]:
+        """Tokens trained on, all processes, resumed runs included; `start_anew` makes them the ones last logged."""
+        totals = dict(self._logged_token_counts)
+        for key, count in self._token_counts.items():
             logged = (line[key] for line in reversed(self.state.log_history) if key in line)
-            total = float(self.accelerator.reduce(count, reduction="sum"))  # type: ignore[arg-type]
-            self._logged_token_counts[key] = next(logged, 0.0) + total
-        return dict(self._logged_token_counts)
+            totals[key] = next(logged, 0.0) + float(self.accelerator.reduce(count, reduction="sum"))  # type: ignore[arg-type]
+        if start_anew:
+            self._logged_token_counts, self._token_counts = dict(totals), {}
+        return totals
 
     def stop_if_not_finite(self) -> None:
         """

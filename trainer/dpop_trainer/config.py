@@ -7,6 +7,10 @@ import torch
 from transformers import TrainingArguments
 
 from dpop_kernels.losses import LOSSES, check_hyperparameters
+from dpop_trainer.trl_fields import TRLFields, check_trl_fields
+
+# TRL's name -> ours, where the loss is the same. TRL's "ipo" divides by the lengths, so it is another than ours.
+TRL_LOSS_NAMES = {"sigmoid": "dpo", "hinge": "slic"}
 
 
 @dataclass
@@ -35,9 +39,21 @@ class HeadConfig(TrainingArguments):
         default=False, metadata={"help": "Replace a NaN loss by the running mean in the logs. Hides trouble."}
     )
 
+    # what the command line may give as JSON
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Keyword arguments for from_pretrained where the trainer is given a model by name."},
+        metadata={
+            "help": "Keyword arguments for from_pretrained where the trainer is given a model by name; on the command "
+            'line as JSON. Without "dtype" the weights are loaded in float32, as in TRL.'
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model and tokenizer code that comes with the weights."}
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Padding token, where not the tokenizer's own (or else its end of sequence)."}
     )
     disable_dropout: bool = field(
         default=True,
@@ -52,8 +68,8 @@ class HeadConfig(TrainingArguments):
         default="keep_start",
         metadata={"help": "What survives the cut: keep_start (of the completion) or keep_end (of the prompt)."},
     )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Pad batches to a multiple of this many tokens."}
+    pad_to_multiple_of: int | str | None = field(
+        default="auto", metadata={"help": "Pad batches to a multiple of this many tokens. auto: not at all, as in TRL."}
     )
     kernel_backend: str = field(
         default="auto",
@@ -64,10 +80,12 @@ class HeadConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_trl_fields(self)
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}.")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length: expected None or at least 2 tokens, got {self.max_length}.")
+        self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", self.pad_to_multiple_of)
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -75,6 +93,11 @@ class HeadConfig(TrainingArguments):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
         super().__post_init__()
+        if isinstance(self.model_init_kwargs, str):  # JSON has become a dict by now
+            raise ValueError(
+                f"model_init_kwargs: expected a mapping, or one as JSON, got {self.model_init_kwargs!r}. "
+                """Write '{"attn_implementation": "sdpa"}'."""
+            )
 
 
 @dataclass
@@ -85,8 +108,10 @@ class SFTConfig(HeadConfig):
 
 
 @dataclass
-class DPOPConfig(HeadConfig):
+class DPOPConfig(TRLFields, HeadConfig):
     """Configuration of `DPOPTrainer`: the fields of `HeadConfig`, and those of the preference losses.
+
+    Every field of TRL's `DPOConfig` is accepted. Those of `TRLFields` have to keep TRL's default.
 
     Raises:
         ValueError: a value outside its range, named with the remedy.
@@ -109,7 +134,7 @@ class DPOPConfig(HeadConfig):
     )
     loss_type: str = field(
         default="dpop",
-        metadata={"help": "dpop, dpo (TRL's 'sigmoid'), ipo or slic (TRL's 'hinge').", "choices": sorted(LOSSES)},
+        metadata={"help": "dpop, dpo (TRL's 'sigmoid'), ipo or slic (TRL's 'hinge')."},
     )
     beta: float = field(default=0.3, metadata={"help": "β > 0: strength of the log-ratios, 1/nat. The paper: 0.3."})
     dpop_lambda: float = field(
@@ -125,11 +150,28 @@ class DPOPConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         check_hyperparameters(self.beta, self.dpop_lambda)
-        if self.loss_type not in LOSSES:
-            raise ValueError(
-                f"loss_type: expected one of {sorted(LOSSES)}, got {self.loss_type!r}. "
-                "TRL's 'sigmoid' is 'dpo' here, its 'hinge' is 'slic'."
-            )
+        self.loss_type = _loss_name(self.loss_type)
         if self.layout not in ("auto", "rows", "tree"):
             raise ValueError(f"layout: expected 'auto', 'rows' or 'tree', got {self.layout!r}.")
         super().__post_init__()
+
+
+def _loss_name(loss_type: Any) -> str:
+    name = loss_type[0] if isinstance(loss_type, list) and len(loss_type) == 1 else loss_type
+    name = TRL_LOSS_NAMES.get(name, name) if isinstance(name, str) else name
+    if name not in list(LOSSES):
+        raise ValueError(
+            f"loss_type: expected one of {sorted(LOSSES)}, got {loss_type!r}. "
+            "TRL's 'sigmoid' is 'dpo' here, its 'hinge' is 'slic'."
+        )
+    return name
+
+
+def _whole_number(name: str, value: int | str | None) -> int | None:
+    """The value of a field that may be "auto" or "none", for no value, or a number that the command line spells out."""
+    if value is None or (isinstance(value, str) and value.lower() in ("auto", "none", "null")):
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected a whole number or 'auto', got {value!r}.") from None

@@ -1,10 +1,14 @@
 """Models and tokenizers by name or path, with the checks that save a wasted run."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class Policy(NamedTuple):
@@ -19,21 +23,45 @@ def prepare_policy(
     model: str | PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
-    init_kwargs: dict[str, Any] | str | None = None,
+    init_kwargs: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
     quantization_config: Any = None,
     peft_config: PeftConfig | None = None,
     gradient_checkpointing: bool = False,
+    pad_token: str | None = None,
 ) -> Policy:
     """Load what is given by name and put the adapter on.
+
+    Args:
+        model: a causal LM, a peft model, or the name or path of one.
+        tokenizer: by default loaded from the model's name or path, at the same revision.
+        init_kwargs: for `from_pretrained`, where the model is given by name. The dtype is float32 unless it says
+            another, as in TRL: a small learning rate is lost in weights of 16 bits.
+        trust_remote_code: run model and tokenizer code that comes with the weights.
+        quantization_config: for `from_pretrained`; only for a model given by name.
+        peft_config: the adapter to put on.
+        gradient_checkpointing: whether the run checkpoints, which an adapter's inputs must be prepared for.
+        pad_token: see `prepare_tokenizer`.
 
     Raises:
         ValueError: something cannot be loaded, or an adapter is asked for on a model that has one.
     """
+    kwargs = dict(init_kwargs or {})
+    if isinstance(model, str):
+        kwargs.setdefault("dtype", torch.float32)
+        kwargs.setdefault("trust_remote_code", trust_remote_code)
+    else:
+        _check_loaded(kwargs, quantization_config)
     if tokenizer is None:
-        tokenizer = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
-    prepare_tokenizer(tokenizer)
-    loaded: Any = load_model(model, init_kwargs, quantization_config) if isinstance(model, str) else model
+        name = model if isinstance(model, str) else model.config._name_or_path
+        tokenizer = load_tokenizer(name, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code)
+    prepare_tokenizer(tokenizer, pad_token)
+    loaded: Any = load_model(model, kwargs, quantization_config) if isinstance(model, str) else model
     if peft_config is not None:
+        if not isinstance(peft_config, PeftConfig):
+            raise ValueError(
+                f"peft_config: expected a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}."
+            )
         if isinstance(loaded, PeftModel):
             raise ValueError("peft_config: expected None with a model that is a peft model already, got one.")
         loaded = get_peft_model(loaded, peft_config)
@@ -43,24 +71,33 @@ def prepare_policy(
 
 
 def load_model(
-    name_or_path: str, init_kwargs: dict[str, Any] | str | None = None, quantization_config: Any = None
+    name_or_path: str, init_kwargs: dict[str, Any] | None = None, quantization_config: Any = None
 ) -> PreTrainedModel:
     """A causal LM from a hub id or a local folder.
 
     Raises:
-        ValueError: nothing can be loaded from there; says what was tried.
+        ValueError: nothing can be loaded from there (says what was tried), or an argument is of no use.
     """
-    kwargs = dict(init_kwargs) if isinstance(init_kwargs, dict) else {}
+    kwargs = dict(init_kwargs or {})
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype: expected 'float32', 'bfloat16', 'float16' or 'auto', got {dtype!r}.")
     if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError(
+                "quantization_config: expected it once, got it as an argument and in model_init_kwargs. Remove one."
+            )
         kwargs["quantization_config"] = quantization_config
-    _check_local_path(name_or_path, "config.json")
+    check_local_path(name_or_path, "config.json")
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     except OSError as error:
         raise ValueError(f"model: expected a hub id or a folder with a model, got {name_or_path!r}. {error}") from error
 
 
-def load_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str | None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model.
 
     Raises:
@@ -71,19 +108,31 @@ def load_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase:
             "processing_class: expected a tokenizer, got None, and the model does not say where it came from. Pass the "
             "tokenizer that the model was trained with."
         )
-    _check_local_path(name_or_path, "")
+    check_local_path(name_or_path, "")
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        revision = revision or "main"
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"processing_class: expected a tokenizer at {name_or_path!r}, found none. {error}") from error
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, pad_token: str | None = None) -> None:
     """Give it a padding token where it has none (the end of sequence: padding is masked, so any token will do).
 
+    Args:
+        tokenizer: changed in place.
+        pad_token: the token to pad with, whatever the tokenizer has.
+
     Raises:
-        ValueError: the tokenizer has neither a padding nor an end-of-sequence token.
+        ValueError: the tokenizer does not know `pad_token`, or has neither a padding nor an end-of-sequence token.
     """
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"pad_token: expected a token of the tokenizer's vocabulary, got {pad_token!r}. Leave it out: padding "
+                "is masked, so any token will do."
+            )
+        tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -93,7 +142,25 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _check_local_path(name_or_path: str, required_file: str) -> None:
+def _check_loaded(init_kwargs: dict[str, Any], quantization_config: Any) -> None:
+    """A model that is loaded already takes no arguments for loading."""
+    if quantization_config is not None:
+        raise ValueError(
+            "quantization_config: expected None with a model that is loaded already, got one. Pass the model by name, "
+            "or load it with this configuration."
+        )
+    if init_kwargs:
+        logger.warning(
+            "model_init_kwargs: %s have no effect, the model being loaded already; pass the model by name.",
+            sorted(init_kwargs),
+        )
+
+
+def check_local_path(name_or_path: str, required_file: str) -> None:
+    """
+    Raises:
+        ValueError: the name is that of a local folder, and there is no such folder with this file.
+    """
     path = Path(name_or_path)
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
     if looks_local and not (path.expanduser() / required_file).exists():

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
-from transformers import PreTrainedModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from dpop_trainer.arguments import DataArguments, ModelArguments, run_config
@@ -15,6 +14,7 @@ from dpop_trainer.config import DPOPConfig, HeadConfig, SFTConfig
 from dpop_trainer.data import load_pairs, tokenise_pairs
 from dpop_trainer.evaluate import PairEvaluation, evaluate_pairs, pair_token_logps
 from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
+from dpop_trainer.model_setup import init_kwargs, lora_config, model_name, quantization_config, tokenizer_of
 from dpop_trainer.sft import SFTTrainer
 from dpop_trainer.trainer import DPOPTrainer
 from dpop_trainer.versions import versions
@@ -27,16 +27,19 @@ def run_train(model_arguments: ModelArguments, data_arguments: DataArguments, co
         ValueError: an argument or the data cannot be used.
     """
     train_dataset, eval_dataset = _load_data(data_arguments)
+    written_config = run_config(model_arguments, data_arguments, config)
+    config.model_init_kwargs = init_kwargs(model_arguments, config)
     ref_name = model_arguments.ref_model_name_or_path
     trainer = DPOPTrainer(
-        _load_model(model_arguments),
-        ref_model=load_model(ref_name, _init_kwargs(model_arguments)) if ref_name else None,
+        model_name(model_arguments),
+        ref_model=load_model(ref_name, config.model_init_kwargs) if ref_name else None,
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(model_arguments.model_name_or_path),
-        peft_config=_peft_config(model_arguments),
-        run_config=run_config(model_arguments, data_arguments, config),
+        processing_class=tokenizer_of(model_arguments, config),
+        quantization_config=quantization_config(model_arguments),
+        peft_config=lora_config(model_arguments),
+        run_config=written_config,
     )
     _train_and_save(trainer, config)
     return trainer
@@ -49,14 +52,17 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
         ValueError: an argument or the data cannot be used.
     """
     train_dataset, eval_dataset = _load_data(data_arguments)
+    written_config = run_config(model_arguments, data_arguments, config)
+    config.model_init_kwargs = init_kwargs(model_arguments, config)
     trainer = SFTTrainer(
-        _load_model(model_arguments),
+        model_name(model_arguments),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(model_arguments.model_name_or_path),
-        peft_config=_peft_config(model_arguments),
-        run_config=run_config(model_arguments, data_arguments, config),
+        processing_class=tokenizer_of(model_arguments, config),
+        quantization_config=quantization_config(model_arguments),
+        peft_config=lora_config(model_arguments),
+        run_config=written_config,
     )
     _train_and_save(trainer, config)
     return trainer
@@ -161,42 +167,3 @@ def _load_data(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
     elif arguments.dataset_test_split:
         eval_dataset = load(arguments.dataset_name, arguments.dataset_test_split)
     return train_dataset, eval_dataset
-
-
-def _load_model(arguments: ModelArguments) -> PreTrainedModel:
-    if not arguments.model_name_or_path:
-        raise ValueError("model_name_or_path: expected a hub id or a local folder, got none.")
-    quantization_config = None
-    if arguments.load_in_4bit:
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        if not torch.cuda.is_available():
-            raise ValueError("load_in_4bit: expected a CUDA device (bitsandbytes needs one), found none.")
-        quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    return load_model(arguments.model_name_or_path, _init_kwargs(arguments), quantization_config)
-
-
-def _init_kwargs(arguments: ModelArguments) -> dict[str, Any]:
-    kwargs = {
-        "revision": arguments.model_revision,
-        "dtype": arguments.dtype,
-        "attn_implementation": arguments.attn_implementation,
-        "trust_remote_code": arguments.trust_remote_code or None,
-    }
-    return {key: value for key, value in kwargs.items() if value is not None}
-
-
-def _peft_config(arguments: ModelArguments) -> LoraConfig | None:
-    if not arguments.use_peft:
-        return None
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_target_modules or "all-linear",
-        modules_to_save=arguments.lora_modules_to_save,
-    )

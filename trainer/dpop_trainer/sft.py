@@ -26,6 +26,7 @@ class SFTTrainer(HeadTrainer):
         processing_class: the tokenizer. By default loaded from the model's name or path.
         callbacks: transformers callbacks.
         peft_config: wraps the model, for LoRA.
+        quantization_config: used when `model` is a name: QLoRA together with peft_config.
         run_config: what the run's config.yaml is to hold; the training arguments by default.
 
     Raises:
@@ -44,6 +45,7 @@ class SFTTrainer(HeadTrainer):
         callbacks: list | None = None,
         peft_config: PeftConfig | None = None,
         *,
+        quantization_config: Any = None,
         run_config: dict[str, Any] | None = None,
     ) -> None:
         args = args if args is not None else SFTConfig()
@@ -51,9 +53,12 @@ class SFTTrainer(HeadTrainer):
         policy = prepare_policy(
             model,
             processing_class,
-            init_kwargs=args.model_init_kwargs,
+            init_kwargs=args.model_init_kwargs,  # type: ignore[arg-type]
+            trust_remote_code=args.trust_remote_code,
+            quantization_config=quantization_config,
             peft_config=peft_config,
             gradient_checkpointing=args.gradient_checkpointing,
+            pad_token=args.pad_token,
         )
         data_metrics: dict[str, float] = {}
         train_dataset, eval_dataset = (

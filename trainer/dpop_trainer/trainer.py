@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dpop_trainer.base import HeadTrainer, disable_dropout, tokenise_for_trainin
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import PairCollator
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs
-from dpop_trainer.loading import prepare_policy
+from dpop_trainer.loading import Policy, prepare_policy
 from dpop_trainer.metrics import layout_metrics, pair_metrics, token_metrics
 from dpop_trainer.reference import adapter_off, frozen_copy, precompute_reference, reference_segment_logps
 
@@ -74,8 +75,8 @@ class DPOPTrainer(HeadTrainer):
         *,
         run_config: dict[str, Any] | None = None,
     ) -> None:
-        args = args if args is not None else DPOPConfig()
-        _check_arguments(model, args, train_dataset, eval_dataset)
+        args = args if args is not None else DPOPConfig(default_output_dir(model))
+        _check_arguments(model, args, train_dataset, eval_dataset, processing_class)
         if compute_metrics is not None:
             raise ValueError(
                 "compute_metrics: expected None, got a function. It would be given logits, which this trainer never "
@@ -85,17 +86,19 @@ class DPOPTrainer(HeadTrainer):
         policy = prepare_policy(
             model,
             processing_class,
-            init_kwargs=args.model_init_kwargs,
+            init_kwargs=args.model_init_kwargs,  # type: ignore[arg-type]
+            trust_remote_code=args.trust_remote_code,
             quantization_config=quantization_config,
             peft_config=peft_config,
             gradient_checkpointing=args.gradient_checkpointing,
+            pad_token=args.pad_token,
         )
+        warn_of_router_loss(policy.model)
+        self._policy = policy
         data_metrics: dict[str, float] = {}
 
         def tokenise(dataset: Any, name: str) -> Any:
-            if isinstance(dataset, Mapping):
-                return {part_name: tokenise(part, part_name) for part_name, part in dataset.items()}
-            return tokenise_for_training(dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical)
+            return _tokenised(dataset, name, policy, args, data_metrics)
 
         train_dataset, eval_dataset = tokenise(train_dataset, "train"), tokenise(eval_dataset, "eval")
         has_columns = [_has_reference_columns(part) for part in _parts(train_dataset, eval_dataset)]
@@ -125,7 +128,7 @@ class DPOPTrainer(HeadTrainer):
             or PairCollator(
                 pad_token_id=policy.tokenizer.pad_token_id,  # type: ignore[arg-type]
                 prefix_sharing=args.prefix_sharing,
-                pad_to_multiple_of=args.pad_to_multiple_of,
+                pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
                 hidden_size=getattr(policy.model.config.get_text_config(), "hidden_size", None),
                 vocab_size=policy.vocab_size,
             ),
@@ -151,6 +154,33 @@ class DPOPTrainer(HeadTrainer):
         if args.precompute_ref_log_probs and not all(has_columns):
             self._precompute_reference()
         self._step_0_logratio: Tensor | None = None
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `transformers.Trainer.evaluate`, on pairs in any form that the constructor takes.
+
+        Args:
+            eval_dataset: by default the constructor's; else pairs, several sets of them by name, or the name of one
+                of the constructor's.
+            ignore_keys: unused.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Raises:
+            ValueError: the data cannot be used, or lacks the reference log-probs that this run takes from the data.
+        """
+        if isinstance(eval_dataset, Mapping):
+            metrics = {}
+            for name, part in eval_dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if isinstance(eval_dataset, Dataset):
+            _check_form("eval_dataset", eval_dataset)
+            eval_dataset = _tokenised(eval_dataset, metric_key_prefix, self._policy, self.args, {})
+            if not (_has_reference_columns(eval_dataset) or self._reference_is_adapter_off or self.ref_model):
+                raise ValueError(
+                    "eval_dataset: expected the columns ref_chosen_logps and ref_rejected_logps, since this run took "
+                    "its reference from such columns and has no reference model, got none. Add them, or pass ref_model."
+                )
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
 
     def num_items(self, batch: Mapping[str, Any]) -> int:
         return batch["pair_ids"].shape[0]
@@ -222,7 +252,37 @@ class DPOPTrainer(HeadTrainer):
             self.eval_dataset = with_reference(self.eval_dataset, args.per_device_eval_batch_size)  # type: ignore[arg-type]
 
 
-def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any) -> None:
+def default_output_dir(model: Any) -> str:
+    """Where a run goes that has no configuration: "<the model's name>-DPOP"."""
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return f"{Path(name).name or type(model).__name__}-DPOP"
+
+
+def warn_of_router_loss(model: Any) -> None:
+    """TRL adds a mixture of experts' load-balancing loss where the model's config gives it a weight; here it is not."""
+    config = model.config.get_text_config()
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
+    router_is_trained = any("router" in name or ".gate." in name for name in _trained_names(model))
+    if coefficient and router_is_trained:
+        logger.warning(
+            "%s: its load-balancing loss (router_aux_loss_coef %g) is not added, and its router is trained. Leave the "
+            "router out of the training, as LoRA on the attention's projections does.",
+            config.model_type,
+            coefficient,
+        )
+
+
+def _trained_names(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _tokenised(dataset: Any, name: str, policy: Policy, args: DPOPConfig, data_metrics: dict[str, float]) -> Any:
+    if isinstance(dataset, Mapping):
+        return {key: _tokenised(part, key, policy, args, data_metrics) for key, part in dataset.items()}
+    return tokenise_for_training(dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical)
+
+
+def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any) -> None:
     if not isinstance(model, str | nn.Module):
         raise ValueError(f"model: expected a causal LM, or a name or path to load one, got {type(model).__name__}.")
     if not isinstance(args, DPOPConfig):
@@ -233,6 +293,24 @@ def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: An
         raise ValueError(
             f"train_dataset: expected one data set, got several: {sorted(map(str, train_dataset))}. Pass one split."
         )
+    if hasattr(processing_class, "tokenizer"):
+        raise ValueError(
+            f"processing_class: expected a tokenizer, got {type(processing_class).__name__}. Pass its .tokenizer; "
+            "images are not trained on."
+        )
+    _check_form("train_dataset", train_dataset)
+    _check_form("eval_dataset", eval_dataset)
+
+
+def _check_form(name: str, dataset: Any) -> None:
+    parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
+    for part in parts:
+        images = {"image", "images"} & set(getattr(part, "column_names", None) or ())
+        if images:
+            raise ValueError(
+                f"{name}: expected pairs of text, got the column {images.pop()!r}. Vision-language data is not trained "
+                "on here; remove the column, or use TRL's trainer with dpop_kernels.integrations.trl."
+            )
 
 
 def _parts(train_dataset, eval_dataset) -> list[Dataset]:
