@@ -110,7 +110,9 @@ class HeadTrainer(Trainer):
         if metrics:
             metrics.update(self._total_token_counts(start_anew=mode == "train"))
         prefix = "eval_" if mode == "eval" else ""
-        super().log({**logs, **{prefix + key: value for key, value in metrics.items()}}, start_time)
+        # in place: what evaluate() returns, and the best checkpoint is chosen by, holds these as well
+        logs.update({prefix + key: value for key, value in metrics.items()})
+        super().log(logs, start_time)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         if not batch_samples:
