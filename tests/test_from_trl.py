@@ -6,7 +6,9 @@ gradient norms and every metric must agree over ten steps: same model, data, ord
 
 import inspect
 import json
+import re
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,7 +244,7 @@ def test_same_run_on_real_conversations(shared_data, tiny_llama, tmp_path):
 def test_evaluate_takes_raw_data(model_path, tmp_path):
     results = []
     for classes, folder in ((OUR_CLASSES, "ours"), (TRL_CLASSES, "trl")):
-        trainer = run(lora, classes, model_path, tmp_path / folder)
+        trainer = run(truncated, classes, model_path, tmp_path / folder)
         results.append(trainer.evaluate({"held_out": Dataset.from_list(text_pairs(5))}))
     ours, theirs = results
     assert ours["eval_held_out_loss"] == pytest.approx(theirs["eval_held_out_loss"], abs=1e-6)
@@ -388,3 +390,27 @@ def test_output_dir_without_a_configuration():
 
     assert default_output_dir("Qwen/Qwen2.5-0.5B") == "Qwen2.5-0.5B-DPOP"
     assert default_output_dir(tiny_llama()) == "LlamaForCausalLM-DPOP"
+
+
+def rows_of_the_page():
+    """First cell -> second, of every table row of docs/from-trl.md."""
+    page = (Path(__file__).parents[1] / "docs" / "from-trl.md").read_text()
+    return dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", page, flags=re.MULTILINE))
+
+
+def test_the_page_says_what_happens_to_every_field_and_argument():
+    rows = rows_of_the_page()
+    own = {
+        name for cls in DPOConfig.__mro__[: DPOConfig.__mro__.index(TrainingArguments)] for name in cls.__annotations__
+    }
+    arguments = set(inspect.signature(DPOTrainer.__init__).parameters) - {"self"}
+    assert own | arguments <= rows.keys()
+    for name in own:
+        expected = f"refused. {ALTERNATIVES[name]}" if name in ALTERNATIVES else None
+        assert rows[name] == expected if expected else not rows[name].startswith("refused"), (name, expected)
+
+
+def test_the_page_lists_every_metric(model_path, tmp_path):
+    log = run(truncated, TRL_CLASSES, model_path, tmp_path).state.log_history
+    keys = {key for line in log if "loss" in line for key in line} - {"step"}
+    assert keys <= rows_of_the_page().keys()
