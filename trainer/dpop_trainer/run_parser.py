@@ -135,7 +135,7 @@ def check_yaml_value(place: str, action: argparse.Action, value: Any) -> Any:
         expected = "a number"
     elif action.type is int and value != int(value):
         expected = "a whole number"
-    elif action.type is str and isinstance(value, bool):
+    elif isinstance(value, bool) and (action.type is str or action.choices):
         expected = "text (YAML reads no, yes, on and off as booleans: put it in quotes)"
     if expected:
         raise ValueError(f"{place}: expected {expected}, got {value!r}.")
