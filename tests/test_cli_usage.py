@@ -148,6 +148,13 @@ def test_quantisation_without_cuda_is_refused(name, monkeypatch):
         quantization_config(parse(f"--{name}")[0])
 
 
+def test_bf16_without_a_gpu_is_refused_with_the_remedy(monkeypatch, capsys):
+    monkeypatch.setattr("dpop_trainer.config.is_torch_bf16_gpu_available", lambda: False)
+    assert main(["train", "--bf16", "true", "--print-config"]) == 1
+    assert "bf16: expected a GPU that computes in bfloat16, found none. Set bf16 to false" in capsys.readouterr().err
+    assert main(["train", "--bf16", "true", "--use_cpu", "--print-config"]) == 0
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("dpop-kernels 0.")

@@ -22,7 +22,7 @@ from dpop_kernels.losses import check_hyperparameters, dpop_loss, dpop_penalties
 
 try:
     import trl
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 except ImportError as error:
     raise ImportError(
         "trl: expected TRL 1.16 beside this package, found none. Install 'trl==1.16.*', or use "
@@ -139,7 +139,8 @@ class TRLDPOPTrainer(DPOTrainer):
         return losses.mean()
 
     def _log_penalty(self, chosen_logratios: Tensor) -> None:
-        metrics: Any = self._metrics["train" if self.model.training else "eval"]
+        model: Any = self.model
+        metrics: Any = self._metrics["train" if model.training else "eval"]
         values = {
             "dpop/penalty": self.beta * dpop_penalties(chosen_logratios, self.args.dpop_lambda),
             "dpop/active_fraction": (chosen_logratios < 0).float(),

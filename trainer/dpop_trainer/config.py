@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from dpop_kernels.losses import LOSSES, check_hyperparameters
 from dpop_trainer.trl_fields import TRLFields, check_trl_fields
@@ -89,6 +90,10 @@ class HeadConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
+        if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            raise ValueError(
+                "bf16: expected a GPU that computes in bfloat16, found none. Set bf16 to false, or use_cpu to true."
             )
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
