@@ -4,13 +4,15 @@ dpop_loss, dpo_loss, ipo_loss, slic_loss     summed log-probs [B]            -> 
 token_logps                                  logits [N, V]                   -> token log-probs [N]
 linear_token_logps                           hidden states [N, H], W [V, H]  -> token log-probs [N], no logits
 logits_dpop_loss, linear_dpop_loss           logits or hidden states         -> loss
-pair_loss                                    token log-probs, segments       -> per-pair losses and metrics
+pair_loss                                    token log-probs, segments       -> per-pair losses and metrics, any loss
+needs_reference                              names of losses                 -> whether a reference model is to run
 ScoringHead                                  the above behind a Hugging Face model's own lm_head
 """
 
 from dpop_kernels.dpop_losses import linear_dpop_loss, logits_dpop_loss
 from dpop_kernels.head import ScoringHead
 from dpop_kernels.linear_logps import linear_token_logps
+from dpop_kernels.loss_weights import needs_reference
 from dpop_kernels.losses import dpo_loss, dpop_loss, ipo_loss, slic_loss
 from dpop_kernels.outputs import PairLosses, TokenStats
 from dpop_kernels.pair_loss import pair_loss
@@ -28,6 +30,7 @@ __all__ = [
     "linear_dpop_loss",
     "linear_token_logps",
     "logits_dpop_loss",
+    "needs_reference",
     "pair_loss",
     "slic_loss",
     "token_logps",

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dpop_kernels.backends import linear_pairs, reference, select_backend
 from dpop_kernels.linear_logps import as_autocast, check_linear, linear_token_logps
-from dpop_kernels.losses import Reduction, check_hyperparameters, dpop_loss, reduce_losses
+from dpop_kernels.loss_options import check_hyperparameters
+from dpop_kernels.losses import Reduction, dpop_loss, reduce_losses
 from dpop_kernels.pair_loss import segment_sums
 from dpop_kernels.token_logps import token_logps
 from dpop_kernels.validate import check_float, check_same_device, check_softcap_and_scale
@@ -23,6 +24,8 @@ def logits_dpop_loss(
     *,
     beta: float = 0.3,
     dpop_lambda: float = 50.0,
+    dead_zone: float = 0.0,
+    label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     inplace_backward: bool = False,
     backend: str = "auto",
@@ -37,6 +40,7 @@ def logits_dpop_loss(
         ref_rejected_logps: [B] the same for the rejected answers.
         beta: β > 0.
         dpop_lambda: λ ≥ 0.
+        dead_zone, label_smoothing: see `dpop_loss`.
         reduction: "mean", "sum" or "none".
         inplace_backward: write the gradient over the logits' storage (see `token_logps`).
         backend: "auto", "reference", "chunked" or "fused".
@@ -72,6 +76,8 @@ def logits_dpop_loss(
         ref_rejected_logps.to(sums.dtype),
         beta=beta,
         dpop_lambda=dpop_lambda,
+        dead_zone=dead_zone,
+        label_smoothing=label_smoothing,
         reduction=reduction,
     )
 
@@ -88,6 +94,8 @@ def linear_dpop_loss(
     softcap: float | None = None,
     beta: float = 0.3,
     dpop_lambda: float = 50.0,
+    dead_zone: float = 0.0,
+    label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -110,6 +118,7 @@ def linear_dpop_loss(
         bias, logit_scale, softcap: see `linear_token_logps`.
         beta: β > 0.
         dpop_lambda: λ ≥ 0.
+        dead_zone, label_smoothing: see `dpop_loss`.
         reduction: "mean", "sum" or "none".
         backend: "auto", "reference", "chunked" or "fused".
 
@@ -125,7 +134,7 @@ def linear_dpop_loss(
     check_float("hidden_states", hidden_states, "[2B, T, H]")
     _check_labels(labels, "hidden_states", hidden_states)
     _check_references(ref_chosen_logps, ref_rejected_logps, labels)
-    check_hyperparameters(beta, dpop_lambda)
+    check_hyperparameters(beta, dpop_lambda, dead_zone=dead_zone, label_smoothing=label_smoothing)
     check_softcap_and_scale(logit_scale, softcap)
     tokens = _scored_tokens(labels)
     hidden_rows, lm_head_weight, bias = as_autocast(hidden_states[tokens.rows, tokens.positions], lm_head_weight, bias)
@@ -141,6 +150,8 @@ def linear_dpop_loss(
             ref_rejected_logps[pairs].to(sums.dtype),
             beta=beta,
             dpop_lambda=dpop_lambda,
+            dead_zone=dead_zone,
+            label_smoothing=label_smoothing,
             reduction="none",
         )
 

@@ -1,45 +1,20 @@
-"""Preference losses on summed log-probs: four tensors [B] in, losses [B] (or their mean) out.
+"""Preference losses on summed log-probs: four tensors [B] in, losses [B] (or their mean) out; and losses by weight.
 
-With Δw = log π(y_w|x) - log π_ref(y_w|x), Δl likewise for the rejected answer, and margin m = Δw - Δl:
-
-    dpop   -log σ(β · (m - λ · max(0, -Δw)))      Pal et al. 2024, arXiv:2402.13228, eq. 3
-    dpo    -log σ(β · m)                          Rafailov et al. 2023, arXiv:2305.18290, eq. 7
-    ipo    (m - 1 / (2β))²                        Azar et al. 2023, arXiv:2310.12036, eq. 17 (their τ is β)
-    slic   max(0, 1 - β · m)                      Zhao et al. 2023, arXiv:2305.10425, on log-ratios
-
-Every loss is a function of Δw and m; each is written once here and registered in `LOSSES`. All arithmetic is in
-fp32 or better: λβ multiplies whatever error Δw carries.
+The formulas are in `loss_formulas`. All arithmetic is in fp32 or better: λβ multiplies whatever error Δw carries.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dpop_kernels.loss_formulas import LOSSES, PairScores, dpop_penalties
+from dpop_kernels.loss_options import LossOptions, check_hyperparameters
 from dpop_kernels.outputs import PairLosses
 
 Reduction = Literal["mean", "sum", "none"]
-
-
-def _dpop(chosen_logratios: Tensor, margins: Tensor, *, beta: float, dpop_lambda: float) -> Tensor:
-    return -F.logsigmoid(beta * (margins - dpop_penalties(chosen_logratios, dpop_lambda)))
-
-
-def _dpo(chosen_logratios: Tensor, margins: Tensor, *, beta: float, dpop_lambda: float) -> Tensor:
-    return -F.logsigmoid(beta * margins)
-
-
-def _ipo(chosen_logratios: Tensor, margins: Tensor, *, beta: float, dpop_lambda: float) -> Tensor:
-    return (margins - 1 / (2 * beta)).square()
-
-
-def _slic(chosen_logratios: Tensor, margins: Tensor, *, beta: float, dpop_lambda: float) -> Tensor:
-    return torch.relu(1 - beta * margins)
-
-
-LOSSES: dict[str, Callable[..., Tensor]] = {"dpop": _dpop, "dpo": _dpo, "ipo": _ipo, "slic": _slic}
 
 
 def dpop_loss(
@@ -50,6 +25,8 @@ def dpop_loss(
     *,
     beta: float = 0.3,
     dpop_lambda: float = 50.0,
+    dead_zone: float = 0.0,
+    label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """DPO-Positive loss: DPO with a penalty on every nat that the chosen answer falls below the reference.
@@ -62,11 +39,16 @@ def dpop_loss(
 
     At Δw = 0 the penalty has slope 0, as `torch.relu` has. The policy equals the reference at the first step, so
     this choice sets the size of the first gradient: with slope 0 it is DPO's, with slope 1 it would be 1 + λ times
-    that.
+    that. Where policy and reference agree up to rounding only, a `dead_zone` keeps rounding from choosing.
 
     Gradients:
         ∂loss/∂chosen_logps   = -β σ(-z) (1 + λ·[Δw < 0])
         ∂loss/∂rejected_logps = +β σ(-z)                       where loss = -log σ(z)
+
+    With dead_zone τ the penalty is λ · max(0, -Δw - τ): none for the first τ nats. With label_smoothing ε the loss is
+    its expectation where a share ε of the labels is wrong: (1-ε) · -log σ(β(m - p)) + ε · -log σ(β(-m - p)), m being
+    the margin Δw - Δl and p the penalty. A wrong label turns the margin round; the penalty says that this answer's
+    probability is not to fall, and stays. See docs/losses.md.
 
     Args:
         chosen_logps: [B] log-prob of each chosen answer under the policy, summed over its tokens, in nats.
@@ -75,13 +57,16 @@ def dpop_loss(
         ref_rejected_logps: [B] the rejected answers under the reference model.
         beta: β > 0, in 1/nat: how strongly the log-ratios count. The paper uses 0.3.
         dpop_lambda: λ ≥ 0: weight of the penalty. The paper tries 5 to 500 and settles on 50; 0 is DPO, bit for bit.
+        dead_zone: τ ≥ 0, in nats; 0 is the paper's loss, bit for bit.
+        label_smoothing: ε in [0, 0.5): the share of pairs believed to be labelled the wrong way round.
         reduction: "mean" over the batch, "sum", or "none" for one loss per pair.
 
     Returns:
         Scalar, or [B] for reduction="none"; fp32 (fp64 if the log-probs are fp64).
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, β ≤ 0, λ < 0, or the reduction is unknown.
+        ValueError: shapes, dtypes or devices disagree, β ≤ 0, λ < 0, τ < 0, ε outside [0, 0.5), or the reduction is
+            unknown.
 
     Source:
         Pal et al. 2024, "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive",
@@ -100,7 +85,8 @@ def dpop_loss(
         0.913
     """
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return _loss_of_logps("dpop", logps, beta=beta, dpop_lambda=dpop_lambda, reduction=reduction)
+    options = LossOptions(beta, dpop_lambda, dead_zone, label_smoothing)
+    return _loss_of_logps("dpop", logps, options, reduction)
 
 
 def dpo_loss(
@@ -110,17 +96,22 @@ def dpo_loss(
     ref_rejected_logps: Tensor,
     *,
     beta: float = 0.3,
+    label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """DPO loss: -log σ(β · (Δw - Δl)), on summed log-probs as in the paper.
 
+    With label_smoothing ε it is cDPO: (1-ε) · -log σ(z) + ε · -log σ(-z) with z = β · (Δw - Δl), least where
+    σ(z) = 1 - ε.
+
     Args, Returns, Raises: as `dpop_loss`.
 
     Source:
-        Rafailov et al. 2023, arXiv:2305.18290, equation 7.
+        Rafailov et al. 2023, arXiv:2305.18290, equation 7; for smoothed labels Mitchell 2023, "A note on DPO with
+        noisy preferences & relationship to IPO".
     """
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return _loss_of_logps("dpo", logps, beta=beta, dpop_lambda=0.0, reduction=reduction)
+    return _loss_of_logps("dpo", logps, LossOptions(beta, label_smoothing=label_smoothing), reduction)
 
 
 def ipo_loss(
@@ -136,7 +127,8 @@ def ipo_loss(
 
     The paper writes log-probs of whole answers, that is sums over tokens, and so does this function. TRL divides each
     answer's log-ratio by its number of tokens first, which its authors report that IPO's authors endorse: to get
-    that variant pass means instead of sums. The target margin 1/(2β) is then in nats per token.
+    that variant pass means instead of sums, or ask `pair_loss` or the trainer for "ipo_norm". The target margin
+    1/(2β) is then in nats per token.
 
     Args, Returns, Raises: as `dpop_loss`.
 
@@ -144,7 +136,7 @@ def ipo_loss(
         Azar et al. 2023, arXiv:2310.12036, equation 17.
     """
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return _loss_of_logps("ipo", logps, beta=beta, dpop_lambda=0.0, reduction=reduction)
+    return _loss_of_logps("ipo", logps, LossOptions(beta), reduction)
 
 
 def slic_loss(
@@ -169,12 +161,44 @@ def slic_loss(
         Zhao et al. 2023, arXiv:2305.10425, section 2.3; Liu et al. 2023, arXiv:2309.06657, section 3.2.
     """
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return _loss_of_logps("slic", logps, beta=beta, dpop_lambda=0.0, reduction=reduction)
+    return _loss_of_logps("slic", logps, LossOptions(beta), reduction)
 
 
-def dpop_penalties(chosen_logratios: Tensor, dpop_lambda: float) -> Tensor:
-    """λ · max(0, -Δw), with slope 0 at Δw = 0 -> [B]."""
-    return dpop_lambda * torch.relu(-chosen_logratios)
+def terms_of_segments(
+    loss_weights: Mapping[str, float],
+    segment_logps: Tensor,  # [B, 3] shared, chosen tail, rejected tail
+    ref_segment_logps: Tensor,  # [B, 3]
+    segment_lengths: Tensor,  # [B, 3] tokens; NaN where unknown
+    options: LossOptions,
+) -> tuple[PairLosses, dict[str, Tensor]]:
+    """The weighted sum of losses from per-segment log-prob sums, and each loss [B] by itself, detached, unweighted.
+
+    The margin comes from the tails alone, so the shared tokens cancel exactly rather than numerically.
+    """
+    shared, chosen, rejected = (segment_logps - ref_segment_logps).unbind(-1)
+    lengths = segment_lengths.to(segment_logps.dtype)
+    scores = PairScores(
+        chosen_logps=segment_logps[:, 0] + segment_logps[:, 1],
+        rejected_logps=segment_logps[:, 0] + segment_logps[:, 2],
+        chosen_logratios=shared + chosen,
+        rejected_logratios=shared + rejected,
+        margins=chosen - rejected,
+        chosen_lengths=(lengths[:, 0] + lengths[:, 1]).clamp(min=1),
+        rejected_lengths=(lengths[:, 0] + lengths[:, 2]).clamp(min=1),
+    )
+    losses, terms = _weighted_sum(loss_weights, scores, options)
+    with torch.no_grad():
+        dpop_lambda = options.dpop_lambda if "dpop" in loss_weights else 0.0
+        pairs = PairLosses(
+            losses=losses,
+            chosen_logps=scores.chosen_logps.detach(),
+            rejected_logps=scores.rejected_logps.detach(),
+            chosen_logratios=scores.chosen_logratios.detach(),
+            rejected_logratios=scores.rejected_logratios.detach(),
+            margins=scores.margins.detach(),
+            penalties=dpop_penalties(scores.chosen_logratios, dpop_lambda, options.dead_zone),
+        )
+    return pairs, terms
 
 
 def losses_of_segments(
@@ -184,26 +208,13 @@ def losses_of_segments(
     *,
     beta: float,
     dpop_lambda: float,
+    dead_zone: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> PairLosses:
-    """Any loss of `LOSSES` from per-segment log-prob sums.
-
-    The margin comes from the tails alone, so the shared tokens cancel exactly rather than numerically.
-    """
-    shared, chosen, rejected = (segment_logps - ref_segment_logps).unbind(-1)
-    chosen_logratios = shared + chosen
-    margins = chosen - rejected
-    losses = LOSSES[loss_type](chosen_logratios, margins, beta=beta, dpop_lambda=dpop_lambda)
-    with torch.no_grad():
-        penalised = loss_type == "dpop"
-        return PairLosses(
-            losses=losses,
-            chosen_logps=segment_logps[:, 0] + segment_logps[:, 1],
-            rejected_logps=segment_logps[:, 0] + segment_logps[:, 2],
-            chosen_logratios=chosen_logratios.detach(),
-            rejected_logratios=(shared + rejected).detach(),
-            margins=margins.detach(),
-            penalties=dpop_penalties(chosen_logratios, dpop_lambda if penalised else 0.0),
-        )
+    """One loss from per-segment log-prob sums; of those that read no lengths."""
+    options = LossOptions(beta, dpop_lambda, dead_zone, label_smoothing)
+    unknown = segment_logps.detach().new_full(segment_logps.shape, math.nan)
+    return terms_of_segments({loss_type: 1.0}, segment_logps, ref_segment_logps, unknown, options)[0]
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
@@ -226,34 +237,44 @@ def reduce_losses(losses: Tensor, reduction: Reduction) -> Tensor:
     raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}.")
 
 
-def check_hyperparameters(beta: float, dpop_lambda: float) -> None:
-    """
-    Raises:
-        ValueError: β ≤ 0, λ < 0, or either is not finite.
-    """
-    if not 0 < beta < float("inf"):
-        raise ValueError(f"beta: expected a finite value > 0, got {beta}. The paper uses 0.3.")
-    if not 0 <= dpop_lambda < float("inf"):
-        raise ValueError(
-            f"dpop_lambda: expected a finite value >= 0, got {dpop_lambda}. The paper uses 50; 0 is plain DPO."
-        )
+def _weighted_sum(
+    loss_weights: Mapping[str, float], scores: PairScores, options: LossOptions
+) -> tuple[Tensor, dict[str, Tensor]]:
+    losses, terms = None, {}
+    for name, weight in loss_weights.items():
+        # not multiplied by 0: a loss that is only watched may be infinite
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+            term = LOSSES[name].formula(scores, options)
+        terms[name] = term.detach()
+        if weight != 0:
+            weighted = term if weight == 1 else weight * term
+            losses = weighted if losses is None else losses + weighted
+    assert losses is not None, "resolve_losses wants a weight above 0"
+    return losses, terms
 
 
 def _loss_of_logps(
     loss_type: str,
     logps: tuple[Tensor, Tensor, Tensor, Tensor],
-    *,
-    beta: float,
-    dpop_lambda: float,
+    options: LossOptions,
     reduction: Reduction,
 ) -> Tensor:
-    check_hyperparameters(beta, dpop_lambda)
+    check_hyperparameters(**options._asdict())
     _check_logps(*logps)
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps = map(at_least_fp32, logps)
     chosen_logratios = chosen_logps - ref_chosen_logps
-    margins = chosen_logratios - (rejected_logps - ref_rejected_logps)
-    losses = LOSSES[loss_type](chosen_logratios, margins, beta=beta, dpop_lambda=dpop_lambda)
-    return reduce_losses(losses, reduction)
+    rejected_logratios = rejected_logps - ref_rejected_logps
+    unknown = chosen_logratios.detach().new_full(chosen_logratios.shape, math.nan)
+    scores = PairScores(
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        chosen_logratios=chosen_logratios,
+        rejected_logratios=rejected_logratios,
+        margins=chosen_logratios - rejected_logratios,
+        chosen_lengths=unknown,
+        rejected_lengths=unknown,
+    )
+    return reduce_losses(LOSSES[loss_type].formula(scores, options), reduction)
 
 
 def _check_logps(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> None:

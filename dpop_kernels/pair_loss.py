@@ -4,11 +4,16 @@ One pair is three segments of scored tokens: *shared* (completion tokens that bo
 *rejected tail*. Their log-prob sums s, c, r give log π(y_w) = s + c and log π(y_l) = s + r; the margin is of c - r.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from dpop_kernels.backends import select_backend
-from dpop_kernels.losses import LOSSES, check_hyperparameters, losses_of_segments
+from dpop_kernels.loss_formulas import LOSSES
+from dpop_kernels.loss_options import LossOptions
+from dpop_kernels.loss_weights import check_options, resolve_losses
+from dpop_kernels.losses import terms_of_segments
 from dpop_kernels.outputs import PairLosses
 from dpop_kernels.validate import check_float, check_same_device
 
@@ -16,17 +21,22 @@ from dpop_kernels.validate import check_float, check_same_device
 def pair_loss(
     token_logps: Tensor,
     cu_seqlens: Tensor,
-    ref_segment_logps: Tensor,
+    ref_segment_logps: Tensor | None,
     *,
-    loss_type: str = "dpop",
+    loss_type: str | Sequence[str] = "dpop",
+    loss_weights: Sequence[float] | None = None,
     beta: float = 0.3,
     dpop_lambda: float = 50.0,
+    dead_zone: float = 0.0,
+    label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
     backend: str = "auto",
 ) -> PairLosses:
     """Loss and metrics of every pair from packed token log-probs.
 
-    On a GPU, "dpop" and "dpo" are one kernel launch forward and one backward. Sums run in a fixed order, so the same
-    input gives the same bits.
+    On a GPU, "dpop" and "dpo" alone are one kernel launch forward and one backward; other losses and sums of several
+    are one launch for the segments' sums and torch operations on [B] from there. Sums run in a fixed order, so the
+    same input gives the same bits.
 
     Args:
         token_logps: [N] log-probs of the scored tokens, in nats, float32 or float64: segment after segment in the
@@ -34,34 +44,81 @@ def pair_loss(
         cu_seqlens: [3B + 1] int32 or int64, non-decreasing: segment i holds tokens cu_seqlens[i] to
             cu_seqlens[i + 1]. Segments may be empty. Checked on the CPU; on a GPU the check would cost a sync.
         ref_segment_logps: [B, 3] the reference model's sums of the same segments. Where only whole answers are known,
-            [0, ref_chosen_logps, ref_rejected_logps] gives the same losses.
-        loss_type: "dpop", "dpo", "ipo" or "slic".
+            [0, ref_chosen_logps, ref_rejected_logps] gives the same losses. None where no loss needs a reference
+            ("sft" alone): log-ratios and margins of the result are then those of the log-probs themselves.
+        loss_type: a name of `loss_formulas.LOSSES` or TRL's name for it, or several: their weighted sum.
+        loss_weights: one weight ≥ 0 for each loss; 1 each by default.
         beta: β > 0.
         dpop_lambda: λ ≥ 0; used by "dpop" alone.
+        dead_zone: τ ≥ 0, in nats; used by "dpop" alone.
+        label_smoothing: ε in [0, 0.5); used by "dpop", "dpo", "robust" and "exo_pair".
+        discopop_tau: > 0; used by "discopop" alone.
         backend: "auto", "reference", "chunked" or "fused" (Triton).
 
     Returns:
         `PairLosses`, all [B]; only `losses` carries gradient (to token_logps).
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, the bounds do not fit, β ≤ 0, λ < 0, or an unknown loss_type.
+        ValueError: shapes, dtypes or devices disagree, the bounds do not fit, a hyper-parameter is out of range, a
+            loss is unknown or refused, the weights do not fit, or a loss needs the reference that is None.
     """
-    check_hyperparameters(beta, dpop_lambda)
-    if loss_type not in LOSSES:
-        raise ValueError(f"loss_type: expected one of {sorted(LOSSES)}, got {loss_type!r}.")
+    return pair_loss_terms(
+        token_logps,
+        cu_seqlens,
+        ref_segment_logps,
+        loss_weights=resolve_losses(loss_type, loss_weights),
+        options=LossOptions(beta, dpop_lambda, dead_zone, label_smoothing, discopop_tau),
+        backend=backend,
+    )[0]
+
+
+def pair_loss_terms(
+    token_logps: Tensor,
+    cu_seqlens: Tensor,
+    ref_segment_logps: Tensor | None,
+    *,
+    loss_weights: Mapping[str, float],
+    options: LossOptions,
+    backend: str = "auto",
+) -> tuple[PairLosses, dict[str, Tensor]]:
+    """`pair_loss` with its terms: what a training loop logs of each.
+
+    Args:
+        token_logps, cu_seqlens, ref_segment_logps, backend: see `pair_loss`.
+        loss_weights: the weight of each loss by our name for it, as `resolve_losses` gives them.
+        options: the hyper-parameters.
+
+    Returns:
+        `PairLosses` of the weighted sum, and each loss [B] by its name, unweighted and without gradient.
+
+    Raises:
+        ValueError: as `pair_loss`.
+    """
+    check_options(options, list(loss_weights))
+    if ref_segment_logps is None:
+        needing = [name for name in loss_weights if LOSSES[name].needs_reference]
+        if needing:
+            raise ValueError(f"ref_segment_logps: expected shape [B, 3], got None. {needing} need a reference.")
+        num_pairs = (cu_seqlens.shape[0] - 1) // 3
+        ref_segment_logps = token_logps.new_zeros(num_pairs, 3)
     _check(token_logps, cu_seqlens, ref_segment_logps)
     ref_segment_logps = ref_segment_logps.to(token_logps.dtype)
     implementation = select_backend(backend, token_logps.device, token_logps.dtype)
-    if loss_type in ("dpop", "dpo"):
-        return implementation.pair_dpop_loss(
+    if len(loss_weights) == 1 and loss_weights.keys() <= {"dpop", "dpo"}:
+        ((name, weight),) = loss_weights.items()
+        pairs = implementation.pair_dpop_loss(
             token_logps,
             cu_seqlens,
             ref_segment_logps,
-            beta=float(beta),
-            dpop_lambda=float(dpop_lambda) if loss_type == "dpop" else 0.0,
+            beta=float(options.beta),
+            dpop_lambda=float(options.dpop_lambda) if name == "dpop" else 0.0,
+            dead_zone=float(options.dead_zone),
+            label_smoothing=float(options.label_smoothing),
         )
+        terms = {name: pairs.losses.detach()}
+        return (pairs if weight == 1 else pairs._replace(losses=weight * pairs.losses)), terms
     segment_logps = implementation.segment_sums(token_logps, cu_seqlens).view(-1, 3)
-    return losses_of_segments(loss_type, segment_logps, ref_segment_logps, beta=beta, dpop_lambda=dpop_lambda)
+    return terms_of_segments(loss_weights, segment_logps, ref_segment_logps, cu_seqlens.diff().view(-1, 3), options)
 
 
 def segment_sums(token_logps: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") -> Tensor:

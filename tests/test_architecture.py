@@ -10,14 +10,17 @@ ROOT = Path(__file__).parents[1]
 # file or folder -> what of the project it may import; anything else of the project is a wrong direction
 KERNEL_RULES = {
     "outputs.py": [],
-    "losses.py": ["outputs"],
+    "loss_options.py": [],
+    "loss_formulas.py": ["loss_options"],
+    "loss_weights.py": ["loss_formulas", "loss_options"],
+    "losses.py": ["loss_formulas", "loss_options", "outputs"],
     "validate.py": [],
     "backends/__init__.py": [],
     "backends/reference.py": ["losses", "outputs"],
     "backends/products.py": [],
     "backends/linear_tiles.py": ["backends", "outputs"],
     "backends/chunked.py": ["backends", "losses", "outputs"],
-    "backends/fused.py": ["backends", "kernels", "outputs"],
+    "backends/fused.py": ["backends", "kernels", "loss_options", "outputs"],
     "backends/linear_parts.py": ["backends", "outputs"],
     "backends/fused_launches.py": ["backends", "kernels", "outputs"],
     "backends/linear_pairs.py": ["backends", "losses"],
@@ -26,14 +29,14 @@ KERNEL_RULES = {
     "kernels": ["kernels"],
     "token_logps.py": ["backends", "outputs", "validate"],
     "linear_logps.py": ["backends", "outputs", "validate"],
-    "pair_loss.py": ["backends", "losses", "outputs", "validate"],
-    "dpop_losses.py": ["backends", "linear_logps", "losses", "pair_loss", "token_logps", "validate"],
+    "pair_loss.py": ["backends", "loss_formulas", "loss_options", "loss_weights", "losses", "outputs", "validate"],
+    "dpop_losses.py": ["backends", "linear_logps", "loss_options", "losses", "pair_loss", "token_logps", "validate"],
     "lora_logps.py": ["backends", "linear_logps", "losses", "outputs", "validate"],
     "vocab_parallel.py": ["backends", "linear_logps", "validate"],
     "head_transforms.py": [],
     "head_layers.py": ["linear_logps", "lora_logps", "outputs", "vocab_parallel"],
     "head.py": ["head_layers", "head_transforms", "outputs"],
-    "integrations": ["losses"],
+    "integrations": ["loss_formulas", "loss_options", "losses"],
 }
 
 

@@ -28,12 +28,12 @@ TRL_CLASSES, OUR_CLASSES = (DPOConfig, DPOTrainer), (DPOPConfig, DPOPTrainer)
 MACHINE = ("_runtime", "_per_second", "total_flos")
 
 # logged here beside TRL's
-OURS = ("dpop/", "tokens/", "num_computed_tokens")
+OURS = ("dpop/", "loss/", "tokens/", "num_computed_tokens")
 
 # TRL's default -> ours, and why
 DELIBERATE_DEFAULTS = {
     "beta": (0.1, 0.3),  # the DPOP paper's
-    "loss_type": (["sigmoid"], "dpop"),  # what this package is for
+    "loss_type": (["sigmoid"], ["dpop"]),  # what this package is for
     "logging_nan_inf_filter": (True, False),  # hides a NaN in the logs, and costs a device sync per micro-batch
 }
 
@@ -179,7 +179,16 @@ def truncated(DPOConfig, DPOTrainer, model_path, output_dir):
     )
 
 
-SCRIPTS = [full_by_name, lora, adapter_given, precomputed, conversational, reference_given, truncated]
+def several_losses(DPOConfig, DPOTrainer, model_path, output_dir):
+    args = settings(output_dir, loss_type=["sigmoid", "hinge", "exo_pair"], label_smoothing=0.1)
+    return DPOTrainer(
+        model=model_path,
+        args=DPOConfig(**args, loss_weights=[0.7, 0.2, 0.1]),
+        train_dataset=Dataset.from_list(text_pairs(8)),
+    )
+
+
+SCRIPTS = [several_losses, full_by_name, lora, adapter_given, precomputed, conversational, reference_given, truncated]
 
 
 def run(script, classes, model_path, folder):

@@ -84,6 +84,56 @@ def test_equals_fp64(batch, beta, dpop_lambda, dtype):
     assert not any(value.requires_grad for value in out[1:])
 
 
+OPTIONS = {
+    "dead_zone": {"beta": 0.3, "dpop_lambda": 50.0, "dead_zone": 0.5},
+    "smoothed": {"beta": 0.3, "dpop_lambda": 50.0, "label_smoothing": 0.125},
+    "both": {"beta": 0.1, "dpop_lambda": 5.0, "dead_zone": 0.25, "label_smoothing": 0.25},
+    "smoothed_dpo": {"beta": 0.1, "dpop_lambda": 0.0, "label_smoothing": 0.125},
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_dead_zone_and_smoothed_labels_equal_fp64(batch, options):
+    token_logps, cu_seqlens, ref = pairs(batch)
+    options = OPTIONS[options]
+    out, grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, **options)
+    truth, true_grad = losses_and_grad(reference, token_logps.double(), cu_seqlens, ref.double(), **options)
+    close(out.penalties, truth.penalties)
+    # as above; and the pulls of the two labels, each at most β, may cancel
+    z_error = 4 * 2.0**-24 * options["beta"] * (truth.margins.abs() + truth.penalties).max().item()
+    close(out.losses, truth.losses, rtol=1e-6 + z_error)
+    close(grad, true_grad, rtol=1e-6 + z_error, atol=2 * options["beta"] * (1e-6 + z_error))
+
+
+def test_smoothed_labels_by_hand():
+    """Δw = -1, Δl = -3, β = 0.1, λ = 5, τ = 0.5: p = 2.5, z = 0.1 · (2 - 2.5), z' = 0.1 · (-2 - 2.5); ε = 0.25."""
+    token_logps, cu_seqlens = on_device([-1.0, -10.0, -14.0]), on_device([0, 1, 2, 3])
+    ref = on_device([[-0.5, -9.5, -11.5]])
+    options = {"beta": 0.1, "dpop_lambda": 5.0, "dead_zone": 0.5, "label_smoothing": 0.25}
+    out, grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, grad_losses=torch.ones(1), **options)
+    z, flipped_z = -0.05, -0.45
+    close(out.losses, on_device([0.75 * math.log1p(math.exp(-z)) + 0.25 * math.log1p(math.exp(-flipped_z))]))
+    pull, flipped_pull = 0.75 * 0.1 / (1 + math.exp(z)), 0.25 * 0.1 / (1 + math.exp(flipped_z))
+    of_penalty, of_margin = 5 * (pull + flipped_pull), pull - flipped_pull
+    close(grad, on_device([-of_penalty, -of_penalty - of_margin, of_margin]))
+
+
+def test_infinite_tokens_stay_in_their_pair_with_smoothed_labels():
+    """Such a pair's loss is not finite, which the trainer stops at; the others' are as without it."""
+    token_logps, cu_seqlens, ref = one_token_pairs([1.0] * 3)
+    token_logps[2] = -INF  # chosen of the second pair
+    token_logps[5] = -INF  # rejected of the third: its label is certainly right, and one in four says it is not
+    options = {"beta": 1.0, "dpop_lambda": 5.0, "label_smoothing": 0.25}
+    with np.errstate(all="ignore"):
+        out, grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, grad_losses=torch.ones(3), **options)
+    sure = 0.75 * math.log1p(math.exp(-1)) + 0.25 * math.log1p(math.exp(1))
+    close(out.losses[:1], on_device([sure]))
+    assert not torch.isfinite(out.losses[1:]).any()
+    pull = 0.75 / (1 + math.e) - 0.25 / (1 + math.exp(-1))
+    close(grad[:2], on_device([-pull, pull]))
+
+
 def test_derived_example():
     """Δw = -1, Δl = -2, β = 0.1, λ = 5: z = 0.1 · (1 - 5) = -0.4; then Δw = +1, Δl = -1: z = 0.2."""
     token_logps = on_device([-1.0, -4.0, -6.0, -5.0, -9.0, -2.0, -3.0])

@@ -1,5 +1,7 @@
 """linear_token_logps on every backend: exact against fp64, in values and gradients, frozen and trainable."""
 
+import math
+
 import pytest
 import torch
 from truth import head_inputs, relative_error, value_and_grads
@@ -258,6 +260,24 @@ def test_padded_losses_agree_with_segment_sums_by_hand(backend, active):
     # βλ = 15 multiplies the fp32 error of the sums
     assert (of_logits - expected).abs().max() <= 15 * 2e-5
     assert (of_states - expected).abs().max() <= 15 * 2e-5
+
+
+@pytest.mark.parametrize("backend", ["reference", *CANDIDATES])
+def test_padded_losses_pass_dead_zone_and_smoothing_on(backend):
+    hidden_states, weight = torch.randn(4, 6, 5), torch.randn(11, 5)
+    labels = torch.randint(11, (4, 6))
+    targets = labels[:, 1:].unsqueeze(-1)
+    logps = (hidden_states @ weight.T)[:, :-1].double().log_softmax(-1).gather(-1, targets).sum((1, 2))
+    refs = [logps[:2].float() + 0.5, logps[2:].float()]  # Δw = -0.5: 0.3 below the dead zone, so p = 6
+    z, flipped_z = 0.3 * (-0.5 - 6), 0.3 * (0.5 - 6)
+    expected = 0.9 * math.log1p(math.exp(-z)) + 0.1 * math.log1p(math.exp(-flipped_z))
+    options = {"dpop_lambda": 20.0, "dead_zone": 0.2, "label_smoothing": 0.1, "reduction": "none", "backend": backend}
+    for losses in (
+        logits_dpop_loss(hidden_states @ weight.T, labels, *refs, **options),
+        linear_dpop_loss(hidden_states, weight, labels, *refs, **options),
+    ):
+        # βλ = 6 multiplies the fp32 error of the sums
+        assert (losses - expected).abs().max() <= 6 * 2e-5
 
 
 def test_unscored_positions_get_no_gradient_even_if_not_finite():

@@ -137,6 +137,21 @@ def test_equals_fp64(backend, transform, hinge):
 
 @pytest.mark.usefixtures("_tiling")
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_dead_zone_and_smoothed_labels_take_three_products_too(backend):
+    inputs, labels = batch()
+    refs = references(inputs, labels, GAINS["mixed"])  # of -1 nat, 0.6 lie below the dead zone
+    options = {"dead_zone": 0.4, "label_smoothing": 0.1}
+    assert count_products(inputs, labels, refs, backend=backend, **options) == 3
+    expected, expected_grads = truth(inputs, labels, refs, **options)
+    assert not torch.isclose(expected, truth(inputs, labels, refs)[0], rtol=1e-2)
+    loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, **options)
+    assert (loss - expected).abs() <= 15 * 2e-5
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert relative_error(grad, expected_grad) <= 1e-5
+
+
+@pytest.mark.usefixtures("_tiling")
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_any_reduction_and_any_incoming_gradient(backend, reduction):
     inputs, labels = batch()

@@ -114,7 +114,7 @@ def test_no_pairs(backend):
             r"ref_segment_logps: expected shape \[B, 3\] with cu_seqlens \[3B \+ 1\]",
         ),
         ({"ref_segment_logps": torch.zeros(1, 2)}, r"ref_segment_logps: expected shape \[B, 3\]"),
-        ({"loss_type": "sigmoid"}, "loss_type: expected one of"),
+        ({"loss_type": "sigmoids"}, "loss_type: expected one of .* Did you mean .sigmoid.\\?"),
         ({"beta": -1.0}, "beta: expected"),
     ],
 )

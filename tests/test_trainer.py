@@ -307,7 +307,7 @@ def test_text_data_is_counted_and_identical_pairs_left_out(tmp_path, tokenizer):
     [
         ({"beta": 0.0}, "beta: expected a finite value > 0"),
         ({"dpop_lambda": -5.0}, "dpop_lambda: expected a finite value >= 0"),
-        ({"loss_type": "sigmod"}, "loss_type: expected one of .* TRL's 'sigmoid' is 'dpo' here"),
+        ({"loss_type": "sigmoids"}, r"loss_type: expected one of .* Did you mean 'sigmoid'\?"),
         ({"truncation_mode": "middle"}, "truncation_mode: expected 'keep_start' or 'keep_end', got 'middle'"),
         ({"max_length": 1}, "max_length: expected None or at least 2 tokens, got 1"),
     ],

@@ -7,7 +7,7 @@ Every backend is a module with the same four differentiable functions:
                        *, bias, logit_scale, softcap, with_stats)              -> ([N], TokenStats | None)
     segment_sums(token_logps, cu_seqlens)                                      -> [S]
     pair_dpop_loss(token_logps, cu_seqlens, ref_segment_logps,
-                   *, beta, dpop_lambda)                                       -> PairLosses
+                   *, beta, dpop_lambda, dead_zone, label_smoothing)           -> PairLosses
 
 Arguments arrive validated. A backend knows no hyper-parameter that it is not given, and never moves data
 between devices.

@@ -70,10 +70,20 @@ def pair_dpop_loss(
     *,
     beta: float,
     dpop_lambda: float,
+    dead_zone: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> PairLosses:
     """DPOP on segment sums (shared, chosen tail, rejected tail), pair by pair."""
     segment_logps = segment_sums(token_logps, cu_seqlens).view(-1, 3)
-    return losses_of_segments("dpop", segment_logps, ref_segment_logps, beta=beta, dpop_lambda=dpop_lambda)
+    return losses_of_segments(
+        "dpop",
+        segment_logps,
+        ref_segment_logps,
+        beta=beta,
+        dpop_lambda=dpop_lambda,
+        dead_zone=dead_zone,
+        label_smoothing=label_smoothing,
+    )
 
 
 def tile_forward(

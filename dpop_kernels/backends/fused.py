@@ -14,6 +14,7 @@ from dpop_kernels.backends.fused_linear import linear_token_logps
 from dpop_kernels.backends.fused_logits import tile_backward, tile_forward, token_logps
 from dpop_kernels.kernels.launch import LAUNCH, Launch, meta
 from dpop_kernels.kernels.pair_loss import pair_dpop_fwd_kernel, segment_broadcast_kernel, segment_sum_kernel
+from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.outputs import PairLosses
 
 __all__ = [
@@ -41,13 +42,16 @@ def pair_dpop_loss(
     *,
     beta: float,
     dpop_lambda: float,
+    dead_zone: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> PairLosses:
     """DPOP from token log-probs in one launch, backward in another. All results are fp32.
 
     Segments are summed as `segment_sums` does, to the bit: where `ref_segment_logps` are such sums of the same
     log-probs, every log-ratio is exactly zero.
     """
-    losses, metrics = _PairDpopLoss.apply(token_logps, cu_seqlens, ref_segment_logps, beta, dpop_lambda)
+    options = LossOptions(beta, dpop_lambda, dead_zone, label_smoothing)
+    losses, metrics = _PairDpopLoss.apply(token_logps, cu_seqlens, ref_segment_logps, options)
     return PairLosses(losses, *metrics.unbind(0))
 
 
@@ -72,14 +76,12 @@ class _SegmentSums(torch.autograd.Function):
 
 class _PairDpopLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token_logps, cu_seqlens, ref_segment_logps, beta, dpop_lambda):
+    def forward(ctx, token_logps, cu_seqlens, ref_segment_logps, options):
         num_pairs = ref_segment_logps.shape[0]
         losses = token_logps.new_empty(num_pairs, dtype=torch.float32)
         slopes = losses.new_empty(num_pairs, 3)
         metrics = losses.new_empty(_NUM_METRICS, num_pairs)
-        _pair_dpop_launch(
-            token_logps, cu_seqlens, ref_segment_logps, losses, slopes, metrics, beta=beta, dpop_lambda=dpop_lambda
-        ).run()
+        _pair_dpop_launch(token_logps, cu_seqlens, ref_segment_logps, losses, slopes, metrics, options).run()
         ctx.save_for_backward(cu_seqlens, slopes)
         ctx.num_tokens, ctx.dtype = token_logps.shape[0], token_logps.dtype
         ctx.set_materialize_grads(False)
@@ -90,11 +92,11 @@ class _PairDpopLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_losses, _):
         if grad_losses is None:
-            return None, None, None, None, None
+            return None, None, None, None
         cu_seqlens, slopes = ctx.saved_tensors
         grad_token_logps = grad_losses.new_zeros(ctx.num_tokens, dtype=ctx.dtype)
         _segment_broadcast_launch(grad_losses, slopes, cu_seqlens, grad_token_logps).run()
-        return grad_token_logps, None, None, None, None
+        return grad_token_logps, None, None, None
 
 
 def _segment_sum_launch(token_logps: Tensor, cu_seqlens: Tensor, sums: Tensor) -> Launch:
@@ -140,9 +142,7 @@ def _pair_dpop_launch(
     losses: Tensor,  # [B] out
     slopes: Tensor,  # [B, 3] out
     metrics: Tensor,  # [6, B] out
-    *,
-    beta: float,
-    dpop_lambda: float,
+    options: LossOptions,
 ) -> Launch:
     num_pairs = losses.shape[0]
     return Launch(
@@ -156,8 +156,11 @@ def _pair_dpop_launch(
             "slopes_ptr": slopes,
             "metrics_ptr": metrics,
             "B": num_pairs,
-            "beta": float(beta),
-            "dpop_lambda": float(dpop_lambda),
+            "beta": float(options.beta),
+            "dpop_lambda": float(options.dpop_lambda),
+            "dead_zone": float(options.dead_zone),
+            "label_smoothing": float(options.label_smoothing),
+            "HAS_SMOOTHING": options.label_smoothing != 0,
             "BLOCK_N": LAUNCH.block_n,
         },
         num_warps=LAUNCH.segment_warps,
@@ -179,6 +182,7 @@ def aot_launches() -> dict[str, Launch]:
         "pair loss backward": _aot_segment_broadcast(has_weights=True),
         "pair loss, int32 bounds": _aot_pair_dpop(torch.int32),
         "pair loss, int64 bounds": _aot_pair_dpop(torch.int64),
+        "pair loss, smoothed labels": _aot_pair_dpop(torch.int32, label_smoothing=0.1),
     }
 
 
@@ -191,6 +195,7 @@ def _aot_segment_broadcast(*, has_weights: bool) -> Launch:
     return _segment_broadcast_launch(grads, weights, meta(7, dtype=torch.int64), meta(8))
 
 
-def _aot_pair_dpop(bounds_dtype: torch.dtype) -> Launch:
+def _aot_pair_dpop(bounds_dtype: torch.dtype, *, label_smoothing: float = 0.0) -> Launch:
     bounds, by_segment, metrics = meta(7, dtype=bounds_dtype), meta(2, 3), meta(_NUM_METRICS, 2)
-    return _pair_dpop_launch(meta(8), bounds, by_segment, meta(2), by_segment, metrics, beta=0.3, dpop_lambda=50.0)
+    options = LossOptions(label_smoothing=label_smoothing)
+    return _pair_dpop_launch(meta(8), bounds, by_segment, meta(2), by_segment, metrics, options)

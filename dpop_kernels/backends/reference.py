@@ -60,6 +60,8 @@ def pair_dpop_loss(
     *,
     beta: float,
     dpop_lambda: float,
+    dead_zone: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> PairLosses:
     """DPOP on segment sums (shared, chosen tail, rejected tail), pair by pair."""
     return losses.losses_of_segments(
@@ -68,6 +70,8 @@ def pair_dpop_loss(
         ref_segment_logps,
         beta=beta,
         dpop_lambda=dpop_lambda,
+        dead_zone=dead_zone,
+        label_smoothing=label_smoothing,
     )
 
 

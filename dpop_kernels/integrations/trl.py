@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpop_kernels.losses import check_hyperparameters, dpop_loss, dpop_penalties
+from dpop_kernels.loss_formulas import dpop_penalties
+from dpop_kernels.loss_options import check_hyperparameters
+from dpop_kernels.losses import dpop_loss
 
 try:
     import trl

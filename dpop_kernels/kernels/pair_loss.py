@@ -2,11 +2,16 @@
 
 With s, c, r the sums over the shared tokens and the two tails, policy minus reference:
 
-    Δw = s + c,   m = c - r,   z = β (m - λ max(0, -Δw)),   loss = -log σ(z)
-    ∂loss/∂s = -β σ(-z) λ [Δw < 0]    ∂loss/∂c = -β σ(-z) (1 + λ [Δw < 0])    ∂loss/∂r = β σ(-z)
+    Δw = s + c,   m = c - r,   p = λ max(0, -Δw - τ),   z = β (m - p),   loss = -log σ(z)
+    ∂loss/∂s = -β σ(-z) λ [Δw < -τ]    ∂loss/∂c = -β σ(-z) (1 + λ [Δw < -τ])    ∂loss/∂r = β σ(-z)
 
-(Pal et al. 2024, arXiv:2402.13228, equation 3.) The margin m takes the tails alone: the shared tokens cancel exactly.
-At Δw = 0 the penalty has slope 0, as relu has.
+(Pal et al. 2024, arXiv:2402.13228, equation 3, where the dead zone τ is 0.) The margin m takes the tails alone: the
+shared tokens cancel exactly. At Δw = -τ the penalty has slope 0, as relu has.
+
+With smoothed labels, ε > 0, a wrong label turns the margin round and leaves the penalty: with z' = β (-m - p)
+
+    loss = -(1-ε) log σ(z) - ε log σ(z')    ∂loss/∂m = -β ((1-ε) σ(-z) - ε σ(-z'))
+                                            ∂loss/∂p =  β ((1-ε) σ(-z) + ε σ(-z'))
 
 A segment is summed by one program, from its own first token on, in a fixed order: the same tokens give the same bits
 wherever they lie in the batch and whichever kernel sums them.
@@ -60,6 +65,9 @@ def pair_dpop_fwd_kernel(
     B,
     beta,
     dpop_lambda,
+    dead_zone,
+    label_smoothing,
+    HAS_SMOOTHING: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     b = tl.program_id(0)
@@ -74,17 +82,25 @@ def pair_dpop_fwd_kernel(
     chosen_logratio = shared_ratio + chosen_ratio
     margin = chosen_ratio - rejected_ratio
     # asked this way round so that NaN is penalised and reaches the loss
-    is_penalised = ~(chosen_logratio >= 0.0)
-    penalty = dpop_lambda * tl.where(is_penalised, -chosen_logratio, 0.0)
-    z = beta * (margin - penalty)
-
-    # -log σ(z) = max(0, -z) + log1p(exp(-|z|)): no overflow, and full relative accuracy for large z
-    tail = tl.exp(-tl.abs(z))
-    tl.store(losses_ptr + b, tl.maximum(-z, 0.0) + log1p(tail))
-    pull = beta * tl.where(z >= 0.0, tail, 1.0) / (1.0 + tail)  # β σ(-z)
+    excess = chosen_logratio + dead_zone
+    is_penalised = ~(excess >= 0.0)
+    penalty = dpop_lambda * tl.where(is_penalised, -excess, 0.0)
     hinge_slope = tl.where(is_penalised, dpop_lambda, 0.0)
-    tl.store(slopes_ptr + 3 * b, -pull * hinge_slope)
-    tl.store(slopes_ptr + 3 * b + 1, -pull * (1.0 + hinge_slope))
+
+    loss, pull = _nll_and_pull(margin - penalty, beta)
+    if HAS_SMOOTHING:
+        flipped_loss, flipped_pull = _nll_and_pull(-margin - penalty, beta)
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * flipped_loss
+        true_pull, flipped_pull = (1.0 - label_smoothing) * pull, label_smoothing * flipped_pull
+        pull = true_pull - flipped_pull
+        shared_slope = (true_pull + flipped_pull) * hinge_slope
+        chosen_slope = pull + shared_slope
+    else:
+        shared_slope = pull * hinge_slope
+        chosen_slope = pull * (1.0 + hinge_slope)
+    tl.store(losses_ptr + b, loss)
+    tl.store(slopes_ptr + 3 * b, -shared_slope)
+    tl.store(slopes_ptr + 3 * b + 1, -chosen_slope)
     tl.store(slopes_ptr + 3 * b + 2, pull)
 
     tl.store(metrics_ptr + b, shared + chosen)
@@ -93,6 +109,15 @@ def pair_dpop_fwd_kernel(
     tl.store(metrics_ptr + 3 * B + b, shared_ratio + rejected_ratio)
     tl.store(metrics_ptr + 4 * B + b, margin)
     tl.store(metrics_ptr + 5 * B + b, penalty)
+
+
+@triton.jit
+def _nll_and_pull(score, beta):
+    """-log σ(z) for z = beta * score, and β σ(-z)."""
+    z = beta * score
+    # max(0, -z) + log1p(exp(-|z|)): no overflow, and full relative accuracy for large z
+    tail = tl.exp(-tl.abs(z))
+    return tl.maximum(-z, 0.0) + log1p(tail), beta * tl.where(z >= 0.0, tail, 1.0) / (1.0 + tail)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Configurations: transformers' TrainingArguments plus what this trainer needs, under TRL's names where TRL has one."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,11 +8,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from dpop_kernels.losses import LOSSES, check_hyperparameters
+from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES
+from dpop_kernels.loss_options import LossOptions
+from dpop_kernels.loss_weights import check_options, resolve_losses
 from dpop_trainer.trl_fields import TRLFields, check_trl_fields
-
-# TRL's name -> ours, where the loss is the same. TRL's "ipo" divides by the lengths, so it is another than ours.
-TRL_LOSS_NAMES = {"sigmoid": "dpo", "hinge": "slic"}
 
 
 @dataclass
@@ -137,14 +137,44 @@ class DPOPConfig(TRLFields, HeadConfig):
             "choices": ["auto", "rows", "tree"],
         },
     )
-    loss_type: str = field(
-        default="dpop",
-        metadata={"help": "dpop, dpo (TRL's 'sigmoid'), ipo or slic (TRL's 'hinge')."},
+    loss_type: list[str] | str = field(
+        default_factory=lambda: ["dpop"],
+        metadata={
+            "help": f"One loss or several, to be summed by loss_weights: {', '.join(LOSSES)}. TRL's names are "
+            f"understood: {', '.join(f'{theirs} is {ours}' for theirs, ours in TRL_NAMES.items())}; but its "
+            "ipo, which divides by lengths, is ipo_norm."
+        },
+    )
+    loss_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "One weight >= 0 for each loss. None: 1 each. A loss of weight 0 is logged, not trained on."},
     )
     beta: float = field(default=0.3, metadata={"help": "β > 0: strength of the log-ratios, 1/nat. The paper: 0.3."})
     dpop_lambda: float = field(
         default=50.0, metadata={"help": "λ >= 0: weight of DPOP's penalty. The paper: 50, range 5 to 500. 0 is DPO."}
     )
+    dpop_lambda_warmup_steps: float = field(
+        default=0.0,
+        metadata={
+            "help": "Optimizer steps over which λ rises linearly from 0; below 1, a fraction of all steps. Evaluation "
+            "always takes the full λ."
+        },
+    )
+    dpop_dead_zone: float = field(
+        default=0.0,
+        metadata={
+            "help": "τ >= 0, in nats: how far a chosen answer may fall before DPOP's penalty begins. 0 is the paper's "
+            "loss; 0.01 keeps the rounding of a precomputed reference from deciding the first gradients."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "ε in [0, 0.5): the share of pairs believed to be labelled the wrong way round. Read by "
+            f"{', '.join(name for name, loss in LOSSES.items() if loss.uses_label_smoothing)}."
+        },
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the blend in loss_type discopop."})
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={"help": "Compute the reference's log-probs once before training instead of at every step."},
@@ -154,22 +184,48 @@ class DPOPConfig(TRLFields, HeadConfig):
     )
 
     def __post_init__(self) -> None:
-        check_hyperparameters(self.beta, self.dpop_lambda)
-        self.loss_type = _loss_name(self.loss_type)
+        losses = resolve_losses(self.loss_type, self.loss_weights)
+        self.loss_type = list(losses)
+        if self.loss_weights is not None:
+            self.loss_weights = list(losses.values())
+        if not 0 <= self.dpop_dead_zone < math.inf:
+            raise ValueError(
+                f"dpop_dead_zone: expected a finite value >= 0, in nats, got {self.dpop_dead_zone}. 0 is the paper's "
+                "loss."
+            )
+        check_options(self.loss_options(), list(losses))
+        warmup = self.dpop_lambda_warmup_steps
+        if not 0 <= warmup < math.inf or (warmup > 1 and warmup != int(warmup)):
+            raise ValueError(
+                f"dpop_lambda_warmup_steps: expected a whole number of steps, or a fraction below 1, got {warmup}."
+            )
         if self.layout not in ("auto", "rows", "tree"):
             raise ValueError(f"layout: expected 'auto', 'rows' or 'tree', got {self.layout!r}.")
         super().__post_init__()
 
+    def weights_by_loss(self) -> dict[str, float]:
+        """The weight of each loss, by our name for it."""
+        return resolve_losses(self.loss_type, self.loss_weights)
 
-def _loss_name(loss_type: Any) -> str:
-    name = loss_type[0] if isinstance(loss_type, list) and len(loss_type) == 1 else loss_type
-    name = TRL_LOSS_NAMES.get(name, name) if isinstance(name, str) else name
-    if name not in list(LOSSES):
-        raise ValueError(
-            f"loss_type: expected one of {sorted(LOSSES)}, got {loss_type!r}. "
-            "TRL's 'sigmoid' is 'dpo' here, its 'hinge' is 'slic'."
+    def loss_options(self, dpop_lambda: float | None = None) -> LossOptions:
+        """The hyper-parameters as the losses take them, with another λ where one is given."""
+        return LossOptions(
+            beta=self.beta,
+            dpop_lambda=self.dpop_lambda if dpop_lambda is None else dpop_lambda,
+            dead_zone=self.dpop_dead_zone,
+            label_smoothing=self.label_smoothing,
+            discopop_tau=self.discopop_tau,
         )
-    return name
+
+    def lambda_at(self, step: int, num_steps: int) -> float:
+        """λ in training while `step` optimizer steps of `num_steps` are done: a ramp from 0, then `dpop_lambda`.
+
+        It depends on the step alone, so a resumed run goes on where it was. Like a learning rate's warm-up, the first
+        step takes 0 (which is DPO) and the one after the warm-up takes all.
+        """
+        warmup = self.dpop_lambda_warmup_steps
+        warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else warmup
+        return self.dpop_lambda if step >= warmup_steps else self.dpop_lambda * step / warmup_steps
 
 
 def _whole_number(name: str, value: int | str | None) -> int | None:

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dpop_kernels import PairLosses, TokenStats
+from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.pair_loss import segment_sums
 
 
@@ -42,7 +43,7 @@ class MeanMetrics:
         }
 
 
-def pair_metrics(pairs: PairLosses, *, beta: float) -> dict[str, tuple[Tensor, int]]:
+def pair_metrics(pairs: PairLosses, *, beta: float, dead_zone: float = 0.0) -> dict[str, tuple[Tensor, int]]:
     """TRL's per-pair metrics (rewards are β · log-ratio, without the penalty) and DPOP's own, as sums over pairs."""
     num_pairs = pairs.losses.shape[0]
     deficits = (-pairs.chosen_logratios).clamp(min=0)
@@ -55,11 +56,19 @@ def pair_metrics(pairs: PairLosses, *, beta: float) -> dict[str, tuple[Tensor, i
         "logps/rejected": pairs.rejected_logps,
         "dpop/chosen_logratio": pairs.chosen_logratios,  # Δw, nats
         "dpop/rejected_logratio": pairs.rejected_logratios,  # Δl, nats
-        "dpop/penalty": beta * pairs.penalties,  # β λ max(0, -Δw): what the penalty takes from the sigmoid's argument
-        "dpop/active_fraction": (pairs.chosen_logratios < 0).float(),  # pairs with Δw < 0
+        "dpop/penalty": beta * pairs.penalties,  # β λ max(0, -Δw - τ): what it takes from the sigmoid's argument
+        "dpop/active_fraction": (pairs.chosen_logratios < -dead_zone).float(),  # pairs with Δw < -τ
         "dpop/chosen_deficit": deficits,  # max(0, -Δw), nats
     }
     return {key: (value.sum(), num_pairs) for key, value in values.items()}
+
+
+def loss_metrics(terms: Mapping[str, Tensor], options: LossOptions) -> dict[str, tuple[Tensor, int]]:
+    """Where the loss is a sum of several, each of them unweighted; and the λ in effect, where it matters."""
+    values = {f"loss/{name}": losses for name, losses in terms.items()} if len(terms) > 1 else {}
+    if "dpop" in terms:
+        values["dpop/lambda"] = torch.full_like(terms["dpop"], options.dpop_lambda, dtype=torch.float64)
+    return {key: (value.sum(), value.shape[0]) for key, value in values.items()}
 
 
 def token_metrics(stats: TokenStats, cu_seqlens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -12,13 +12,15 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from dpop_kernels import ScoringHead, pair_loss
+from dpop_kernels import ScoringHead
+from dpop_kernels.loss_options import LossOptions
+from dpop_kernels.pair_loss import pair_loss_terms
 from dpop_trainer.base import HeadTrainer, disable_dropout, tokenise_for_training
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import PairCollator
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs
 from dpop_trainer.loading import Policy, prepare_policy
-from dpop_trainer.metrics import layout_metrics, pair_metrics, token_metrics
+from dpop_trainer.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
 from dpop_trainer.reference import adapter_off, frozen_copy, precompute_reference, reference_segment_logps
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ NUM_PROBED_PAIRS = 2
 
 
 class DPOPTrainer(HeadTrainer):
-    """Fine-tune a causal LM on (prompt, chosen, rejected) with DPOP, DPO, IPO or SLiC.
+    """Fine-tune a causal LM on (prompt, chosen, rejected) with DPOP, any of its kin, or a weighted sum of them.
 
     The constructor is TRL's `DPOTrainer`'s.
 
@@ -194,19 +196,20 @@ class DPOPTrainer(HeadTrainer):
         logps, stats = self.head.token_logps(
             model, batch["score_positions"], batch["target_ids"], return_stats=True, **model_inputs
         )
-        pairs = pair_loss(
+        options = self._loss_options(mode)
+        pairs, terms = pair_loss_terms(
             logps,
             batch["cu_seqlens"],
             self._reference_logps(batch, model_inputs),
-            loss_type=self.args.loss_type,
-            beta=self.args.beta,
-            dpop_lambda=self.args.dpop_lambda,
+            loss_weights=self.args.weights_by_loss(),
+            options=options,
             backend=self.args.kernel_backend,
         )
         if mode == "train" and self.state.global_step == 0 and self._step_0_logratio is None:
             self._step_0_logratio = torch.stack([pairs.chosen_logratios, pairs.rejected_logratios]).abs().max()
         metrics = {
-            **pair_metrics(pairs, beta=self.args.beta),
+            **pair_metrics(pairs, beta=options.beta, dead_zone=options.dead_zone),
+            **loss_metrics(terms, options),
             **token_metrics(stats, batch["cu_seqlens"]),
             **layout_metrics(batch),
         }
@@ -226,6 +229,12 @@ class DPOPTrainer(HeadTrainer):
                     largest,
                 )
         super().log(logs, start_time)
+
+    def _loss_options(self, mode: str) -> LossOptions:
+        """Evaluation takes the full λ from the first step on: one objective, by which checkpoints compare."""
+        if mode == "eval":
+            return self.args.loss_options()
+        return self.args.loss_options(self.args.lambda_at(self.state.global_step, self.state.max_steps))
 
     def _reference_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
         if self._reference_from_columns and "ref_segment_logps" in batch:

@@ -17,13 +17,10 @@ ALTERNATIVES = {
         "lora_target_modules leaves it out."
     ),
     "padding_free": "TRL 1.16 ignores it too. Use layout='auto': what the two answers have in common is computed once.",
-    "loss_weights": "Choose one loss by loss_type.",
     "ld_alpha": "Length-desensitised log-probs are not offered. loss_type='ipo' bounds the margin, and so verbosity.",
     "f_divergence_type": "Only the reverse KL is offered, which is what DPO and DPOP are derived from.",
     "f_alpha_divergence_coef": "It belongs to f_divergence_type='alpha_divergence'; only the reverse KL is offered.",
-    "label_smoothing": "Clean the labels instead, or use loss_type='ipo', whose loss is bounded in the margin.",
     "use_weighting": "Weights by the policy's own log-probs (WPO) are not offered. Filter or repeat pairs in the data.",
-    "discopop_tau": "It belongs to loss_type='discopop'. Use 'dpop', 'dpo', 'ipo' or 'slic'.",
     "activation_offloading": "Use gradient_checkpointing=True, which is the default, and a smaller batch.",
     "sync_ref_model": (
         "The reference stays what the policy was at the start: DPOP's penalty is measured against it. Train in rounds, "
@@ -38,7 +35,7 @@ ALTERNATIVES = {
 }
 
 # what asks for nothing, besides the default
-_ALSO_ACCEPTED: dict[str, tuple[Any, ...]] = {"router_aux_loss_coef": (0.0,), "loss_weights": ([1.0],)}
+_ALSO_ACCEPTED: dict[str, tuple[Any, ...]] = {"router_aux_loss_coef": (0.0,)}
 
 # names that older scripts use -> what to write today
 FORMER_NAMES = {
@@ -53,7 +50,7 @@ FORMER_NAMES = {
     "model": "model_name_or_path",
     "lambda": "dpop_lambda",
     "lambda_dpop": "dpop_lambda",
-    "rpo_alpha": "loss_type",
+    "rpo_alpha": "loss_type [dpop, sft] with loss_weights",
 }
 
 
@@ -63,13 +60,10 @@ class TRLFields:
 
     router_aux_loss_coef: float | None = field(default=None, metadata={"help": SUPPRESS})
     padding_free: bool = field(default=False, metadata={"help": SUPPRESS})
-    loss_weights: list[float] | None = field(default=None, metadata={"help": SUPPRESS})
     ld_alpha: float | None = field(default=None, metadata={"help": SUPPRESS})
     f_divergence_type: str = field(default="reverse_kl", metadata={"help": SUPPRESS})
     f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": SUPPRESS})
-    label_smoothing: float = field(default=0.0, metadata={"help": SUPPRESS})
     use_weighting: bool = field(default=False, metadata={"help": SUPPRESS})
-    discopop_tau: float = field(default=0.05, metadata={"help": SUPPRESS})
     activation_offloading: bool = field(default=False, metadata={"help": SUPPRESS})
     sync_ref_model: bool = field(default=False, metadata={"help": SUPPRESS})
     ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": SUPPRESS})
