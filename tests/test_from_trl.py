@@ -180,7 +180,7 @@ def truncated(DPOConfig, DPOTrainer, model_path, output_dir):
 
 
 def several_losses(DPOConfig, DPOTrainer, model_path, output_dir):
-    args = settings(output_dir, loss_type=["sigmoid", "hinge", "exo_pair"], label_smoothing=0.1)
+    args = settings(output_dir, loss_type=["sigmoid", "hinge", "apo_zero"])
     return DPOTrainer(
         model=model_path,
         args=DPOConfig(**args, loss_weights=[0.7, 0.2, 0.1]),
