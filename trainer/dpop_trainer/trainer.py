@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpop_kernels import ScoringHead, pair_loss
-from dpop_trainer.base import HeadTrainer, disable_dropout, tokenise_for_training
+from dpop_trainer.base import HeadTrainer, check_streams, disable_dropout, tokenise_for_training
 from dpop_trainer.config import DPOPConfig
-from dpop_trainer.data import PairCollator
+from dpop_trainer.data import PairCollator, SkippedRecords
+from dpop_trainer.data.stream import first_records, is_stream
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs
 from dpop_trainer.loading import prepare_policy
 from dpop_trainer.metrics import layout_metrics, pair_metrics, token_metrics
@@ -41,8 +42,10 @@ class DPOPTrainer(HeadTrainer):
         args: `DPOPConfig`.
         data_collator: defaults to `PairCollator` with the layout of `args`; must return the same keys.
         train_dataset: columns prompt, chosen, rejected, as text or as messages; or token ids in prompt_ids, chosen_ids,
-            rejected_ids. With columns ref_chosen_logps and ref_rejected_logps no reference model is run.
-        eval_dataset: the same, or a dict of such data sets by name.
+            rejected_ids; or another form of docs/data.md. With columns ref_chosen_logps and ref_rejected_logps no
+            reference model is run. An IterableDataset is read, tokenised and counted as training goes on, again and
+            again until args.max_steps.
+        eval_dataset: the same, or a dict of such data sets by name: metrics are then eval_<name>_...
         processing_class: the tokenizer. By default loaded from the model's name or path.
         compute_metrics: refused: no logits exist that it could be given.
         callbacks: transformers callbacks.
@@ -89,15 +92,26 @@ class DPOPTrainer(HeadTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
             gradient_checkpointing=args.gradient_checkpointing,
+            chat_template_path=args.chat_template_path,
         )
         data_metrics: dict[str, float] = {}
+        skipped = SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0)
 
-        def tokenise(dataset: Any, name: str) -> Any:
+        def tokenise(dataset: Any, name: str, *, repeat: bool = False) -> Any:
             if isinstance(dataset, Mapping):
                 return {part_name: tokenise(part, part_name) for part_name, part in dataset.items()}
-            return tokenise_for_training(dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical)
+            return tokenise_for_training(
+                dataset,
+                name,
+                policy,
+                args,
+                data_metrics,
+                keep_identical=args.keep_identical,
+                skipped=skipped,
+                repeat=repeat,
+            )
 
-        train_dataset, eval_dataset = tokenise(train_dataset, "train"), tokenise(eval_dataset, "eval")
+        train_dataset, eval_dataset = tokenise(train_dataset, "train", repeat=True), tokenise(eval_dataset, "eval")
         has_columns = [_has_reference_columns(part) for part in _parts(train_dataset, eval_dataset)]
         self._reference_from_columns = all(has_columns) or args.precompute_ref_log_probs
         ref_is_another_model = ref_model is not None
@@ -142,7 +156,7 @@ class DPOPTrainer(HeadTrainer):
                 ScoredModel(self.model, self.head),
                 ScoredModel(ref_model, self.ref_head) if ref_is_another_model else None,
                 self.data_collator,  # type: ignore[arg-type]
-                probed.select(range(min(NUM_PROBED_PAIRS, len(probed)))).to_list(),
+                first_records(probed, NUM_PROBED_PAIRS),
                 max_length=args.max_length,
             )
             self.data_collator = replace(self.data_collator, layout=layout)  # type: ignore[type-var]
@@ -229,6 +243,13 @@ def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: An
         raise ValueError(f"args: expected a DPOPConfig, got {type(args).__name__}. Its fields have TRL's names.")
     if train_dataset is None and eval_dataset is None:
         raise ValueError("train_dataset: expected a data set (or at least an eval_dataset), got None.")
+    eval_parts = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
+    check_streams(args, train_dataset, *eval_parts)
+    if args.precompute_ref_log_probs and any(map(is_stream, (train_dataset, *eval_parts))):
+        raise ValueError(
+            "precompute_ref_log_probs: expected False with a streamed data set, got True. Load the data set whole, or "
+            "let the reference run beside the policy."
+        )
     if isinstance(train_dataset, Mapping):
         raise ValueError(
             f"train_dataset: expected one data set, got several: {sorted(map(str, train_dataset))}. Pass one split."

@@ -26,7 +26,7 @@ from dpop_trainer.data.records import BadRecord, raise_bad_records
 Item = PlacedRecord | BadRecord
 
 _CHUNK = 1000  # rows that are held as Python objects at once
-_SAMPLE_SIZE = 100
+SAMPLE_SIZE = 100  # records from which a form is recognised
 
 
 def read_pairs(
@@ -66,9 +66,11 @@ def read_pairs(
     check_plain_split(split)
     cached = cached_arrow(path, "rows", str(path), completions)
     if not cached.exists():
-        rows = convert_items(progress(path, read_json_records(path)), str(path), completions=completions)
+        items = progress(path, read_json_records(path))
+        first = list(itertools.islice(items, SAMPLE_SIZE))
+        form = recognise_items(first, str(path), completions=completions)
         with replacing(cached) as partial:
-            _write_rows(rows, partial)
+            _write_rows((item_row(item, form) for item in itertools.chain(first, items)), partial)
     return Dataset.from_file(str(cached))
 
 
@@ -80,20 +82,23 @@ def json_file(source: Any) -> Path | None:
     return path if is_json(path) and path.is_file() else None
 
 
-def convert_items(items: Iterator[Item], origin: str, *, completions: bool = False) -> Iterator[dict[str, Any]]:
-    """Rows of records that come one by one; their form is recognised from the first hundred.
+def recognise_items(first: list[Item], origin: str, *, completions: bool = False) -> Form:
+    """The form of a data set, from its first records.
 
     Raises:
-        ValueError: there is no record, none of the first is usable, or their fields are those of no form.
+        ValueError: there is no record, none of them is usable, or their fields are those of no form.
     """
-    first = list(itertools.islice(items, _SAMPLE_SIZE))
-    records = [item.record for item in first if isinstance(item, PlacedRecord)]
     if not first:
-        raise ValueError(f"source: expected at least one pair, got none in {origin}.")
+        raise ValueError(f"source: expected at least one pair, got none{f' in {origin}' if origin else ''}.")
+    records = [item.record for item in first if isinstance(item, PlacedRecord)]
     if not records:
-        raise_bad_records(origin, len(first), [item for item in first if isinstance(item, BadRecord)])
-    form = choose_form(sample_of_records(records), origin, completions=completions)
-    return (_row(item, form) for item in itertools.chain(first, items))
+        raise_bad_records(origin or "pairs", len(first), [item for item in first if isinstance(item, BadRecord)])
+    return choose_form(sample_of_records(records), origin, completions=completions)
+
+
+def item_row(item: Item, form: Form) -> dict[str, Any]:
+    """The row of a record, or of what is none."""
+    return bad_row(item) if isinstance(item, BadRecord) else convert_record(item.record, item.place, form)
 
 
 def stream_items(source: Any, split: str, *, name: str | None = None, revision: str | None = None) -> Iterator[Item]:
@@ -119,10 +124,6 @@ def stream_items(source: Any, split: str, *, name: str | None = None, revision: 
         raise ValueError(f"source: expected a path, a hub id or a data set, got {type(source).__name__}.")
     for index, record in enumerate(source.with_format(None)):
         yield PlacedRecord(f"{origin}record {index}", record)  # type: ignore[arg-type]
-
-
-def _row(item: Item, form: Form) -> dict[str, Any]:
-    return bad_row(item) if isinstance(item, BadRecord) else convert_record(item.record, item.place, form)
 
 
 def _write_rows(rows: Iterator[dict[str, Any]], path: Path) -> None:
