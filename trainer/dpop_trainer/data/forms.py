@@ -102,12 +102,14 @@ def question_pair(record: dict[str, Any]) -> MessagesPair:
     chosen, rejected = next(names for names in _ANSWERS if names[0] in record)
     field = next(name for name in _QUESTIONS if name in record)
     texts = {name: record.get(name) for name in (field, chosen, rejected)}
+    question_fields = [field]
     if field == "instruction" and record.get("input") is not None:
         texts["input"] = record["input"]
+        question_fields.append("input")
     for name, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{name}: expected text, got {described(text)}. Fill the field or remove the record.")
-    question = "\n".join(text for text in (texts[field], texts.get("input")) if text)
+    question = "\n".join(text for text in (texts[name] for name in question_fields) if text)
     prompt = [*_system_turn(record), *_history(record), {"role": "user", "content": question}]
     answers = ([{"role": "assistant", "content": texts[name]}] for name in (chosen, rejected))
     return _checked(prompt, *answers, record, (chosen, rejected))
