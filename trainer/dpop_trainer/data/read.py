@@ -101,8 +101,12 @@ def item_row(item: Item, form: Form) -> dict[str, Any]:
     return bad_row(item) if isinstance(item, BadRecord) else convert_record(item.record, item.place, form)
 
 
-def stream_items(source: Any, split: str, *, name: str | None = None, revision: str | None = None) -> Iterator[Item]:
+def stream_items(
+    source: Any, split: str, *, name: str | None = None, revision: str | None = None, epoch: int = 0
+) -> Iterator[Item]:
     """The records of a source one by one, with nothing read before it is needed.
+
+    An IterableDataset that shuffles does so for `epoch`.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub data set.
@@ -122,7 +126,10 @@ def stream_items(source: Any, split: str, *, name: str | None = None, revision: 
         source = source[split]
     if not isinstance(source, Dataset | IterableDataset):
         raise ValueError(f"source: expected a path, a hub id or a data set, got {type(source).__name__}.")
-    for index, record in enumerate(source.with_format(None)):
+    source = source.with_format(None)
+    if isinstance(source, IterableDataset):
+        source.set_epoch(epoch)
+    for index, record in enumerate(source):
         yield PlacedRecord(f"{origin}record {index}", record)  # type: ignore[arg-type]
 
 

@@ -71,9 +71,7 @@ class SourceStream(RowStream):
     _form: Form | None = field(default=None, init=False, repr=False)
 
     def rows(self, epoch: int) -> Iterator[Row]:
-        if hasattr(self.source, "set_epoch"):
-            self.source.set_epoch(epoch)  # another order in each pass, where the data set shuffles
-        items = stream_items(self.source, self.split, name=self.name, revision=self.revision)
+        items = stream_items(self.source, self.split, name=self.name, revision=self.revision, epoch=epoch)
         if self._form is None:
             origin = "" if isinstance(self.source, datasets.IterableDataset | Dataset) else str(self.source)
             first = list(itertools.islice(items, SAMPLE_SIZE))
