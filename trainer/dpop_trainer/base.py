@@ -60,6 +60,8 @@ class HeadTrainer(Trainer):
         self.head = ScoringHead(model, backend=args.kernel_backend)
         if not any(parameter.is_meta for parameter in model.parameters()):
             self.head.check(model)
+        # for a stream, accelerate would read on one process and cut its batches by rows, which packed tensors are not
+        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(model=model, args=args, **trainer_kwargs)
         # compute_loss divides by the items of the whole global batch; transformers must not divide again
         self.model_accepts_loss_kwargs = True
@@ -208,7 +210,14 @@ def check_streams(args: HeadConfig, train_dataset: Any, *eval_datasets: Any) -> 
             f"max_steps: expected the number of optimizer steps, since train_dataset is streamed and has no length, "
             f"got {args.max_steps}. Set max_steps, or load the data set whole."
         )
-    if any(map(is_stream, (train_dataset, *eval_datasets))) and args.dataloader_num_workers:
+    if not any(map(is_stream, (train_dataset, *eval_datasets))):
+        return
+    if args.accelerator_config.dispatch_batches:  # type: ignore[union-attr]
+        raise ValueError(
+            "accelerator_config.dispatch_batches: expected None or False, got True. Batches are packed and cannot be "
+            "split by rows; every process reads the stream and takes its share."
+        )
+    if args.dataloader_num_workers:
         raise ValueError(
             f"dataloader_num_workers: expected 0 with a streamed data set, whose records are tokenised and counted by "
             f"the training process, got {args.dataloader_num_workers}."
