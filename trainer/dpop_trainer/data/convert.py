@@ -129,11 +129,12 @@ def check_pairs(dataset: Dataset) -> Kind:
 
 def bad_records(rows: Dataset) -> list[BadRecord]:
     """The rows that hold no pair."""
-    problems = rows.with_format("arrow")["problem"][:]
+    problems = rows.select_columns("problem").with_format("arrow")[:]["problem"]
     if problems.null_count == len(rows):
         return []
     bad = [index for index, problem in enumerate(problems.to_pylist()) if problem is not None]
-    return [BadRecord(row["place"], row["problem"]) for row in rows.select(bad).select_columns(["place", "problem"])]
+    named = rows.select(bad).select_columns(["place", "problem"]).to_list()
+    return [BadRecord(row["place"], row["problem"]) for row in named]
 
 
 def is_converted(columns: Iterable[str]) -> bool:

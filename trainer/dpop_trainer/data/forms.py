@@ -111,8 +111,8 @@ def question_pair(record: dict[str, Any]) -> MessagesPair:
             raise ValueError(f"{name}: expected text, got {described(text)}. Fill the field or remove the record.")
     question = "\n".join(text for text in (texts[name] for name in question_fields) if text)
     prompt = [*_system_turn(record), *_history(record), {"role": "user", "content": question}]
-    answers = ([{"role": "assistant", "content": texts[name]}] for name in (chosen, rejected))
-    return _checked(prompt, *answers, record, (chosen, rejected))
+    better, worse = ([{"role": "assistant", "content": texts[name]}] for name in (chosen, rejected))
+    return _checked(prompt, better, worse, record, (chosen, rejected))
 
 
 def transcript_pair(record: dict[str, Any]) -> MessagesPair:

@@ -158,7 +158,7 @@ def _parse_source(value: Any, field: str) -> DatasetSource:
     if not isinstance(value, Mapping):
         raise ValueError(f"{field}: expected a mapping with a path, got {value!r}.")
     known = [item.name for item in fields(DatasetSource)]
-    options = {_SYNONYMS.get(key, key): item for key, item in value.items()}
+    options: dict[str, Any] = {_SYNONYMS.get(key, str(key)): item for key, item in value.items()}
     unknown = [key for key in options if key not in known]
     if unknown or "path" not in options:
         raise ValueError(f"{field}: expected path and any of {', '.join(known[1:])}, got {sorted(map(str, value))}.")

@@ -7,7 +7,7 @@ takes.
 import itertools
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -171,7 +171,8 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         check_truncation(max_length, truncation_mode)
         check_on_bad_record(on_bad_record)
         self._stream, self._tokenizer, self._name = stream, tokenizer, name
-        self._max_length, self._truncation_mode = max_length, truncation_mode
+        self._max_length = max_length
+        self._truncation_mode: TruncationMode = truncation_mode
         self._keep_identical, self._vocab_size = keep_identical, vocab_size
         self._on_bad_record, self._skipped, self._repeat = on_bad_record, skipped or SkippedRecords(None), repeat
         self.counts: TokeniseCounts = NO_COUNTS
@@ -253,7 +254,7 @@ def as_stream(dataset: Any, *, completions: bool = False) -> RowStream:
     return dataset if isinstance(dataset, RowStream) else SourceStream(dataset, completions=completions)
 
 
-def first_records(dataset: Iterable[dict[str, Any]], num_records: int) -> list[dict[str, Any]]:
+def first_records(dataset: Any, num_records: int) -> list[dict[str, Any]]:
     """The first records of a tokenised data set or stream."""
     if isinstance(dataset, TokenisedStream):
         return dataset.first_records(num_records)

@@ -84,7 +84,8 @@ def tokenise_pairs(
     if on_bad_record == "error":
         raise_bad_records("pairs", len(rows), bad_records(rows), SKIP_REMEDY)
     check_tokenizer(processing_class, {kind for kind in rows.unique("kind") if kind is not None})
-    refs = list(REF_COLUMNS) if rows.with_format("arrow")[REF_COLUMNS[0]][:].null_count < len(rows) else []
+    has_refs = any(logp is not None for logp in rows.unique(REF_COLUMNS[0]))
+    refs: list[str] = list(REF_COLUMNS) if has_refs else []
     source = rows.select_columns(["kind", "pair", "problem", "score_gap", *refs])
     mapped = source.map(
         _tokenise_batch,
