@@ -34,6 +34,7 @@ ARCHITECTURES = {
 
 # data sets whose answers are whole conversations beside the prompt as text; all others are text
 CONVERSATIONS = ("allenai/ultrafeedback_binarized_cleaned",)
+QUESTIONS = ("Intel/orca_dpo_pairs",)  # system, question, chosen, rejected
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ ' w50 ' if m.role == 'user' else ' w51 ' }}{{ m.content }} w52{% endfor %}"
@@ -97,7 +98,11 @@ def local_data(name, folder):
             }
             for pair in records
         ]
-    path = folder / "pairs.jsonl"
+    if name in QUESTIONS:
+        records = [{"system": "w9", "question": pair["prompt"], **pair} for pair in records]
+        for record in records:
+            del record["prompt"]
+    path = folder / f"{name.replace('/', '--')}.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
@@ -106,7 +111,11 @@ def run(command, recipe, models, folder):
     values = yaml.safe_load(recipe.read_text())
     argv = [command, "--config", str(recipe), *HERE]
     argv += ["--model_name_or_path", models(values["model_name_or_path"]), "--output_dir", str(folder / "run")]
-    argv += ["--dataset_name", local_data(values["dataset_name"], folder)]
+    if "dataset_mixture" in values:
+        paths = [local_data(part["path"], folder) for part in values["dataset_mixture"]]
+        argv += ["--dataset_mixture", *paths, "--eval_datasets", paths[0]]
+    else:
+        argv += ["--dataset_name", local_data(values["dataset_name"], folder)]
     assert main(argv) == 0
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
@@ -139,4 +148,5 @@ def test_the_page_lists_every_recipe():
         values = yaml.safe_load(recipe.read_text())
         row = next((line for line in DOCS.splitlines() if f"[{recipe.name}]" in line), "")
         assert values["model_name_or_path"] in row, recipe.name
-        assert values["dataset_name"] in row, recipe.name
+        for source in values.get("dataset_mixture", [{"path": values.get("dataset_name")}]):
+            assert source["path"].removeprefix("abacusai/") in row, recipe.name

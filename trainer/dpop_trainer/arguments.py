@@ -77,13 +77,34 @@ class DataArguments:
     """The preference pairs. Names as in TRL."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, or local file: .jsonl, .json, .parquet, .arrow."}
+        default=None,
+        metadata={"help": "Hub id, or local file (.jsonl, .json, both also .gz; .parquet, .arrow) or folder."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, if any."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Another data set to evaluate on."})
     max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
+    dataset_mixture: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Several data sets to train on, instead of dataset_name: in YAML a list of mappings with path and, "
+            "where wanted, name, split, revision, label and one of fraction, weight, num_pairs; as a flag, paths or "
+            "such mappings as JSON."
+        },
+    )
+    eval_datasets: list[str] | None = field(
+        default=None,
+        metadata={"help": "Data sets to evaluate on by name (label), given like dataset_mixture: eval_<name>_loss ..."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read, convert and tokenise the training data as it is needed; set max_steps."},
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000,
+        metadata={"help": "Records among which a streamed data set is shuffled; 0 keeps its order."},
+    )
 
 
 def parse_arguments(

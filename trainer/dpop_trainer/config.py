@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES
 from dpop_kernels.loss_options import LossOptions
@@ -69,6 +69,21 @@ class HeadConfig(TrainingArguments):
         default="keep_start",
         metadata={"help": "What survives the cut: keep_start (of the completion) or keep_end (of the prompt)."},
     )
+    on_bad_record: str = field(
+        default="error",
+        metadata={
+            "help": "error refuses data with a record that cannot be used, and names it; skip leaves such records out, "
+            "counts them and lists them in skipped_records.jsonl.",
+            "choices": ["error", "skip"],
+        },
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template for a tokenizer that has none, or another: a .jinja file, a model's folder or hub "
+            "id to take it from, or the template itself."
+        },
+    )
     pad_to_multiple_of: int | str | None = field(
         default="auto", metadata={"help": "Pad batches to a multiple of this many tokens. auto: not at all, as in TRL."}
     )
@@ -87,6 +102,8 @@ class HeadConfig(TrainingArguments):
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length: expected None or at least 2 tokens, got {self.max_length}.")
         self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", self.pad_to_multiple_of)
+        if self.on_bad_record not in ("error", "skip"):
+            raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {self.on_bad_record!r}.")
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -29,6 +29,7 @@ def prepare_policy(
     peft_config: PeftConfig | None = None,
     gradient_checkpointing: bool = False,
     pad_token: str | None = None,
+    chat_template_path: str | None = None,
 ) -> Policy:
     """Load what is given by name and put the adapter on.
 
@@ -42,6 +43,7 @@ def prepare_policy(
         peft_config: the adapter to put on.
         gradient_checkpointing: whether the run checkpoints, which an adapter's inputs must be prepared for.
         pad_token: see `prepare_tokenizer`.
+        chat_template_path: see `load_chat_template`.
 
     Raises:
         ValueError: something cannot be loaded, or an adapter is asked for on a model that has one.
@@ -56,6 +58,8 @@ def prepare_policy(
         name = model if isinstance(model, str) else model.config._name_or_path
         tokenizer = load_tokenizer(name, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code)
     prepare_tokenizer(tokenizer, pad_token)
+    if chat_template_path is not None:
+        tokenizer.chat_template = load_chat_template(chat_template_path)
     loaded: Any = load_model(model, kwargs, quantization_config) if isinstance(model, str) else model
     if peft_config is not None:
         if not isinstance(peft_config, PeftConfig):
@@ -114,6 +118,34 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"processing_class: expected a tokenizer at {name_or_path!r}, found none. {error}") from error
+
+
+def load_chat_template(path_or_text: str) -> str:
+    """A chat template from a .jinja file, from another model's tokenizer, or as it stands.
+
+    Raises:
+        ValueError: there is no such file or tokenizer, or the tokenizer has no template.
+    """
+    if "{{" in path_or_text or "{%" in path_or_text:
+        return path_or_text
+    path = Path(path_or_text).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path.suffix in (".jinja", ".j2"):
+        raise ValueError(f"chat_template_path: expected an existing file, got {path_or_text!r}. Check the path.")
+    try:
+        template = load_tokenizer(path_or_text).chat_template
+    except ValueError as error:
+        raise ValueError(
+            f"chat_template_path: expected a .jinja file, a model to take it from, or a template, "
+            f"got {path_or_text!r}. {error}"
+        ) from error
+    if not isinstance(template, str):
+        raise ValueError(
+            f"chat_template_path: expected a model whose tokenizer has one chat template, got {path_or_text!r}. "
+            "Take it from a chat model, or write a .jinja file."
+        )
+    return template
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, pad_token: str | None = None) -> None:

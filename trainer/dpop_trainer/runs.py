@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from dpop_trainer.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.base import HeadTrainer
 from dpop_trainer.config import DPOPConfig, HeadConfig, SFTConfig
-from dpop_trainer.data import load_pairs, tokenise_pairs
+from dpop_trainer.data import SourceStream, read_pairs, tokenise_pairs
+from dpop_trainer.data.mixture import DatasetSource, mix_pairs, mix_streams, parse_sources
+from dpop_trainer.data.stream import RowStream, ShuffledStream
 from dpop_trainer.evaluate import PairEvaluation, evaluate_pairs, pair_token_logps
 from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
 from dpop_trainer.model_setup import init_kwargs, lora_config, model_name, quantization_config, tokenizer_of
@@ -26,7 +27,7 @@ def run_train(model_arguments: ModelArguments, data_arguments: DataArguments, co
     Raises:
         ValueError: an argument or the data cannot be used.
     """
-    train_dataset, eval_dataset = _load_data(data_arguments)
+    train_dataset, eval_dataset = _load_data(data_arguments, config)
     written_config = run_config(model_arguments, data_arguments, config)
     config.model_init_kwargs = init_kwargs(model_arguments, config)
     ref_name = model_arguments.ref_model_name_or_path
@@ -51,7 +52,7 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
     Raises:
         ValueError: an argument or the data cannot be used.
     """
-    train_dataset, eval_dataset = _load_data(data_arguments)
+    train_dataset, eval_dataset = _load_data(data_arguments, config, completions=True)
     written_config = run_config(model_arguments, data_arguments, config)
     config.model_init_kwargs = init_kwargs(model_arguments, config)
     trainer = SFTTrainer(
@@ -87,7 +88,7 @@ def run_inspect(
 
     tokenizer = load_tokenizer(model)
     prepare_tokenizer(tokenizer)
-    dataset = load_pairs(pairs)
+    dataset = read_pairs(pairs)
     dataset = dataset.select(range(min(limit, len(dataset))))
     dataset, counts = tokenise_pairs(dataset, tokenizer, max_length=max_length)
     print(counts.summary())
@@ -151,19 +152,74 @@ def _train_and_save(trainer: HeadTrainer, config: HeadConfig) -> None:
         print(f"Saved to {config.output_dir}: the model, config.yaml, metrics.jsonl, metrics.png")
 
 
-def _load_data(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
-    if not arguments.dataset_name:
+def _load_data(arguments: DataArguments, config: HeadConfig, *, completions: bool = False) -> tuple[Any, Any]:
+    """The training data and the evaluation data (one data set, several by name, or none), read but not tokenised."""
+    source, mixture = arguments.dataset_name, arguments.dataset_mixture
+    if not source and not mixture:
         raise ValueError("dataset_name: expected a hub id or a local file, got none. Set it in the YAML or as a flag.")
+    if source and mixture:
+        raise ValueError("dataset_mixture: expected none beside dataset_name, got both. Put all into the mixture.")
+    limit = arguments.max_train_pairs
+    if limit is not None and limit < 1:
+        raise ValueError(f"max_train_pairs: expected at least 1, got {limit}. Leave it out to train on all.")
+    options: dict[str, Any] = {"name": arguments.dataset_config, "completions": completions}
+    if arguments.streaming:
+        return _stream(arguments, config, limit, options), _load_eval(arguments, config, options)
+    if mixture:
+        train_dataset = mix_pairs(
+            parse_sources(mixture, "dataset_mixture"),
+            seed=config.seed,
+            completions=completions,
+            num_proc=config.dataset_num_proc,
+        )
+    else:
+        assert source is not None
+        train_dataset = read_pairs(source, arguments.dataset_train_split, num_proc=config.dataset_num_proc, **options)
+    if limit is not None:
+        train_dataset = train_dataset.select(range(min(limit, len(train_dataset))))
+    return train_dataset, _load_eval(arguments, config, options)
 
-    def load(source: str, split: str) -> Dataset:
-        return load_pairs(source, split=split, name=arguments.dataset_config)
 
-    train_dataset = load(arguments.dataset_name, arguments.dataset_train_split)
-    if arguments.max_train_pairs is not None:
-        train_dataset = train_dataset.select(range(min(arguments.max_train_pairs, len(train_dataset))))
-    eval_dataset = None
+def _stream(arguments: DataArguments, config: HeadConfig, limit: int | None, options: dict[str, Any]) -> RowStream:
+    if arguments.dataset_mixture:
+        if limit is not None:
+            raise ValueError(
+                f"max_train_pairs: expected None with a streamed mixture, which has no end, got {limit}. "
+                "Set max_steps, or num_pairs for each data set."
+            )
+        sources = parse_sources(arguments.dataset_mixture, "dataset_mixture")
+        stream = mix_streams(sources, seed=config.seed, completions=options["completions"])
+    else:
+        stream = SourceStream(arguments.dataset_name, arguments.dataset_train_split, limit=limit, **options)
+    if arguments.shuffle_buffer_size < 2:
+        return stream
+    return ShuffledStream(stream, arguments.shuffle_buffer_size, config.seed)
+
+
+def _load_eval(arguments: DataArguments, config: HeadConfig, options: dict[str, Any]) -> Any:
+    options = {**options, "num_proc": config.dataset_num_proc}
+    if arguments.eval_datasets:
+        if arguments.eval_dataset_name or arguments.dataset_test_split:
+            raise ValueError(
+                "eval_datasets: expected neither eval_dataset_name nor dataset_test_split beside it, got one. "
+                "Give that data set in the list too."
+            )
+        sources = parse_sources(arguments.eval_datasets, "eval_datasets")
+        names = [source.shown for source in sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"eval_datasets: expected names of their own, got {names}. Give each a label.")
+        return {source.shown: _read_eval(source, config, options["completions"]) for source in sources}
     if arguments.eval_dataset_name:
-        eval_dataset = load(arguments.eval_dataset_name, arguments.dataset_test_split or "train")
-    elif arguments.dataset_test_split:
-        eval_dataset = load(arguments.dataset_name, arguments.dataset_test_split)
-    return train_dataset, eval_dataset
+        return read_pairs(arguments.eval_dataset_name, arguments.dataset_test_split or "train", **options)
+    if not arguments.dataset_test_split:
+        return None
+    if not arguments.dataset_name:
+        raise ValueError(
+            "dataset_test_split: expected a dataset_name beside it, got a mixture. Use eval_datasets with a split each."
+        )
+    return read_pairs(arguments.dataset_name, arguments.dataset_test_split, **options)
+
+
+def _read_eval(source: DatasetSource, config: HeadConfig, completions: bool) -> Any:
+    """One evaluation set: a mixture of one, so that num_pairs and fraction mean what they do there."""
+    return mix_pairs([source], seed=config.seed, completions=completions, num_proc=config.dataset_num_proc)

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from dpop_kernels import ScoringHead
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.pair_loss import pair_loss_terms
-from dpop_trainer.base import HeadTrainer, disable_dropout, tokenise_for_training
+from dpop_trainer.base import HeadTrainer, check_streams, disable_dropout, tokenise_for_training
 from dpop_trainer.config import DPOPConfig
-from dpop_trainer.data import PairCollator
+from dpop_trainer.data import PairCollator, SkippedRecords
+from dpop_trainer.data.stream import first_records, is_stream
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs
 from dpop_trainer.loading import Policy, prepare_policy
 from dpop_trainer.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
@@ -44,8 +45,10 @@ class DPOPTrainer(HeadTrainer):
         args: `DPOPConfig`.
         data_collator: defaults to `PairCollator` with the layout of `args`; must return the same keys.
         train_dataset: columns prompt, chosen, rejected, as text or as messages; or token ids in prompt_ids, chosen_ids,
-            rejected_ids. With columns ref_chosen_logps and ref_rejected_logps no reference model is run.
-        eval_dataset: the same, or a dict of such data sets by name.
+            rejected_ids; or another form of docs/data.md. With columns ref_chosen_logps and ref_rejected_logps no
+            reference model is run. An IterableDataset is read, tokenised and counted as training goes on, again and
+            again until args.max_steps.
+        eval_dataset: the same, or a dict of such data sets by name: metrics are then eval_<name>_...
         processing_class: the tokenizer. By default loaded from the model's name or path.
         compute_metrics: refused: no logits exist that it could be given.
         callbacks: transformers callbacks.
@@ -94,15 +97,18 @@ class DPOPTrainer(HeadTrainer):
             peft_config=peft_config,
             gradient_checkpointing=args.gradient_checkpointing,
             pad_token=args.pad_token,
+            chat_template_path=args.chat_template_path,
         )
         warn_of_router_loss(policy.model)
         self._policy = policy
         data_metrics: dict[str, float] = {}
+        skipped = SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0)
+        self._skipped = skipped
 
-        def tokenise(dataset: Any, name: str) -> Any:
-            return _tokenised(dataset, name, policy, args, data_metrics)
+        def tokenise(dataset: Any, name: str, *, repeat: bool = False) -> Any:
+            return _tokenised(dataset, name, policy, args, data_metrics, skipped, repeat=repeat)
 
-        train_dataset, eval_dataset = tokenise(train_dataset, "train"), tokenise(eval_dataset, "eval")
+        train_dataset, eval_dataset = tokenise(train_dataset, "train", repeat=True), tokenise(eval_dataset, "eval")
         has_columns = [_has_reference_columns(part) for part in _parts(train_dataset, eval_dataset)]
         self._reference_from_columns = all(has_columns) or args.precompute_ref_log_probs
         ref_is_another_model = ref_model is not None
@@ -147,7 +153,7 @@ class DPOPTrainer(HeadTrainer):
                 ScoredModel(self.model, self.head),
                 ScoredModel(ref_model, self.ref_head) if ref_is_another_model else None,
                 self.data_collator,  # type: ignore[arg-type]
-                probed.select(range(min(NUM_PROBED_PAIRS, len(probed)))).to_list(),
+                first_records(probed, NUM_PROBED_PAIRS),
                 max_length=args.max_length,
             )
             self.data_collator = replace(self.data_collator, layout=layout)  # type: ignore[type-var]
@@ -176,7 +182,7 @@ class DPOPTrainer(HeadTrainer):
             return metrics
         if isinstance(eval_dataset, Dataset):
             _check_form("eval_dataset", eval_dataset)
-            eval_dataset = _tokenised(eval_dataset, metric_key_prefix, self._policy, self.args, {})
+            eval_dataset = _tokenised(eval_dataset, metric_key_prefix, self._policy, self.args, {}, self._skipped)
             if not (_has_reference_columns(eval_dataset) or self._reference_is_adapter_off or self.ref_model):
                 raise ValueError(
                     "eval_dataset: expected the columns ref_chosen_logps and ref_rejected_logps, since this run took "
@@ -285,10 +291,28 @@ def _trained_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _tokenised(dataset: Any, name: str, policy: Policy, args: DPOPConfig, data_metrics: dict[str, float]) -> Any:
+def _tokenised(
+    dataset: Any,
+    name: str,
+    policy: Policy,
+    args: DPOPConfig,
+    data_metrics: dict[str, float],
+    skipped: SkippedRecords,
+    *,
+    repeat: bool = False,
+) -> Any:
     if isinstance(dataset, Mapping):
-        return {key: _tokenised(part, key, policy, args, data_metrics) for key, part in dataset.items()}
-    return tokenise_for_training(dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical)
+        return {key: _tokenised(part, key, policy, args, data_metrics, skipped) for key, part in dataset.items()}
+    return tokenise_for_training(
+        dataset,
+        name,
+        policy,
+        args,
+        data_metrics,
+        keep_identical=args.keep_identical,
+        skipped=skipped,
+        repeat=repeat,
+    )
 
 
 def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any) -> None:
@@ -298,6 +322,13 @@ def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: An
         raise ValueError(f"args: expected a DPOPConfig, got {type(args).__name__}. Its fields have TRL's names.")
     if train_dataset is None and eval_dataset is None:
         raise ValueError("train_dataset: expected a data set (or at least an eval_dataset), got None.")
+    eval_parts = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
+    check_streams(args, train_dataset, *eval_parts)
+    if args.precompute_ref_log_probs and any(map(is_stream, (train_dataset, *eval_parts))):
+        raise ValueError(
+            "precompute_ref_log_probs: expected False with a streamed data set, got True. Load the data set whole, or "
+            "let the reference run beside the policy."
+        )
     if isinstance(train_dataset, Mapping):
         raise ValueError(
             f"train_dataset: expected one data set, got several: {sorted(map(str, train_dataset))}. Pass one split."
