@@ -36,6 +36,7 @@ KERNEL_RULES = {
     "head_transforms.py": [],
     "head_layers.py": ["linear_logps", "lora_logps", "outputs", "vocab_parallel"],
     "head.py": ["head_layers", "head_transforms", "outputs"],
+    "integrations": ["loss_formulas", "loss_options", "losses"],
 }
 
 
@@ -68,6 +69,13 @@ def test_triton_is_imported_by_kernels_and_fused_alone():
             continue
         uses = {module for module in imported_modules(path) if module.startswith(("triton", "dpop_kernels.kernels"))}
         assert not uses, f"{relative} imports {uses}"
+
+
+def test_trl_is_imported_by_its_integration_alone():
+    for package in ("dpop_kernels", "trainer/dpop_trainer"):
+        for path in (ROOT / package).rglob("*.py"):
+            uses = {module for module in imported_modules(path) if module.split(".")[0] == "trl"}
+            assert not uses or path == ROOT / "dpop_kernels/integrations/trl.py", (path, uses)
 
 
 def test_data_path_knows_no_model_and_no_kernel():

@@ -405,12 +405,13 @@ def test_counts_in_words_and_as_metrics():
     assert set(metrics) == {f"data/{name}" for name in TokeniseCounts._fields}
 
 
-@pytest.fixture(scope="module", params=["gpt2", "mistral"])
+@pytest.fixture(scope="module", params=["gpt2", "mistral", "stories260K"])
 def real_tokenizer(request, shared_data) -> PreTrainedTokenizerFast:
-    path = shared_data.parent / "tokenizers" / request.param / "tokenizer.json"
+    folder = "models" if request.param == "stories260K" else "tokenizers"
+    path = shared_data.parent / folder / request.param / "tokenizer.json"
     if not path.exists():
         pytest.skip(f"the tokenizer of {request.param} is not beside this checkout")
-    ends = {"gpt2": ("<|endoftext|>", "<|endoftext|>"), "mistral": ("<s>", "</s>")}[request.param]
+    ends = ("<|endoftext|>", "<|endoftext|>") if request.param == "gpt2" else ("<s>", "</s>")
     return PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token=ends[0], eos_token=ends[1])
 
 
@@ -447,3 +448,94 @@ def test_real_conversations(real_tokenizer, shared_data):
             whole = real_tokenizer.apply_chat_template(conversation, tokenize=False)
             ids = real_tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
             assert row["prompt_ids"] + row[f"{answer}_ids"] == ids[:512]
+
+
+# right to left, joined emoji, both line ends, NUL, a combining accent, white space at either end, the EOS's own text
+HARD_TEXTS = [
+    "سلام دنیا",
+    "👩‍👩‍👧 ok 🇯🇵",
+    "one\r\ntwo\n\n",
+    "a\x00b",
+    "e\u0301t\u00e9",
+    "  indented\t",
+    "שלום </s> <|endoftext|>",
+]
+
+
+@pytest.mark.parametrize("joint", ["", " ", "\n"])
+def test_hard_texts(real_tokenizer, joint):
+    """Prompt and answer are the tokens of the whole text and one EOS, whatever the text and wherever it is cut."""
+    pairs = [
+        (prompt, joint + chosen, joint + rejected)
+        for prompt, chosen, rejected in zip(HARD_TEXTS, HARD_TEXTS[1:], HARD_TEXTS[2:], strict=False)
+    ]
+    dataset = texts(*pairs)
+    tokenised, counts = tokenise_pairs(dataset, real_tokenizer, vocab_size=len(real_tokenizer))
+    assert counts.num_pairs == len(pairs)
+    eos = real_tokenizer.eos_token_id
+    for row, (prompt, *answers) in zip(tokenised.to_list(), pairs, strict=True):
+        for ids, answer in zip((row["chosen_ids"], row["rejected_ids"]), answers, strict=True):
+            whole = real_tokenizer(prompt + answer)["input_ids"]
+            while whole[-1] == eos:  # the text may end with it
+                whole.pop()
+            assert row["prompt_ids"] + ids == [*whole, eos]
+        alone = real_tokenizer(prompt)["input_ids"]
+        assert row["prompt_ids"] == alone[: len(row["prompt_ids"])]
+
+
+CHAT_TEMPLATES = {
+    # name: template, what ends the assistant's turn
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>\n",
+    ),
+    "llama-3": (
+        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start_header_id|>{{ m['role'] }}"
+        "<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|eot_id|>",
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
+        None,  # EOS
+    ),
+    "thinking": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
+        "<|im_end|>\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_templates_end_turns_in_their_own_way(real_tokenizer, name):
+    """BOS, EOS and the ends of turns are those that the template wrote, each once; nothing is added or lost."""
+    template, end = CHAT_TEMPLATES[name]
+    end = real_tokenizer.eos_token if end is None else end
+    question, answers = turn("user", "What is 2 + 2?"), ("It is 4.", "It is 5. سلام 👩‍👧")
+    right, wrong = (turn("assistant", answer) for answer in answers)
+    dataset = Dataset.from_list([{"prompt": [question], "chosen": [right], "rejected": [wrong]}])
+    before = real_tokenizer.chat_template
+    real_tokenizer.chat_template = template
+    try:
+        tokenised, counts = tokenise_pairs(dataset, real_tokenizer)
+    finally:
+        real_tokenizer.chat_template = before
+    (row,) = tokenised.to_list()
+    special = [real_tokenizer.bos_token_id, real_tokenizer.eos_token_id]
+    for ids, answer in zip((row["chosen_ids"], row["rejected_ids"]), answers, strict=True):
+        assert real_tokenizer.decode(ids).lstrip("\n ") == answer + end
+        # gpt2's BOS is its EOS; only a template that writes one has it
+        expected = {"llama-3": 1, "mistral": 2}.get(name, 0)
+        assert sum(i in special for i in row["prompt_ids"] + ids) == expected
+    # the empty thought of the generation prompt is in no conversation, so the prompt ends before it
+    prompt_end = {"llama-3": "<|end_header_id|>", "mistral": "[/INST]"}.get(name, "assistant")
+    assert real_tokenizer.decode(row["prompt_ids"]).rstrip("\n ").endswith(prompt_end)
+    whole_prompt = real_tokenizer.apply_chat_template(
+        [question], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    num_alone = len(real_tokenizer(whole_prompt, add_special_tokens=False)["input_ids"])
+    assert counts.merged_boundaries == (len(row["prompt_ids"]) < num_alone)
+    assert counts.merged_boundaries == 1 or name != "thinking"

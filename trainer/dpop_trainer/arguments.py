@@ -1,13 +1,15 @@
 """Command-line and YAML arguments beside the training configuration, and how the two sources are merged."""
 
-import difflib
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
+import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
+
+from dpop_trainer.run_parser import RunParser, check_yaml_value, sections
+from dpop_trainer.trl_fields import TRLFields, name_hint
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
@@ -19,24 +21,55 @@ class ModelArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or local folder of the model."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str | None = field(
-        default=None, metadata={"help": "Dtype to load in: float32, bfloat16, float16; unset: the checkpoint's own."}
+        default="float32",
+        metadata={"help": "Dtype to load the weights in: float32, bfloat16, float16; auto: the checkpoint's own."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the weights."})
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reference model, where it is not the model itself before training."}
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: load the base in 4 bits (bitsandbytes, CUDA)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base in 8 bits (bitsandbytes, CUDA)."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4.", "choices": ["nf4", "fp4"]})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the 4-bit scales as well."})
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata={"help": "Dtype that the 4-bit weights are stored in; FSDP wants the model's."}
+    )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the adapter's input; disable_dropout sets it to 0."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt; unset: every linear layer but the head."}
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters to adapt that are no modules, such as an expert's weights."}
     )
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved with the adapter, such as lm_head."}
     )
+    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "CAUSAL_LM; nothing else is trained here."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale the adapter by alpha / sqrt(r)."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: learn the adapted weights' norms apart."})
+    peft_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Any other field of peft's LoraConfig, as a mapping (a flag: JSON). Implies use_peft."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.peft_config, str):
+            try:
+                self.peft_config = json.loads(self.peft_config)
+            except ValueError as error:
+                raise ValueError(f"peft_config: expected JSON, got {self.peft_config!r} ({error}).") from error
+        if self.peft_config is not None and not isinstance(self.peft_config, dict):
+            raise ValueError(f"peft_config: expected a mapping of LoraConfig's fields, got {self.peft_config!r}.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_8bit: expected false together with load_in_4bit, got both. Choose one.")
+        if self.lora_task_type != "CAUSAL_LM":
+            raise ValueError(f"lora_task_type: expected 'CAUSAL_LM', got {self.lora_task_type!r}.")
 
 
 @dataclass
@@ -44,13 +77,34 @@ class DataArguments:
     """The preference pairs. Names as in TRL."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, or local file: .jsonl, .json, .parquet, .arrow."}
+        default=None,
+        metadata={"help": "Hub id, or local file (.jsonl, .json, both also .gz; .parquet, .arrow) or folder."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, if any."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Another data set to evaluate on."})
     max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
+    dataset_mixture: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Several data sets to train on, instead of dataset_name: in YAML a list of mappings with path and, "
+            "where wanted, name, split, revision, label and one of fraction, weight, num_pairs; as a flag, paths or "
+            "such mappings as JSON."
+        },
+    )
+    eval_datasets: list[str] | None = field(
+        default=None,
+        metadata={"help": "Data sets to evaluate on by name (label), given like dataset_mixture: eval_<name>_loss ..."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read, convert and tokenise the training data as it is needed; set max_steps."},
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000,
+        metadata={"help": "Records among which a streamed data set is shuffled; 0 keeps its order."},
+    )
 
 
 @dataclass
@@ -78,46 +132,55 @@ def parse_arguments(
     """Merge `--config FILE.yaml` with flags (flags win) into ModelArguments, DataArguments, the config and any more.
 
     Raises:
-        ValueError: the file does not exist or parse, or holds a key that no field has (the closest is named).
+        UsageError: a flag does not exist, or lacks a value that it can take.
+        ValueError: the file does not exist or parse, holds a key that no field has (the closest is named), or a value
+            that its field cannot take.
     """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, config_class, *more_classes),  # type: ignore[arg-type]
-        prog=program,
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="read any of the fields below from this file; flags win")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+    parser = RunParser((ModelArguments, DataArguments, config_class, *more_classes), program)
+    actions = parser.field_actions()
     path = _config_path(argv)
     if path is not None:
         values = read_yaml(path)
-        for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else f" `{program} --help` lists the fields."
-                raise ValueError(f"{path}: expected fields of the run, got {key!r}.{hint}")
+        for key, value in values.items():
+            if key not in actions:
+                hint = name_hint(str(key), actions, f"`{program} --help` lists the fields.")
+                raise ValueError(f"{path}: expected fields of the run, got {key!r}. {hint}")
+            values[key] = check_yaml_value(f"{path}: {key}", actions[key], value)
         parser.set_defaults(**values)
-    parser.set_defaults(config=SUPPRESS)
-    namespace = parser.parse_args(argv)
-    values = {key: value for key, value in vars(namespace).items() if key in known}
+    namespace = parser.parse(argv)
+    values = {key: value for key, value in vars(namespace).items() if key in actions}
     return parser.parse_dict(values, allow_extra_keys=False)
 
 
 def arguments_of(values: dict[str, Any], config_class: type[Config]) -> tuple[ModelArguments, DataArguments, Config]:
     """The dataclasses from what `run_config` made of them."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, config_class))  # type: ignore[arg-type]
+    parser = RunParser((ModelArguments, DataArguments, config_class), "dpop")
     return parser.parse_dict(values, allow_extra_keys=False)  # type: ignore[return-value]
 
 
 def run_config(*parts: Any) -> dict[str, Any]:
-    """The complete configuration of a run as plain values: `--config` on it gives the same run."""
+    """The complete configuration of a run as plain values: `--config` on it gives the same run. Holds no secrets."""
     merged: dict[str, Any] = {}
     for part in parts:
         if isinstance(part, TrainingArguments):
-            values = part.to_dict()
-            merged.update({item.name: values[item.name] for item in fields(part) if item.init and item.name in values})
+            values = {**part.to_dict(), "pad_token": getattr(part, "pad_token", None)}  # which is no secret
+            left_out = {item.name for item in fields(TRLFields)} | {"hub_token", "push_to_hub_token"}
+            names = [item.name for item in fields(part) if item.init and item.name not in left_out]
+            merged.update({name: values[name] for name in names if name in values})
         else:
             merged.update(asdict(part))
     return merged
+
+
+def format_config(*parts: Any) -> str:
+    """`run_config` as YAML with a heading over each section."""
+    values = run_config(*parts)
+    text = []
+    for part in parts:
+        for title, names in sections(type(part)).items():
+            shown = {name: values[name] for name in names if name in values}
+            text.append(f"# {title}\n{yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)}")
+    return "\n".join(text)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from dpop_kernels import ScoringHead
 from dpop_trainer.config import HeadConfig
-from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.data import SkippedRecords, TokenisedStream, tokenise_pairs
+from dpop_trainer.data.records import BadRecord
+from dpop_trainer.data.stream import as_stream, is_stream
 from dpop_trainer.loading import Policy
 from dpop_trainer.metrics import MeanMetrics
 from dpop_trainer.progress import RunProgress
@@ -58,6 +60,8 @@ class HeadTrainer(Trainer):
         self.head = ScoringHead(model, backend=args.kernel_backend)
         if not any(parameter.is_meta for parameter in model.parameters()):
             self.head.check(model)
+        # for a stream, accelerate would read on one process and cut its batches by rows, which packed tensors are not
+        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(model=model, args=args, **trainer_kwargs)
         # compute_loss divides by the items of the whole global batch; transformers must not divide again
         self.model_accepts_loss_kwargs = True
@@ -107,10 +111,17 @@ class HeadTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         metrics = self._mean_metrics[mode].pop(self.accelerator)
-        if mode == "train" and metrics:
-            metrics.update(self._total_token_counts())
-        prefix = "eval_" if mode == "eval" else ""
-        super().log({**logs, **{prefix + key: value for key, value in metrics.items()}}, start_time)
+        if metrics:
+            metrics.update(self._total_token_counts(start_anew=mode == "train"))
+        if mode == "train" and isinstance(self.train_dataset, TokenisedStream):
+            counts = self.train_dataset.counts.as_metrics()
+            metrics.update({f"train_{key}": float(count) for key, count in counts.items()})
+        # an evaluation set by name has its name in transformers' own keys: eval_<name>_loss
+        prefix = next((key.removesuffix("loss") for key in logs if key.endswith("_loss")), "eval_")
+        prefix = prefix if mode == "eval" else ""
+        # in place: what evaluate() returns, and the best checkpoint is chosen by, holds these as well
+        logs.update({prefix + key: value for key, value in metrics.items()})
+        super().log(logs, start_time)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         if not batch_samples:
@@ -128,18 +139,22 @@ class HeadTrainer(Trainer):
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         return dataset  # the collator reads the columns that it needs; none of them is an argument of the model
 
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator  # the same for a stream
+
     def _count_tokens(self, batch: Mapping[str, Any]) -> None:
         for key, count in self.token_counts(batch).items():
             self._token_counts[key] = self._token_counts.get(key, 0) + count.double()
 
-    def _total_token_counts(self) -> dict[str, float]:
-        """Tokens trained on, all processes, resumed runs included."""
-        counts, self._token_counts = self._token_counts, {}
-        for key, count in counts.items():
+    def _total_token_counts(self, *, start_anew: bool) -> dict[str, float]:
+        """Tokens trained on, all processes, resumed runs included; `start_anew` makes them the ones last logged."""
+        totals = dict(self._logged_token_counts)
+        for key, count in self._token_counts.items():
             logged = (line[key] for line in reversed(self.state.log_history) if key in line)
-            total = float(self.accelerator.reduce(count, reduction="sum"))  # type: ignore[arg-type]
-            self._logged_token_counts[key] = next(logged, 0.0) + total
-        return dict(self._logged_token_counts)
+            totals[key] = next(logged, 0.0) + float(self.accelerator.reduce(count, reduction="sum"))  # type: ignore[arg-type]
+        if start_anew:
+            self._logged_token_counts, self._token_counts = dict(totals), {}
+        return totals
 
     def stop_if_not_finite(self) -> None:
         """
@@ -191,18 +206,86 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def check_streams(args: HeadConfig, train_dataset: Any, *eval_datasets: Any) -> None:
+    """
+    Raises:
+        ValueError: data sets are streamed, and the configuration asks for what only whole ones allow.
+    """
+    if is_stream(train_dataset) and getattr(args, "max_tokens_per_batch", None) is not None:
+        raise ValueError(
+            "max_tokens_per_batch: expected None with a streamed train_dataset, whose lengths are not known, got "
+            f"{args.max_tokens_per_batch}. Set per_device_train_batch_size, or load it whole."  # type: ignore[attr-defined]
+        )
+    if is_stream(train_dataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps: expected the number of optimizer steps, since train_dataset is streamed and has no length, "
+            f"got {args.max_steps}. Set max_steps, or load the data set whole."
+        )
+    if not any(map(is_stream, (train_dataset, *eval_datasets))):
+        return
+    if args.accelerator_config.dispatch_batches:  # type: ignore[union-attr]
+        raise ValueError(
+            "accelerator_config.dispatch_batches: expected None or False, got True. Batches are packed and cannot be "
+            "split by rows; every process reads the stream and takes its share."
+        )
+    if args.dataloader_num_workers:
+        raise ValueError(
+            f"dataloader_num_workers: expected 0 with a streamed data set, whose records are tokenised and counted by "
+            f"the training process, got {args.dataloader_num_workers}."
+        )
+
+
 def tokenise_for_training(
-    dataset: Dataset | None,
+    dataset: Any,
     name: str,
     policy: Policy,
     args: HeadConfig,
     data_metrics: dict[str, float],
     *,
     keep_identical: bool,
-) -> Dataset | None:
-    """Tokenise a split as the configuration says, tell what became of its pairs, and add the counts to data_metrics."""
+    skipped: SkippedRecords | None = None,
+    completions: bool = False,
+    repeat: bool = False,
+) -> Any:
+    """Tokenise a split as the configuration says, tell what became of its pairs, and add the counts to data_metrics.
+
+    Args:
+        dataset: pairs in any form, rows of `read_pairs`, or a stream of either, which is tokenised as it is read.
+        name: of the split, in messages and counts: "train", "eval", or an evaluation set's name.
+        policy: whose tokenizer and vocabulary are used.
+        args: the configuration.
+        data_metrics: is given the counts; those of a stream are logged as it runs.
+        keep_identical: keep pairs whose two answers have the same tokens.
+        skipped: is given the records that are left out.
+        completions: take prompt and completion too.
+        repeat: a stream begins anew when it ends.
+
+    Returns:
+        A tokenised Dataset or `TokenisedStream`; None for None.
+
+    Raises:
+        ValueError: the data cannot be used: what, where, and the remedy.
+    """
     if dataset is None:
         return None
+    if is_stream(dataset):
+        return TokenisedStream(
+            as_stream(dataset, completions=completions),
+            policy.tokenizer,
+            name=name,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
+            keep_identical=keep_identical,
+            vocab_size=policy.vocab_size,
+            on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
+            skipped=skipped,
+            repeat=repeat,
+        )
+
+    def on_skipped(bad_records: list[BadRecord]) -> None:
+        if skipped is not None and args.process_index == 0:
+            skipped.add(name, bad_records)
+
     with args.main_process_first(desc="tokenising"):  # the others find its work in the cache
         dataset, counts = tokenise_pairs(
             dataset,
@@ -212,6 +295,9 @@ def tokenise_for_training(
             num_proc=args.dataset_num_proc,
             keep_identical=keep_identical,
             vocab_size=policy.vocab_size,
+            on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
+            on_skipped=on_skipped,
+            completions=completions,
         )
     logger.warning("%s data: %s", name, counts.summary())
     data_metrics.update({f"{name}_{key}": value for key, value in counts.as_metrics().items()})

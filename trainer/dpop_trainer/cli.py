@@ -1,8 +1,14 @@
 """The console command `dpop`: one function per subcommand; anything heavy is imported by the one that needs it."""
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from dpop_trainer.errors import UsageError
 
 USAGE = """usage: dpop COMMAND [options]
 
@@ -13,43 +19,54 @@ USAGE = """usage: dpop COMMAND [options]
   compare    several losses on the same model, data and seeds: dpop compare --config run.yaml --methods dpo dpop
   demo       DPO against DPOP on generated pairs, offline, in minutes: dpop demo
 
-`dpop COMMAND --help` lists the options of one.
+`dpop COMMAND --help` lists the options of one; `dpop --version` says which version this is.
+Exit codes: 0 done, 1 the run failed and says on what, 2 wrong usage, 130 interrupted (Ctrl-C).
+DPOP_DEBUG=1 in the environment shows where an error came from.
 """
+
+PRINT_CONFIG = ("--print-config", "--print_config")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand -> exit code: 0 done, 1 the run failed on its input, 2 wrong usage."""
+    """Run one subcommand -> exit code: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted.
+
+    An error is told in a line or two on stderr. With DPOP_DEBUG set in the environment its traceback comes first.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"dpop-kernels {version('dpop-kernels')}")
+        return 0
     command = COMMANDS.get(argv[0])
     if command is None:
         print(f"dpop: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
         return command(argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        print(f"dpop {argv[0]}: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        print(f"\ndpop {argv[0]}: interrupted.", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # argparse's, after --help or a usage error that it has printed
+        return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _told(argv[0], error)
 
 
 def train(argv: list[str]) -> int:
-    from dpop_trainer.arguments import parse_arguments
     from dpop_trainer.config import DPOPConfig
-    from dpop_trainer.runs import run_train
 
-    run_train(*parse_arguments(DPOPConfig, argv, "dpop train"))
-    return 0
+    return _run(argv, "train", DPOPConfig)
 
 
 def sft(argv: list[str]) -> int:
-    from dpop_trainer.arguments import parse_arguments
     from dpop_trainer.config import SFTConfig
-    from dpop_trainer.runs import run_sft
 
-    run_sft(*parse_arguments(SFTConfig, argv, "dpop sft"))
-    return 0
+    return _run(argv, "sft", SFTConfig)
 
 
 def pairs(argv: list[str]) -> int:
@@ -118,6 +135,47 @@ def demo(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     run_demo(options.output_dir, seed=options.seed)
     return 0
+
+
+def _run(argv: list[str], name: str, config_class: Any) -> int:
+    """Train as the arguments say, or only print them."""
+    from dpop_trainer.arguments import format_config, parse_arguments
+
+    parts = parse_arguments(config_class, argv, f"dpop {name}")
+    if any(flag in argv for flag in PRINT_CONFIG):
+        print(format_config(*parts))
+        return 0
+    from dpop_trainer.runs import run_sft, run_train
+
+    try:
+        (run_train if name == "train" else run_sft)(*parts)
+    except KeyboardInterrupt:
+        print(f"\ndpop {name}: interrupted. {_how_to_resume(parts[-1].output_dir)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _how_to_resume(output_dir: str) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if checkpoint is None:
+        return "No checkpoint was saved yet, so the same command starts anew; a smaller save_steps saves earlier."
+    return f"The same command goes on from {checkpoint}."
+
+
+def _told(command: str, error: Exception) -> int:
+    """Say what went wrong -> the exit code."""
+    if os.environ.get("DPOP_DEBUG"):
+        traceback.print_exception(error)
+    if isinstance(error, (ValueError, FileNotFoundError)):  # which say by themselves what was expected
+        print(f"dpop {command}: {error}", file=sys.stderr)
+    else:
+        print(
+            f"dpop {command}: {type(error).__name__}: {error}\nSet DPOP_DEBUG=1 in the environment to see where.",
+            file=sys.stderr,
+        )
+    return 2 if isinstance(error, UsageError) else 1
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

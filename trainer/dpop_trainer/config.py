@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.loss_weights import check_options, resolve_losses
+from dpop_trainer.trl_fields import TRLFields, check_trl_fields
 
 LAYOUTS = ("auto", "rows", "tree", "packed", "flat")
 
@@ -26,8 +28,6 @@ class HeadConfig(TrainingArguments):
         ValueError: a value outside its range, named with the remedy.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 (transformers' own)
-
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate for AdamW."})
     logging_steps: float = field(
         default=10, metadata={"help": "Log every X optimizer steps; below 1, a fraction of all steps."}
@@ -42,9 +42,21 @@ class HeadConfig(TrainingArguments):
         default=False, metadata={"help": "Replace a NaN loss by the running mean in the logs. Hides trouble."}
     )
 
+    # what the command line may give as JSON
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Keyword arguments for from_pretrained where the trainer is given a model by name."},
+        metadata={
+            "help": "Keyword arguments for from_pretrained where the trainer is given a model by name; on the command "
+            'line as JSON. Without "dtype" the weights are loaded in float32, as in TRL.'
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model and tokenizer code that comes with the weights."}
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Padding token, where not the tokenizer's own (or else its end of sequence)."}
     )
     disable_dropout: bool = field(
         default=True,
@@ -59,8 +71,23 @@ class HeadConfig(TrainingArguments):
         default="keep_start",
         metadata={"help": "What survives the cut: keep_start (of the completion) or keep_end (of the prompt)."},
     )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Pad batches to a multiple of this many tokens."}
+    on_bad_record: str = field(
+        default="error",
+        metadata={
+            "help": "error refuses data with a record that cannot be used, and names it; skip leaves such records out, "
+            "counts them and lists them in skipped_records.jsonl.",
+            "choices": ["error", "skip"],
+        },
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template for a tokenizer that has none, or another: a .jinja file, a model's folder or hub "
+            "id to take it from, or the template itself."
+        },
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default="auto", metadata={"help": "Pad batches to a multiple of this many tokens. auto: not at all, as in TRL."}
     )
     kernel_backend: str = field(
         default="auto",
@@ -71,17 +98,30 @@ class HeadConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_trl_fields(self)
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}.")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length: expected None or at least 2 tokens, got {self.max_length}.")
+        self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", self.pad_to_multiple_of)
+        if self.on_bad_record not in ("error", "skip"):
+            raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {self.on_bad_record!r}.")
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             )
+        if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            raise ValueError(
+                "bf16: expected a GPU that computes in bfloat16, found none. Set bf16 to false, or use_cpu to true."
+            )
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
         super().__post_init__()
+        if isinstance(self.model_init_kwargs, str):  # JSON has become a dict by now
+            raise ValueError(
+                f"model_init_kwargs: expected a mapping, or one as JSON, got {self.model_init_kwargs!r}. "
+                """Write '{"attn_implementation": "sdpa"}'."""
+            )
 
 
 @dataclass
@@ -92,8 +132,10 @@ class SFTConfig(HeadConfig):
 
 
 @dataclass
-class DPOPConfig(HeadConfig):
+class DPOPConfig(TRLFields, HeadConfig):
     """Configuration of `DPOPTrainer`: the fields of `HeadConfig`, and those of the preference losses.
+
+    Every field of TRL's `DPOConfig` is accepted. Those of `TRLFields` have to keep TRL's default.
 
     Raises:
         ValueError: a value outside its range, named with the remedy.
@@ -268,3 +310,13 @@ class DPOPConfig(HeadConfig):
                 f"group_by_prompt: expected layout 'auto', 'packed' or 'flat', got {self.layout!r}, which computes the "
                 "prompt for each pair anew."
             )
+
+
+def _whole_number(name: str, value: int | str | None) -> int | None:
+    """The value of a field that may be "auto" or "none", for no value, or a number that the command line spells out."""
+    if value is None or (isinstance(value, str) and value.lower() in ("auto", "none", "null")):
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected a whole number or 'auto', got {value!r}.") from None

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.arguments import read_yaml
-from dpop_trainer.data import load_pairs, tokenise_pairs
+from dpop_trainer.data import read_pairs, tokenise_pairs
 from dpop_trainer.edits import edit_regions
 from dpop_trainer.evaluate import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
 from dpop_trainer.inspect_report import AnswerTokens, Inspection, PairChange, format_inspection, write_inspection
@@ -84,7 +84,7 @@ def run_inspect(
 
     Args:
         model: see `subject_of`.
-        pairs: preference pairs, as `load_pairs` takes them.
+        pairs: preference pairs, as `read_pairs` takes them.
         ref_model: see `subject_of`.
         out: folder for the results; the model's own by default.
         limit: look at the first so many pairs.
@@ -105,7 +105,7 @@ def run_inspect(
         raise ValueError(f"out: expected a folder for the results of a model from the hub, got None for {model!r}.")
     tokenizer = load_tokenizer(model)
     prepare_tokenizer(tokenizer)
-    dataset = load_pairs(pairs)
+    dataset = read_pairs(pairs)
     dataset, counts = tokenise_pairs(
         dataset.select(range(min(limit, len(dataset)))),
         tokenizer,

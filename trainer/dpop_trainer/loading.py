@@ -1,11 +1,14 @@
 """Models and tokenizers by name or path, with the checks that save a wasted run."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class Policy(NamedTuple):
@@ -20,21 +23,49 @@ def prepare_policy(
     model: str | PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
-    init_kwargs: dict[str, Any] | str | None = None,
+    init_kwargs: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
     quantization_config: Any = None,
     peft_config: PeftConfig | None = None,
     gradient_checkpointing: bool = False,
+    pad_token: str | None = None,
+    chat_template_path: str | None = None,
 ) -> Policy:
     """Load what is given by name and put the adapter on.
+
+    Args:
+        model: a causal LM, a peft model, or the name or path of one.
+        tokenizer: by default loaded from the model's name or path, at the same revision.
+        init_kwargs: for `from_pretrained`, where the model is given by name. The dtype is float32 unless it says
+            another, as in TRL: a small learning rate is lost in weights of 16 bits.
+        trust_remote_code: run model and tokenizer code that comes with the weights.
+        quantization_config: for `from_pretrained`; only for a model given by name.
+        peft_config: the adapter to put on.
+        gradient_checkpointing: whether the run checkpoints, which an adapter's inputs must be prepared for.
+        pad_token: see `prepare_tokenizer`.
+        chat_template_path: see `load_chat_template`.
 
     Raises:
         ValueError: something cannot be loaded, or an adapter is asked for on a model that has one.
     """
+    kwargs = dict(init_kwargs or {})
+    if isinstance(model, str):
+        kwargs.setdefault("dtype", torch.float32)
+        kwargs.setdefault("trust_remote_code", trust_remote_code)
+    else:
+        _check_loaded(kwargs, quantization_config)
     if tokenizer is None:
-        tokenizer = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
-    prepare_tokenizer(tokenizer)
-    loaded: Any = load_model(model, init_kwargs, quantization_config) if isinstance(model, str) else model
+        name = model if isinstance(model, str) else model.config._name_or_path
+        tokenizer = load_tokenizer(name, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code)
+    prepare_tokenizer(tokenizer, pad_token)
+    if chat_template_path is not None:
+        tokenizer.chat_template = load_chat_template(chat_template_path)
+    loaded: Any = load_model(model, kwargs, quantization_config) if isinstance(model, str) else model
     if peft_config is not None:
+        if not isinstance(peft_config, PeftConfig):
+            raise ValueError(
+                f"peft_config: expected a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}."
+            )
         if isinstance(loaded, PeftModel):
             raise ValueError("peft_config: expected None with a model that is a peft model already, got one.")
         loaded = get_peft_model(loaded, peft_config)
@@ -44,17 +75,24 @@ def prepare_policy(
 
 
 def load_model(
-    name_or_path: str, init_kwargs: dict[str, Any] | str | None = None, quantization_config: Any = None
+    name_or_path: str, init_kwargs: dict[str, Any] | None = None, quantization_config: Any = None
 ) -> PreTrainedModel:
     """A causal LM from a hub id or a local folder.
 
     Raises:
-        ValueError: nothing can be loaded from there; says what was tried.
+        ValueError: nothing can be loaded from there (says what was tried), or an argument is of no use.
     """
-    kwargs = dict(init_kwargs) if isinstance(init_kwargs, dict) else {}
+    kwargs = dict(init_kwargs or {})
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype: expected 'float32', 'bfloat16', 'float16' or 'auto', got {dtype!r}.")
     if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError(
+                "quantization_config: expected it once, got it as an argument and in model_init_kwargs. Remove one."
+            )
         kwargs["quantization_config"] = quantization_config
-    _check_local_path(name_or_path, "config.json")
+    check_local_path(name_or_path, "config.json")
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     except OSError as error:
@@ -79,7 +117,9 @@ def is_adapter(name_or_path: str) -> bool:
     return (Path(name_or_path).expanduser() / "adapter_config.json").exists()
 
 
-def load_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str | None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model.
 
     Raises:
@@ -90,19 +130,59 @@ def load_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase:
             "processing_class: expected a tokenizer, got None, and the model does not say where it came from. Pass the "
             "tokenizer that the model was trained with."
         )
-    _check_local_path(name_or_path, "")
+    check_local_path(name_or_path, "")
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        revision = revision or "main"
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"processing_class: expected a tokenizer at {name_or_path!r}, found none. {error}") from error
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give it a padding token where it has none (the end of sequence: padding is masked, so any token will do).
+def load_chat_template(path_or_text: str) -> str:
+    """A chat template from a .jinja file, from another model's tokenizer, or as it stands.
 
     Raises:
-        ValueError: the tokenizer has neither a padding nor an end-of-sequence token.
+        ValueError: there is no such file or tokenizer, or the tokenizer has no template.
     """
+    if "{{" in path_or_text or "{%" in path_or_text:
+        return path_or_text
+    path = Path(path_or_text).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path.suffix in (".jinja", ".j2"):
+        raise ValueError(f"chat_template_path: expected an existing file, got {path_or_text!r}. Check the path.")
+    try:
+        template = load_tokenizer(path_or_text).chat_template
+    except ValueError as error:
+        raise ValueError(
+            f"chat_template_path: expected a .jinja file, a model to take it from, or a template, "
+            f"got {path_or_text!r}. {error}"
+        ) from error
+    if not isinstance(template, str):
+        raise ValueError(
+            f"chat_template_path: expected a model whose tokenizer has one chat template, got {path_or_text!r}. "
+            "Take it from a chat model, or write a .jinja file."
+        )
+    return template
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, pad_token: str | None = None) -> None:
+    """Give it a padding token where it has none (the end of sequence: padding is masked, so any token will do).
+
+    Args:
+        tokenizer: changed in place.
+        pad_token: the token to pad with, whatever the tokenizer has.
+
+    Raises:
+        ValueError: the tokenizer does not know `pad_token`, or has neither a padding nor an end-of-sequence token.
+    """
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"pad_token: expected a token of the tokenizer's vocabulary, got {pad_token!r}. Leave it out: padding "
+                "is masked, so any token will do."
+            )
+        tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -112,7 +192,25 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _check_local_path(name_or_path: str, required_file: str) -> None:
+def _check_loaded(init_kwargs: dict[str, Any], quantization_config: Any) -> None:
+    """A model that is loaded already takes no arguments for loading."""
+    if quantization_config is not None:
+        raise ValueError(
+            "quantization_config: expected None with a model that is loaded already, got one. Pass the model by name, "
+            "or load it with this configuration."
+        )
+    if init_kwargs:
+        logger.warning(
+            "model_init_kwargs: %s have no effect, the model being loaded already; pass the model by name.",
+            sorted(init_kwargs),
+        )
+
+
+def check_local_path(name_or_path: str, required_file: str) -> None:
+    """
+    Raises:
+        ValueError: the name is that of a local folder, and there is no such folder with this file.
+    """
     path = Path(name_or_path)
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
     if looks_local and not (path.expanduser() / required_file).exists():

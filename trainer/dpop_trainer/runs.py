@@ -1,18 +1,18 @@
 """Whole runs as the command line starts them: load, train, save."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from dpop_trainer.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.base import HeadTrainer
 from dpop_trainer.config import DPOPConfig, HeadConfig, SFTConfig
-from dpop_trainer.data import load_pairs
-from dpop_trainer.loading import load_model, load_tokenizer
+from dpop_trainer.data import SourceStream, read_pairs
+from dpop_trainer.data.mixture import DatasetSource, mix_pairs, mix_streams, parse_sources
+from dpop_trainer.data.stream import RowStream, ShuffledStream
+from dpop_trainer.model_setup import init_kwargs, lora_config, model_name, quantization_config, tokenizer_of
 from dpop_trainer.sft import SFTTrainer
 from dpop_trainer.trainer import DPOPTrainer
 
@@ -35,22 +35,21 @@ def run_train(
     Raises:
         ValueError: an argument or the data cannot be used.
     """
-    settings = run_config(model_arguments, data_arguments, config)
-    train_dataset, eval_dataset = _load_data(data_arguments)
-    if eval_dataset is not None and max_eval_pairs is not None:
-        eval_dataset = eval_dataset.select(range(min(max_eval_pairs, len(eval_dataset))))
-    if model_arguments.ref_model_name_or_path and model_arguments.trust_remote_code:
-        own: Any = config.ref_model_init_kwargs
-        config.ref_model_init_kwargs = {"trust_remote_code": True, **(own or {})}
+    train_dataset, eval_dataset = _load_data(data_arguments, config)
+    if max_eval_pairs is not None:
+        eval_dataset = _first_pairs(eval_dataset, max_eval_pairs)
+    written_config = run_config(model_arguments, data_arguments, config)
+    config.model_init_kwargs = init_kwargs(model_arguments, config)
     trainer = DPOPTrainer(
-        _load_model(model_arguments),
+        model_name(model_arguments),
         ref_model=model_arguments.ref_model_name_or_path,
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(model_arguments.model_name_or_path),
-        peft_config=_peft_config(model_arguments),
-        run_config=settings,
+        processing_class=tokenizer_of(model_arguments, config),
+        quantization_config=quantization_config(model_arguments),
+        peft_config=lora_config(model_arguments),
+        run_config=written_config,
     )
     _train_and_save(trainer, config)
     return trainer
@@ -62,15 +61,18 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
     Raises:
         ValueError: an argument or the data cannot be used.
     """
-    train_dataset, eval_dataset = _load_data(data_arguments)
+    train_dataset, eval_dataset = _load_data(data_arguments, config, completions=True)
+    written_config = run_config(model_arguments, data_arguments, config)
+    config.model_init_kwargs = init_kwargs(model_arguments, config)
     trainer = SFTTrainer(
-        _load_model(model_arguments),
+        model_name(model_arguments),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(model_arguments.model_name_or_path),
-        peft_config=_peft_config(model_arguments),
-        run_config=run_config(model_arguments, data_arguments, config),
+        processing_class=tokenizer_of(model_arguments, config),
+        quantization_config=quantization_config(model_arguments),
+        peft_config=lora_config(model_arguments),
+        run_config=written_config,
     )
     _train_and_save(trainer, config)
     return trainer
@@ -92,58 +94,82 @@ def _train_and_save(trainer: HeadTrainer, config: HeadConfig) -> None:
         print(f"Saved to {config.output_dir}: the model, config.yaml, metrics.jsonl, metrics.png")
 
 
-def _load_data(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
-    if not arguments.dataset_name:
+def _load_data(arguments: DataArguments, config: HeadConfig, *, completions: bool = False) -> tuple[Any, Any]:
+    """The training data and the evaluation data (one data set, several by name, or none), read but not tokenised."""
+    source, mixture = arguments.dataset_name, arguments.dataset_mixture
+    if not source and not mixture:
         raise ValueError("dataset_name: expected a hub id or a local file, got none. Set it in the YAML or as a flag.")
-
-    def load(source: str, split: str) -> Dataset:
-        return load_pairs(source, split=split, name=arguments.dataset_config)
-
-    train_dataset = load(arguments.dataset_name, arguments.dataset_train_split)
-    if arguments.max_train_pairs is not None:
-        train_dataset = train_dataset.select(range(min(arguments.max_train_pairs, len(train_dataset))))
-    eval_dataset = None
-    if arguments.eval_dataset_name:
-        eval_dataset = load(arguments.eval_dataset_name, arguments.dataset_test_split or "train")
-    elif arguments.dataset_test_split:
-        eval_dataset = load(arguments.dataset_name, arguments.dataset_test_split)
-    return train_dataset, eval_dataset
-
-
-def _load_model(arguments: ModelArguments) -> PreTrainedModel:
-    if not arguments.model_name_or_path:
-        raise ValueError("model_name_or_path: expected a hub id or a local folder, got none.")
-    quantization_config = None
-    if arguments.load_in_4bit:
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        if not torch.cuda.is_available():
-            raise ValueError("load_in_4bit: expected a CUDA device (bitsandbytes needs one), found none.")
-        quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    if source and mixture:
+        raise ValueError("dataset_mixture: expected none beside dataset_name, got both. Put all into the mixture.")
+    limit = arguments.max_train_pairs
+    if limit is not None and limit < 1:
+        raise ValueError(f"max_train_pairs: expected at least 1, got {limit}. Leave it out to train on all.")
+    options: dict[str, Any] = {"name": arguments.dataset_config, "completions": completions}
+    if arguments.streaming:
+        return _stream(arguments, config, limit, options), _load_eval(arguments, config, options)
+    if mixture:
+        train_dataset = mix_pairs(
+            parse_sources(mixture, "dataset_mixture"),
+            seed=config.seed,
+            completions=completions,
+            num_proc=config.dataset_num_proc,
         )
-    return load_model(arguments.model_name_or_path, _init_kwargs(arguments), quantization_config)
+    else:
+        assert source is not None
+        train_dataset = read_pairs(source, arguments.dataset_train_split, num_proc=config.dataset_num_proc, **options)
+    if limit is not None:
+        train_dataset = train_dataset.select(range(min(limit, len(train_dataset))))
+    return train_dataset, _load_eval(arguments, config, options)
 
 
-def _init_kwargs(arguments: ModelArguments) -> dict[str, Any]:
-    kwargs = {
-        "revision": arguments.model_revision,
-        "dtype": arguments.dtype,
-        "attn_implementation": arguments.attn_implementation,
-        "trust_remote_code": arguments.trust_remote_code or None,
-    }
-    return {key: value for key, value in kwargs.items() if value is not None}
+def _stream(arguments: DataArguments, config: HeadConfig, limit: int | None, options: dict[str, Any]) -> RowStream:
+    if arguments.dataset_mixture:
+        if limit is not None:
+            raise ValueError(
+                f"max_train_pairs: expected None with a streamed mixture, which has no end, got {limit}. "
+                "Set max_steps, or num_pairs for each data set."
+            )
+        sources = parse_sources(arguments.dataset_mixture, "dataset_mixture")
+        stream = mix_streams(sources, seed=config.seed, completions=options["completions"])
+    else:
+        stream = SourceStream(arguments.dataset_name, arguments.dataset_train_split, limit=limit, **options)
+    if arguments.shuffle_buffer_size < 2:
+        return stream
+    return ShuffledStream(stream, arguments.shuffle_buffer_size, config.seed)
 
 
-def _peft_config(arguments: ModelArguments) -> LoraConfig | None:
-    if not arguments.use_peft:
+def _load_eval(arguments: DataArguments, config: HeadConfig, options: dict[str, Any]) -> Any:
+    options = {**options, "num_proc": config.dataset_num_proc}
+    if arguments.eval_datasets:
+        if arguments.eval_dataset_name or arguments.dataset_test_split:
+            raise ValueError(
+                "eval_datasets: expected neither eval_dataset_name nor dataset_test_split beside it, got one. "
+                "Give that data set in the list too."
+            )
+        sources = parse_sources(arguments.eval_datasets, "eval_datasets")
+        names = [source.shown for source in sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"eval_datasets: expected names of their own, got {names}. Give each a label.")
+        return {source.shown: _read_eval(source, config, options["completions"]) for source in sources}
+    if arguments.eval_dataset_name:
+        return read_pairs(arguments.eval_dataset_name, arguments.dataset_test_split or "train", **options)
+    if not arguments.dataset_test_split:
         return None
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_target_modules or "all-linear",
-        modules_to_save=arguments.lora_modules_to_save,
-    )
+    if not arguments.dataset_name:
+        raise ValueError(
+            "dataset_test_split: expected a dataset_name beside it, got a mixture. Use eval_datasets with a split each."
+        )
+    return read_pairs(arguments.dataset_name, arguments.dataset_test_split, **options)
+
+
+def _first_pairs(dataset: Any, num_pairs: int) -> Any:
+    if dataset is None:
+        return None
+    if isinstance(dataset, Mapping):
+        return {name: _first_pairs(part, num_pairs) for name, part in dataset.items()}
+    return dataset.select(range(min(num_pairs, len(dataset))))
+
+
+def _read_eval(source: DatasetSource, config: HeadConfig, completions: bool) -> Any:
+    """One evaluation set: a mixture of one, so that num_pairs and fraction mean what they do there."""
+    return mix_pairs([source], seed=config.seed, completions=completions, num_proc=config.dataset_num_proc)

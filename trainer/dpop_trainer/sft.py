@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpop_kernels.pair_loss import segment_sums
-from dpop_trainer.base import MODEL_INPUTS, HeadTrainer, tokenise_for_training
+from dpop_trainer.base import MODEL_INPUTS, HeadTrainer, check_streams, tokenise_for_training
 from dpop_trainer.config import SFTConfig
+from dpop_trainer.data import SkippedRecords
 from dpop_trainer.loading import prepare_policy
 
 
@@ -22,10 +23,11 @@ class SFTTrainer(HeadTrainer):
         model: a causal LM, a peft model, or a name or path to load one from.
         args: `SFTConfig`.
         train_dataset: columns prompt and completion, or preference pairs, whose chosen answers are learned.
-        eval_dataset: the same.
+        eval_dataset: the same, or a dict of such data sets by name.
         processing_class: the tokenizer. By default loaded from the model's name or path.
         callbacks: transformers callbacks.
         peft_config: wraps the model, for LoRA.
+        quantization_config: used when `model` is a name: QLoRA together with peft_config.
         run_config: what the run's config.yaml is to hold; the training arguments by default.
 
     Raises:
@@ -39,29 +41,47 @@ class SFTTrainer(HeadTrainer):
         model: str | PreTrainedModel | PeftModel,
         args: SFTConfig | None = None,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list | None = None,
         peft_config: PeftConfig | None = None,
         *,
+        quantization_config: Any = None,
         run_config: dict[str, Any] | None = None,
     ) -> None:
         args = args if args is not None else SFTConfig()
+        check_streams(args, train_dataset, eval_dataset)
         set_seed(args.seed)
         policy = prepare_policy(
             model,
             processing_class,
-            init_kwargs=args.model_init_kwargs,
+            init_kwargs=args.model_init_kwargs,  # type: ignore[arg-type]
+            trust_remote_code=args.trust_remote_code,
+            quantization_config=quantization_config,
             peft_config=peft_config,
             gradient_checkpointing=args.gradient_checkpointing,
+            pad_token=args.pad_token,
+            chat_template_path=args.chat_template_path,
         )
         data_metrics: dict[str, float] = {}
-        train_dataset, eval_dataset = (
-            None
-            if dataset is None
-            else tokenise_for_training(_as_pairs(dataset), name, policy, args, data_metrics, keep_identical=True)
-            for name, dataset in (("train", train_dataset), ("eval", eval_dataset))
-        )
+        skipped = SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0)
+
+        def tokenise(dataset: Any, name: str, *, repeat: bool = False) -> Any:
+            if isinstance(dataset, Mapping):
+                return {part_name: tokenise(part, part_name) for part_name, part in dataset.items()}
+            return tokenise_for_training(
+                dataset,
+                name,
+                policy,
+                args,
+                data_metrics,
+                keep_identical=True,
+                skipped=skipped,
+                completions=True,
+                repeat=repeat,
+            )
+
+        train_dataset, eval_dataset = tokenise(train_dataset, "train", repeat=True), tokenise(eval_dataset, "eval")
         super().__init__(
             policy.model,
             args,
@@ -125,11 +145,3 @@ class CompletionCollator:
             "cu_seqlens": torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(),
             "pair_ids": torch.tensor([record["pair_id"] for record in records]),
         }
-
-
-def _as_pairs(dataset: Dataset) -> Dataset:
-    """Prompt-completion records as pairs whose answers are equal; pairs as they are."""
-    if "completion" not in dataset.column_names:
-        return dataset
-    dataset = dataset.rename_column("completion", "chosen")
-    return dataset.add_column("rejected", list(dataset["chosen"]))  # type: ignore[call-arg]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from transformers.trainer_utils import seed_worker
 from dpop_kernels import ScoringHead, needs_reference
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.pair_loss import pair_loss_terms
-from dpop_trainer.base import HeadTrainer, disable_dropout, tokenise_for_training
+from dpop_trainer.base import HeadTrainer, check_streams, disable_dropout, tokenise_for_training
 from dpop_trainer.config import DPOPConfig
-from dpop_trainer.data import Budget, BudgetBatchSampler, PairCollator, plan_batches, with_lengths
+from dpop_trainer.data import Budget, BudgetBatchSampler, PairCollator, SkippedRecords, plan_batches, with_lengths
+from dpop_trainer.data.stream import first_records, is_stream
 from dpop_trainer.flat_attention import use_flat_attention
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out
-from dpop_trainer.loading import prepare_policy
+from dpop_trainer.loading import Policy, prepare_policy
 from dpop_trainer.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
 from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
 
@@ -46,8 +48,10 @@ class DPOPTrainer(HeadTrainer):
         args: `DPOPConfig`.
         data_collator: defaults to `PairCollator` with the layout of `args`; must return the same keys.
         train_dataset: columns prompt, chosen, rejected, as text or as messages; or token ids in prompt_ids, chosen_ids,
-            rejected_ids. With columns ref_chosen_logps and ref_rejected_logps no reference model is run.
-        eval_dataset: the same, or a dict of such data sets by name.
+            rejected_ids; or another form of docs/data.md. With columns ref_chosen_logps and ref_rejected_logps no
+            reference model is run. An IterableDataset is read, tokenised and counted as training goes on, again and
+            again until args.max_steps.
+        eval_dataset: the same, or a dict of such data sets by name: metrics are then eval_<name>_...
         processing_class: the tokenizer. By default loaded from the model's name or path.
         compute_metrics: refused: no logits exist that it could be given.
         callbacks: transformers callbacks.
@@ -79,8 +83,8 @@ class DPOPTrainer(HeadTrainer):
         *,
         run_config: dict[str, Any] | None = None,
     ) -> None:
-        args = args if args is not None else DPOPConfig()
-        _check_arguments(model, args, train_dataset, eval_dataset)
+        args = args if args is not None else DPOPConfig(default_output_dir(model))
+        _check_arguments(model, args, train_dataset, eval_dataset, processing_class)
         if data_collator is not None and args.max_tokens_per_batch is not None:
             raise ValueError(
                 "data_collator: expected None with max_tokens_per_batch, which counts the positions of this trainer's "
@@ -95,36 +99,36 @@ class DPOPTrainer(HeadTrainer):
         policy = prepare_policy(
             model,
             processing_class,
-            init_kwargs=args.model_init_kwargs,
+            init_kwargs=args.model_init_kwargs,  # type: ignore[arg-type]
+            trust_remote_code=args.trust_remote_code,
             quantization_config=quantization_config,
             peft_config=peft_config,
             gradient_checkpointing=args.gradient_checkpointing,
+            pad_token=args.pad_token,
+            chat_template_path=args.chat_template_path,
         )
         if train_dataset is not None and not any(p.requires_grad for p in policy.model.parameters()):
             raise ValueError(
                 "model: expected parameters to train, got a model in which all are frozen. Load an adapter with "
                 "PeftModel.from_pretrained(..., is_trainable=True)."
             )
+        warn_of_router_loss(policy.model)
+        self._policy = policy
         data_metrics: dict[str, float] = {}
+        skipped = SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0)
+        self._skipped = skipped
 
-        def tokenise(dataset: Any, name: str) -> Any:
-            if isinstance(dataset, Mapping):
-                return {part_name: tokenise(part, part_name) for part_name, part in dataset.items()}
-            dataset = tokenise_for_training(
-                dataset, name, policy, args, data_metrics, keep_identical=args.keep_identical
-            )
-            if dataset is None or args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
-                return dataset
-            return with_lengths(dataset, args.length_column_name, prefix_sharing=args.prefix_sharing)
+        def tokenise(dataset: Any, name: str, *, repeat: bool = False) -> Any:
+            return _tokenised(dataset, name, policy, args, data_metrics, skipped, repeat=repeat)
 
-        train_dataset, eval_dataset = tokenise(train_dataset, "train"), tokenise(eval_dataset, "eval")
+        train_dataset, eval_dataset = tokenise(train_dataset, "train", repeat=True), tokenise(eval_dataset, "eval")
         parts = _parts(train_dataset, eval_dataset)
         is_missing = needs_reference(args.loss_type) and not all(has_reference_columns(part) for part in parts)
         if ref_model is not None and not is_missing:
             logger.warning("ref_model is not used: no loss needs a reference, or all pairs bring their own columns.")
         reference: Any = ref_model
         if isinstance(ref_model, str):
-            reference = load_reference(ref_model, policy.model, args.ref_model_init_kwargs) if is_missing else None
+            reference = load_reference(ref_model, policy.model, _ref_init_kwargs(args)) if is_missing else None
         if reference is policy.model:
             raise ValueError(
                 "ref_model: expected a model of its own, got the policy itself, which would train the reference too. "
@@ -153,7 +157,7 @@ class DPOPTrainer(HeadTrainer):
             or PairCollator(
                 pad_token_id=policy.tokenizer.pad_token_id,  # type: ignore[arg-type]
                 prefix_sharing=args.prefix_sharing,
-                pad_to_multiple_of=args.pad_to_multiple_of,
+                pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
                 hidden_size=getattr(policy.model.config.get_text_config(), "hidden_size", None),
                 vocab_size=policy.vocab_size,
             ),
@@ -172,7 +176,7 @@ class DPOPTrainer(HeadTrainer):
                 ScoredModel(self.model, self.head),
                 ScoredModel(reference, ref_head) if ref_head is not None and not ref_is_copy else None,
                 self.data_collator,  # type: ignore[arg-type]
-                probed.select(range(min(NUM_PROBED_PAIRS, len(probed)))).to_list(),
+                first_records(probed, NUM_PROBED_PAIRS),
                 max_length=args.max_length,
             )
             self.data_collator = laid_out(self.data_collator, layout, self.model)  # type: ignore[arg-type]
@@ -215,6 +219,33 @@ class DPOPTrainer(HeadTrainer):
         if batches is None:
             return super().get_total_train_batch_size(args)
         return round(batches.num_pairs / len(batches) * args.gradient_accumulation_steps * args.world_size)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `transformers.Trainer.evaluate`, on pairs in any form that the constructor takes.
+
+        Args:
+            eval_dataset: by default the constructor's; else pairs, several sets of them by name, or the name of one
+                of the constructor's.
+            ignore_keys: unused.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Raises:
+            ValueError: the data cannot be used, or lacks the reference log-probs that this run takes from the data.
+        """
+        if isinstance(eval_dataset, Mapping):
+            metrics = {}
+            for name, part in eval_dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if isinstance(eval_dataset, Dataset):
+            _check_form("eval_dataset", eval_dataset)
+            eval_dataset = _tokenised(eval_dataset, metric_key_prefix, self._policy, self.args, {}, self._skipped)
+            if self.reference.is_needed and not (has_reference_columns(eval_dataset) or self.reference.has_model):
+                raise ValueError(
+                    "eval_dataset: expected the columns ref_chosen_logps and ref_rejected_logps, since this run took "
+                    "its reference from such columns and has no reference model, got none. Add them, or pass ref_model."
+                )
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
 
     def num_items(self, batch: Mapping[str, Any]) -> int:
         return batch["pair_ids"].shape[0]
@@ -317,17 +348,98 @@ class _EpochOfBatches(TrainerCallback):
         self._batches.set_epoch(int(state.epoch or 0))
 
 
-def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any) -> None:
+def default_output_dir(model: Any) -> str:
+    """Where a run goes that has no configuration: "<the model's name>-DPOP"."""
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return f"{Path(name).name or type(model).__name__}-DPOP"
+
+
+def warn_of_router_loss(model: Any) -> None:
+    """TRL adds a mixture of experts' load-balancing loss where the model's config gives it a weight; here it is not."""
+    config = model.config.get_text_config()
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
+    router_is_trained = any("router" in name or ".gate." in name for name in _trained_names(model))
+    if coefficient and router_is_trained:
+        logger.warning(
+            "%s: its load-balancing loss (router_aux_loss_coef %g) is not added, and its router is trained. Leave the "
+            "router out of the training, as LoRA on the attention's projections does.",
+            config.model_type,
+            coefficient,
+        )
+
+
+def _trained_names(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _tokenised(
+    dataset: Any,
+    name: str,
+    policy: Policy,
+    args: DPOPConfig,
+    data_metrics: dict[str, float],
+    skipped: SkippedRecords,
+    *,
+    repeat: bool = False,
+) -> Any:
+    if isinstance(dataset, Mapping):
+        return {key: _tokenised(part, key, policy, args, data_metrics, skipped) for key, part in dataset.items()}
+    dataset = tokenise_for_training(
+        dataset,
+        name,
+        policy,
+        args,
+        data_metrics,
+        keep_identical=args.keep_identical,
+        skipped=skipped,
+        repeat=repeat,
+    )
+    if not isinstance(dataset, Dataset) or args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
+        return dataset
+    return with_lengths(dataset, args.length_column_name, prefix_sharing=args.prefix_sharing)
+
+
+def _ref_init_kwargs(args: DPOPConfig) -> dict[str, Any] | None:
+    own: Any = args.ref_model_init_kwargs
+    return {"trust_remote_code": True, **(own or {})} if args.trust_remote_code else own
+
+
+def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any) -> None:
     if not isinstance(model, str | nn.Module):
         raise ValueError(f"model: expected a causal LM, or a name or path to load one, got {type(model).__name__}.")
     if not isinstance(args, DPOPConfig):
         raise ValueError(f"args: expected a DPOPConfig, got {type(args).__name__}. Its fields have TRL's names.")
     if train_dataset is None and eval_dataset is None:
         raise ValueError("train_dataset: expected a data set (or at least an eval_dataset), got None.")
+    eval_parts = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
+    check_streams(args, train_dataset, *eval_parts)
+    if args.precompute_ref_log_probs and any(map(is_stream, (train_dataset, *eval_parts))):
+        raise ValueError(
+            "precompute_ref_log_probs: expected False with a streamed data set, got True. Load the data set whole, or "
+            "let the reference run beside the policy."
+        )
     if isinstance(train_dataset, Mapping):
         raise ValueError(
             f"train_dataset: expected one data set, got several: {sorted(map(str, train_dataset))}. Pass one split."
         )
+    if hasattr(processing_class, "tokenizer"):
+        raise ValueError(
+            f"processing_class: expected a tokenizer, got {type(processing_class).__name__}. Pass its .tokenizer; "
+            "images are not trained on."
+        )
+    _check_form("train_dataset", train_dataset)
+    _check_form("eval_dataset", eval_dataset)
+
+
+def _check_form(name: str, dataset: Any) -> None:
+    parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
+    for part in parts:
+        images = {"image", "images"} & set(getattr(part, "column_names", None) or ())
+        if images:
+            raise ValueError(
+                f"{name}: expected pairs of text, got the column {images.pop()!r}. Vision-language data is not trained "
+                "on here; remove the column, or use TRL's trainer with dpop_kernels.integrations.trl."
+            )
 
 
 def _parts(train_dataset, eval_dataset) -> list[Dataset]:

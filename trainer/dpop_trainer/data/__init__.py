@@ -2,12 +2,15 @@
 
 from dpop_trainer.data.budget import Budget, BudgetBatchSampler, pair_units, plan_batches
 from dpop_trainer.data.collate import PairCollator
+from dpop_trainer.data.convert import check_pairs
 from dpop_trainer.data.counts import TokeniseCounts
 from dpop_trainer.data.layouts import Layout, flat_row, packed_rows, padded_rows, tree_rows, trie_mask
 from dpop_trainer.data.lengths import with_lengths
 from dpop_trainer.data.load import load_pairs
 from dpop_trainer.data.pair_tree import PairTree
-from dpop_trainer.data.records import check_pairs
+from dpop_trainer.data.read import read_pairs
+from dpop_trainer.data.skipped import SkippedRecords
+from dpop_trainer.data.stream import SourceStream, TokenisedStream
 from dpop_trainer.data.tokenise import tokenise_pairs
 
 __all__ = [
@@ -16,7 +19,10 @@ __all__ = [
     "Layout",
     "PairCollator",
     "PairTree",
+    "SkippedRecords",
+    "SourceStream",
     "TokeniseCounts",
+    "TokenisedStream",
     "check_pairs",
     "flat_row",
     "load_pairs",
@@ -24,6 +30,7 @@ __all__ = [
     "padded_rows",
     "pair_units",
     "plan_batches",
+    "read_pairs",
     "tokenise_pairs",
     "tree_rows",
     "trie_mask",

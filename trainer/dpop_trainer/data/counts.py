@@ -7,9 +7,11 @@ class TokeniseCounts(NamedTuple):
     """How many pairs came in, went out, were dropped and why; all other counts are over the pairs that went out."""
 
     num_pairs_in: int
-    """Pairs in the data set that was given: `num_pairs` plus everything dropped."""
+    """Records in the data set that was given: `num_pairs` plus everything skipped and dropped."""
     num_pairs: int
     """Pairs kept."""
+    skipped_bad: int
+    """Records that cannot be used, left out because `on_bad_record` is "skip"."""
     dropped_empty: int
     """Pairs of which an answer has no tokens."""
     dropped_no_room: int
@@ -27,6 +29,10 @@ class TokeniseCounts(NamedTuple):
     merged_boundaries: int
     """Pairs whose prompt is shorter than when tokenised alone: tokens merge across its end, or the chat template
     renders it differently there. The model is then trained on another context than it sees when it generates."""
+    equal_scores: int
+    """Pairs whose answers the data set's own scores call equally good."""
+    inverted_scores: int
+    """Pairs whose rejected answer has the better score."""
     prompt_tokens: int
     """Tokens of all prompts."""
     chosen_tokens: int
@@ -34,14 +40,19 @@ class TokeniseCounts(NamedTuple):
     rejected_tokens: int
     """Tokens of all rejected answers."""
 
+    def __add__(self, other: "TokeniseCounts") -> "TokeniseCounts":  # type: ignore[override]
+        """The counts of both parts of a data set."""
+        return TokeniseCounts(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
+
     def as_metrics(self) -> dict[str, int]:
         """Every count under the name "data/<count>"."""
         return {f"data/{name}": count for name, count in self._asdict().items()}
 
     def summary(self) -> str:
-        """Two lines in plain words: what was kept and dropped, and what was changed."""
+        """In plain words: what was kept and dropped, what was changed, and which scores contradict their pair."""
         dropped = _listed(
             {
+                "that cannot be used": self.skipped_bad,
                 "with an empty answer": self.dropped_empty,
                 "whose prompt leaves no room for an answer": self.dropped_no_room,
                 "with identical answers": self.dropped_identical,
@@ -56,11 +67,16 @@ class TokeniseCounts(NamedTuple):
                 "prompts shortened where they meet the answer": self.merged_boundaries,
             }
         )
+        scores = _listed({"equal": self.equal_scores, "inverted": self.inverted_scores})
         return (
             f"{self.num_pairs:,} of {self.num_pairs_in:,} pairs kept; dropped: {dropped}.\n"
             f"{self.prompt_tokens:,} prompt, {self.chosen_tokens:,} chosen and {self.rejected_tokens:,} rejected "
             f"tokens; changed: {changed}."
+            + (f"\nScores of the two answers: {scores}." if self.equal_scores or self.inverted_scores else "")
         )
+
+
+NO_COUNTS = TokeniseCounts(*[0] * len(TokeniseCounts._fields))
 
 
 def _listed(counts: dict[str, int]) -> str:

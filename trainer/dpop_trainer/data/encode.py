@@ -1,19 +1,23 @@
-"""Records of preference pairs -> token ids, a batch at a time: one tokenizer call for all prompts and answers.
+"""Preference pairs -> token ids, a batch at a time: one tokenizer call for all prompts and answers of a kind.
 
-Each record becomes three strings, prompt, prompt + chosen and prompt + rejected. The answers begin where the tokens of
+Each pair becomes three strings, prompt, prompt + chosen and prompt + rejected. The answers begin where the tokens of
 the three part, which is before the prompt's end if tokens merge across it.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
 from dpop_trainer.data.pair_tree import PairIds
-from dpop_trainer.data.records import Form, read_messages_pair, read_text_pair, read_token_pair
+from dpop_trainer.data.records import Kind, MessagesPair, Pair, TextPair
 from dpop_trainer.edits import common_prefix_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# what a template's expressions raise on a message of another shape than they were written for
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 class EncodedPair(NamedTuple):
@@ -23,50 +27,57 @@ class EncodedPair(NamedTuple):
     prompt_shortened: bool
 
 
-def encode_records(
-    records: list[dict[str, Any]], indices: list[int], *, form: Form, tokenizer: "PreTrainedTokenizerBase"
-) -> list[EncodedPair]:
+class Refused(NamedTuple):
+    """A pair that the chat template does not take."""
+
+    reason: str
+
+
+def encode_records(pairs: list[Pair], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedPair | Refused]:
     """
     Args:
-        records: checked records, all of one form.
-        indices: their rows in the data set, for messages.
-        form: what the records hold.
+        pairs: of any kinds, mixed.
         tokenizer: has an EOS token for texts and a chat template for messages.
 
-    Raises:
-        ValueError: the chat template refuses a record.
+    Returns:
+        For each pair its tokens or, where the chat template refuses it, why.
     """
-    if form == "tokens":
-        return [EncodedPair(read_token_pair(record), False) for record in records]
-    if form == "text":
-        return _encode_texts(records, tokenizer)
-    return _encode_messages(records, indices, tokenizer)
+    encoded: list[EncodedPair | Refused] = [
+        EncodedPair(pair, False) if isinstance(pair, PairIds) else Refused("") for pair in pairs
+    ]
+    for pair_type, encode in ((TextPair, _encode_texts), (MessagesPair, _encode_messages)):
+        rows = [row for row, pair in enumerate(pairs) if isinstance(pair, pair_type)]
+        if rows:
+            for row, result in zip(rows, encode([pairs[row] for row in rows], tokenizer), strict=True):
+                encoded[row] = result
+    return encoded
 
 
-def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", form: Form) -> None:
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", kinds: Iterable[Kind]) -> None:
     """
     Raises:
-        ValueError: this is no tokenizer, or it lacks the EOS token or the chat template that the form needs.
+        ValueError: this is no tokenizer, or it lacks the EOS token or the chat template that the pairs need.
     """
     if hasattr(tokenizer, "tokenizer"):
         raise ValueError(
             f"processing_class: expected a tokenizer, got {type(tokenizer).__name__}. "
             "Pass its .tokenizer; images are not trained on."
         )
-    if form == "text" and tokenizer.eos_token_id is None:
+    kinds = set(kinds)
+    if "text" in kinds and tokenizer.eos_token_id is None:
         raise ValueError(
             "processing_class: expected a tokenizer with an EOS token, which ends each answer, got one without. "
             "Set tokenizer.eos_token."
         )
-    if form == "messages" and not tokenizer.chat_template:
+    if "messages" in kinds and not tokenizer.chat_template:
         raise ValueError(
             "processing_class: expected a tokenizer with a chat template, since the pairs are messages, got one "
-            "without. Set tokenizer.chat_template, take the chat model's tokenizer, or write the pairs as text."
+            "without. Give one with chat_template_path (a .jinja file, a chat model to take it from, or the template "
+            "itself), set tokenizer.chat_template, take the chat model's tokenizer, or write the pairs as text."
         )
 
 
-def _encode_texts(records: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedPair]:
-    pairs = [read_text_pair(record) for record in records]
+def _encode_texts(pairs: list[Any], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedPair]:
     texts = [(pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected) for pair in pairs]
     encoded = tokenizer(
         [text for three in texts for text in three],
@@ -81,36 +92,32 @@ def _encode_texts(records: list[dict[str, Any]], tokenizer: "PreTrainedTokenizer
     return [_end_answers(pair, tokenizer.eos_token_id) for pair in _split_all(ids)]
 
 
-def _encode_messages(
-    records: list[dict[str, Any]], indices: list[int], tokenizer: "PreTrainedTokenizerBase"
-) -> list[EncodedPair]:
-    rendered = [_render(record, index, tokenizer) for record, index in zip(records, indices, strict=True)]
+def _encode_messages(pairs: list[Any], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedPair | Refused]:
+    rendered = [_render(pair, tokenizer) for pair in pairs]
+    texts = [text for three in rendered if not isinstance(three, Refused) for text in three]
+    if not texts:
+        return [three for three in rendered if isinstance(three, Refused)]
     # the template has written the special tokens, the turn's end among them
-    encoded = tokenizer(
-        [text for three in rendered for text in three],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return _split_all(encoded["input_ids"])
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    split = iter(_split_all(encoded["input_ids"]))
+    return [three if isinstance(three, Refused) else next(split) for three in rendered]
 
 
-def _render(record: dict[str, Any], index: int, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def _render(pair: MessagesPair, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str, str] | Refused:
     """The chat template's text of the prompt, prompt + chosen and prompt + rejected."""
-    pair = read_messages_pair(record)
     options = {**pair.template_options, "tokenize": False}
     prompt_options = {**options, "add_generation_prompt": True}
     try:
-        return [
+        return (
             str(tokenizer.apply_chat_template(pair.prompt, **prompt_options)),
             str(tokenizer.apply_chat_template(pair.prompt + pair.chosen, **options)),
             str(tokenizer.apply_chat_template(pair.prompt + pair.rejected, **options)),
-        ]
-    except jinja2.TemplateError as error:
-        raise ValueError(
-            f"record {index}: expected messages that the chat template accepts, got its error: {error}. "
+        )
+    except _TEMPLATE_ERRORS as error:
+        return Refused(
+            f"expected messages that the chat template accepts, got its error: {error}. "
             "Correct the record's roles and their order, or use another template."
-        ) from error
+        )
 
 
 def _without_appended(ids: list[int], added: list[int]) -> list[int]:

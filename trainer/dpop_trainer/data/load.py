@@ -1,26 +1,25 @@
 """Preference pairs from where the user keeps them (a file, a folder, the Hugging Face hub, memory) as a Dataset."""
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import datasets.config
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from dpop_trainer.data.code_hash import code_hash
+from dpop_trainer.data.arrow_cache import cached_arrow, replacing
+from dpop_trainer.data.read_json import is_json, read_json_records
+from dpop_trainer.data.records import BadRecord
 
-_LOADERS = {".jsonl": "lines", ".json": "lines", ".parquet": "parquet", ".arrow": "arrow"}
+_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 class _Records(NamedTuple):
     records: list[dict[str, Any]]
     places: list[str]
-    """Where each record stands in its file, for messages: "line 7" or "record 6"."""
+    """Where each record stands, for messages."""
 
 
 def load_pairs(
@@ -37,8 +36,9 @@ def load_pairs(
     as well.
 
     Args:
-        source: a file (.jsonl, .json as a list of records or one record per line, .parquet, .arrow), a folder
-            (written by `save_to_disk`, or of data files), the id of a data set on the hub, or a data set.
+        source: a file (.jsonl, .json as a list of records or one record per line, both also as .gz, .parquet,
+            .arrow), a folder (written by `save_to_disk`, or of data files), the id of a data set on the hub, or a
+            data set.
         split: which split of a hub data set, a folder or a DatasetDict. A file and a Dataset are one split, whatever
             it is called.
         name: the configuration of a hub data set that has several.
@@ -55,7 +55,7 @@ def load_pairs(
     if isinstance(source, (Dataset, DatasetDict)):
         dataset, origin = source, "the data set given"
     elif isinstance(source, (str, os.PathLike)):
-        dataset, origin = _open(os.fspath(source), split, name, revision), os.fspath(source)
+        dataset, origin = open_source(os.fspath(source), split, name, revision), os.fspath(source)
     else:
         raise ValueError(
             f"source: expected a path, a hub id, a Dataset or a DatasetDict, got {type(source).__name__}. "
@@ -70,24 +70,40 @@ def load_pairs(
     return dataset
 
 
-def _open(source: str, split: str, name: str | None, revision: str | None) -> Dataset | DatasetDict:
+def open_source(
+    source: str, split: str, name: str | None = None, revision: str | None = None, *, streaming: bool = False
+) -> Any:
+    """What `datasets` makes of a path or hub id: a Dataset, a DatasetDict or, when streaming, their iterable kin.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or hub data set.
+        ValueError: the file is of another kind or cannot be read, or a slice of a file is asked for.
+    """
+    options: dict[str, Any] = {"streaming": True} if streaming else {}
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(str(path), name, split=split)
-    loader = _LOADERS.get(path.suffix)
+        return datasets.load_dataset(str(path), name, split=split, **options)
+    loader = "json" if is_json(path) else _LOADERS.get(path.suffix)
     if path.is_file():
         if loader is None:
             raise ValueError(f"source: expected a file ending in {', '.join(_LOADERS)}, got {source}.")
-        return _read_file(path, loader, split)
+        check_plain_split(split)
+        if loader == "json":
+            return _read_json(path)
+        try:
+            return datasets.load_dataset(loader, data_files=str(path), split="train", **options)
+        except (DatasetGenerationError, pa.ArrowException) as error:
+            reason = error.__cause__ or error
+            raise ValueError(f"source: expected a readable {path.suffix} file, got {path} ({reason}).") from error
     if loader or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise FileNotFoundError(
             f"source: expected an existing file or folder, got {source}. "
             f"Check the path; a relative one begins at {Path.cwd()}."
         )
     try:
-        return datasets.load_dataset(source, name, split=split, revision=revision)
+        return datasets.load_dataset(source, name, split=split, revision=revision, **options)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"source: expected a file, a folder or a data set on the hub, got {source!r}. "
@@ -95,67 +111,35 @@ def _open(source: str, split: str, name: str | None, revision: str | None) -> Da
         ) from error
 
 
-def _read_file(path: Path, loader: str, split: str) -> Dataset:
+def check_plain_split(split: str) -> None:
+    """
+    Raises:
+        ValueError: a slice or a sum of splits is asked of a file, which has one split.
+    """
     if "[" in split or "+" in split:
         raise ValueError(
             f"split: expected a plain name for a file, got {split!r}. Load the file, then use Dataset.select."
         )
-    if loader == "lines":
-        return _read_json(path)
-    try:
-        return datasets.load_dataset(loader, data_files=str(path), split="train")
-    except (DatasetGenerationError, pa.ArrowException) as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"source: expected a readable {path.suffix} file, got {path} ({reason}).") from error
 
 
 def _read_json(path: Path) -> Dataset:
-    content = path.read_bytes()
-    key = hashlib.sha256(code_hash().encode() + content).hexdigest()
-    cached = Path(datasets.config.HF_DATASETS_CACHE) / "dpop_pairs" / f"{key}.arrow"
+    cached = cached_arrow(path, "raw")
     if not cached.exists():
-        content = content.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
-        parse = _parse_list if content.lstrip().startswith(b"[") and path.suffix == ".json" else _parse_lines
-        parsed = parse(content, path)
+        parsed = _parse(path)
         if not parsed.records:
             raise ValueError(f"source: expected at least one pair, got none in {path}.")
         _write_arrow(_as_table(parsed, path), cached)
     return Dataset.from_file(str(cached))
 
 
-def _parse_lines(content: bytes, path: Path) -> _Records:
+def _parse(path: Path) -> _Records:
     parsed = _Records([], [])
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise ValueError(
-                f"{path}, line {number}: expected a JSON object, got {_excerpt(line)} ({error}). "
-                "Write one record per line."
-            ) from error
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, line {number}: expected a JSON object with the fields of a pair, got {_excerpt(line)}."
-            )
-        parsed.records.append(record)
-        parsed.places.append(f"line {number}")
+    for item in read_json_records(path):
+        if isinstance(item, BadRecord):
+            raise ValueError(f"{item.place}: {item.reason}")
+        parsed.records.append(item.record)
+        parsed.places.append(item.place)
     return parsed
-
-
-def _parse_list(content: bytes, path: Path) -> _Records:
-    try:
-        records = json.loads(content)
-    except ValueError as error:  # the message says which line and column
-        raise ValueError(f"{path}: expected a JSON list of records, got what does not parse ({error}).") from error
-    for index, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, record {index}: expected a JSON object with the fields of a pair, "
-                f"got {_excerpt(json.dumps(record).encode())}."
-            )
-    return _Records(records, [f"record {index}" for index in range(len(records))])
 
 
 def _as_table(parsed: _Records, path: Path) -> pa.Table:
@@ -166,7 +150,7 @@ def _as_table(parsed: _Records, path: Path) -> pa.Table:
         if problem:
             place = parsed.places[_first_misfit(values)]
             raise ValueError(
-                f"{path}, {place}: {field}: expected a value of the same type as in the records before, got another "
+                f"{place}: {field}: expected a value of the same type as in the records before, got another "
                 f"({problem}). Give the field one type in the whole file, or remove it."
             )
         columns[field] = pa.array(values)
@@ -194,14 +178,9 @@ def _first_misfit(values: list) -> int:
 
 
 def _write_arrow(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with (
+        replacing(path) as partial,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
         writer.write_table(table, max_chunksize=1000)
-    # another process may do the same at the same time: each reader sees a whole file
-    partial.replace(path)
-
-
-def _excerpt(content: bytes) -> str:
-    text = content.decode("utf-8", errors="replace").strip()
-    return repr(text if len(text) <= 60 else text[:57] + "...")

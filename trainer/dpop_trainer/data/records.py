@@ -1,6 +1,6 @@
-"""What a preference pair may look like in a data set, and what is said when it does not.
+"""What a preference pair is, however a data set writes it, and what is said when a record is none.
 
-Three forms, one per data set:
+Three kinds, which everything after this works on (`forms` knows how data sets write them):
 
     text      prompt, chosen, rejected are strings
     messages  they are lists of {"role", "content"} messages; without a prompt column (or with one that repeats a
@@ -8,23 +8,21 @@ Three forms, one per data set:
     tokens    prompt_ids, chosen_ids, rejected_ids are lists of token ids
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from datasets import Dataset
-
+from dpop_trainer.data.messages import Message, described, read_messages, read_template_options
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.edits import common_prefix_length
 
-Form = Literal["text", "messages", "tokens"]
-Message: TypeAlias = dict[str, Any]
+Kind = Literal["text", "messages", "tokens"]
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REF_SHARED_COLUMN = "ref_shared_logps"
+ALL_REF_COLUMNS = (*REF_COLUMNS, REF_SHARED_COLUMN)
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 _MAX_REPORTED = 5
@@ -48,62 +46,18 @@ class MessagesPair(NamedTuple):
     """What the chat template is called with besides the messages."""
 
 
-def check_pairs(dataset: Dataset) -> Form:
-    """Check every record of a data set.
+Pair: TypeAlias = TextPair | MessagesPair | PairIds
 
-    Returns:
-        The form that its pairs have.
-
-    Raises:
-        ValueError: columns are missing or of the wrong type, or records cannot be used; the message names the first
-            five of these by index, with field, what was expected and what was found.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}. "
-            "Take one split, not streamed; load_pairs does."
-        )
-    form = form_of(dataset)
-    records = dataset.with_format(None).select_columns(used_columns(dataset))
-    raise_problems("pairs", len(records), (_problem(record, PAIR_READERS[form]) for record in records))
-    return form
+PAIR_TYPES: dict[Kind, type[Pair]] = {"text": TextPair, "messages": MessagesPair, "tokens": PairIds}
 
 
-def form_of(dataset: Dataset) -> Form:
-    """The form that the data set's columns say its pairs have.
+class BadRecord(NamedTuple):
+    """A record that cannot be used."""
 
-    Raises:
-        ValueError: the columns are those of none.
-    """
-    columns = dataset.column_names
-    if set(TOKEN_COLUMNS) <= set(columns):
-        for column in TOKEN_COLUMNS:
-            _check_token_column(dataset, column)
-        return "tokens"
-    missing = [column for column in ("chosen", "rejected") if column not in columns]
-    if missing:
-        raise ValueError(
-            f"columns: expected prompt, chosen and rejected, or prompt_ids, chosen_ids and rejected_ids, "
-            f"got {columns}. Rename the columns with Dataset.rename_columns."
-        )
-    first = next((answer for answer in dataset["chosen"] if answer is not None), None)
-    if isinstance(first, list):
-        return "messages"
-    if "prompt" not in columns:
-        raise ValueError(
-            f"columns: expected a prompt beside chosen and rejected texts, got {columns}. Add the column prompt; "
-            "only answers given as lists of messages can contain it."
-        )
-    return "text"
-
-
-def used_columns(dataset: Dataset) -> list[str]:
-    """The columns that tokenising reads, in the data set's order."""
-    token_columns = set(TOKEN_COLUMNS)
-    is_tokenised = token_columns <= set(dataset.column_names)
-    used = token_columns if is_tokenised else {*TEXT_COLUMNS, *TEMPLATE_COLUMNS}
-    refs = (*REF_COLUMNS, REF_SHARED_COLUMN)
-    return [column for column in dataset.column_names if column in used or column in refs]
+    place: str
+    """Where it stands: file and line, or its index."""
+    reason: str
+    """Field, what was expected, what was found, and the remedy."""
 
 
 def read_text_pair(record: dict[str, Any]) -> TextPair:
@@ -113,7 +67,7 @@ def read_text_pair(record: dict[str, Any]) -> TextPair:
     """
     for field in TEXT_COLUMNS:
         if not isinstance(record.get(field), str):
-            raise ValueError(f"{field}: expected text, got {_described(record.get(field))}. {_remedy(record, field)}")
+            raise ValueError(f"{field}: expected text, got {described(record.get(field))}. {_remedy(record, field)}")
         if field != "prompt" and not record[field]:
             raise ValueError(f"{field}: expected an answer of at least one character, got ''. Remove the record.")
     return TextPair(record["prompt"], record["chosen"], record["rejected"])
@@ -127,7 +81,7 @@ def read_messages_pair(record: dict[str, Any]) -> MessagesPair:
             answer is empty or begins with a turn that is not its own, or `tools` is neither a list nor its JSON.
     """
     chosen, rejected = _read_messages(record, "chosen"), _read_messages(record, "rejected")
-    options = _read_template_options(record)
+    options = read_template_options(record)
     if isinstance(record.get("prompt"), list):
         pair = MessagesPair(_read_messages(record, "prompt"), chosen, rejected, options)
     else:
@@ -149,91 +103,72 @@ def read_messages_pair(record: dict[str, Any]) -> MessagesPair:
 def read_token_pair(record: dict[str, Any]) -> PairIds:
     """
     Raises:
-        ValueError: a field is null or holds nulls.
+        ValueError: a field is not a list of integers.
     """
     for field in TOKEN_COLUMNS:
-        if record[field] is None or None in record[field]:
-            raise ValueError(f"{field}: expected a list of token ids, got {_described(record[field])}.")
+        ids = record.get(field)
+        if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+            raise ValueError(
+                f"{field}: expected lists of integer token ids, got {described(ids)}. Tokenise the record again."
+            )
+        if any(not -(2**31) <= i < 2**31 for i in ids):
+            raise ValueError(f"{field}: expected token ids of 32 bits, got {max(ids, key=abs)}. Correct the record.")
     return PairIds(record["prompt_ids"], record["chosen_ids"], record["rejected_ids"])
 
 
-PAIR_READERS: dict[Form, Callable[[dict[str, Any]], NamedTuple]] = {
-    "text": read_text_pair,
-    "messages": read_messages_pair,
-    "tokens": read_token_pair,
-}
-
-
-def raise_problems(name: str, num_records: int, problems: Iterable[str | None]) -> None:
-    """Raise one error for all records that have a problem; `problems` holds one entry per record, in order.
+def read_ref_logps(record: dict[str, Any]) -> dict[str, float]:
+    """The reference log-probs that a record brings, by column; empty if it brings none.
 
     Raises:
-        ValueError: there is at least one; the first five are spelt out, and all are counted.
+        ValueError: there is one of the two only, or one is not a finite number.
     """
-    found = [(index, problem) for index, problem in enumerate(problems) if problem]
-    if found:
-        lines = "".join(f"\n  record {index}: {problem}" for index, problem in found[:_MAX_REPORTED])
-        more = f"\n  and {len(found) - _MAX_REPORTED} more" if len(found) > _MAX_REPORTED else ""
-        raise ValueError(f"{name}: expected {num_records} usable records, got {len(found)} that are not:{lines}{more}")
-
-
-def _problem(record: Any, read_pair: Callable) -> str | None:
-    try:
-        read_pair(record)
-        _check_ref_logps(record)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _check_token_column(dataset: Dataset, column: str) -> None:
-    item = getattr(dataset.features[column], "feature", None)
-    if not str(getattr(item, "dtype", None)).startswith(("int", "uint", "null")):
-        raise ValueError(f"{column}: expected lists of integer token ids, got {dataset.features[column]}.")
-
-
-def _check_ref_logps(record: dict[str, Any]) -> None:
+    logps = {}
     for field, other in (REF_COLUMNS, REF_COLUMNS[::-1]):
         if field not in record:
             continue
         if other not in record:
             raise ValueError(f"{other}: expected a column beside {field}, got none. Add it, or remove {field}.")
-        logps = record[field]
-        if not isinstance(logps, (int, float)) or not math.isfinite(logps):
+        value = record[field]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not _is_finite(value):
             raise ValueError(
-                f"{field}: expected a finite number, got {_described(logps)}. Compute the reference log-probs again."
+                f"{field}: expected a finite number, got {described(value)}. Compute the reference log-probs again."
             )
+        logps[field] = float(value)
+    shared = record.get(REF_SHARED_COLUMN)
+    if shared is not None:
+        if not logps or not isinstance(shared, int | float) or isinstance(shared, bool) or not _is_finite(shared):
+            raise ValueError(
+                f"{REF_SHARED_COLUMN}: expected a finite number beside {' and '.join(REF_COLUMNS)}, got "
+                f"{described(shared)}. Compute the reference log-probs again, or remove the column."
+            )
+        logps[REF_SHARED_COLUMN] = float(shared)
+    return logps
+
+
+def raise_bad_records(name: str, num_records: int, bad_records: Sequence[BadRecord], remedy: str = "") -> None:
+    """Raise one error for all bad records of a data set, if there are any.
+
+    Raises:
+        ValueError: there is at least one; the first five are spelt out, and all are counted.
+    """
+    if bad_records:
+        lines = "".join(f"\n  {bad.place}: {bad.reason}" for bad in bad_records[:_MAX_REPORTED])
+        more = f"\n  and {len(bad_records) - _MAX_REPORTED} more" if len(bad_records) > _MAX_REPORTED else ""
+        raise ValueError(
+            f"{name}: expected {num_records} usable records, got {len(bad_records)} that are not:{lines}{more}"
+            + ("\n" + remedy if remedy else "")
+        )
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond fp64
+        return False
 
 
 def _read_messages(record: dict[str, Any], field: str) -> list[Message]:
-    messages = record.get(field)
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{field}: expected a list of messages, got {_described(messages)}. {_remedy(record, field)}")
-    return [_read_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
-
-
-def _read_message(message: Any, name: str) -> Message:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        got = f"the keys {sorted(message)}" if isinstance(message, dict) else _described(message)
-        raise ValueError(f"{name}: expected a message with the keys role and content, got {got}. Rename its keys.")
-    if not isinstance(message["role"], str) or not message["role"]:
-        raise ValueError(f"{name}.role: expected text, got {_described(message['role'])}. Name who speaks.")
-    if not isinstance(message["content"], str) and not (message["content"] is None and message.get("tool_calls")):
-        raise ValueError(
-            f"{name}.content: expected text, got {_described(message['content'])}. Only text can be trained on."
-        )
-    # Arrow gives every message every key that any message has; templates take a null key for a present one
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
-
-
-def _read_template_options(record: dict[str, Any]) -> dict[str, Any]:
-    tools = record.get("tools")
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise ValueError(f"tools: expected a list or its JSON, got {_described(tools)} ({error}).") from error
-    # null for an empty list: some templates write tool instructions for that too
-    return {"tools": tools or None, **(record.get("chat_template_kwargs") or {})}
+    return read_messages(record.get(field), field, _remedy(record, field))
 
 
 def _check_implicit_prompt(record: dict[str, Any], pair: MessagesPair) -> None:
@@ -241,7 +176,7 @@ def _check_implicit_prompt(record: dict[str, Any], pair: MessagesPair) -> None:
         prompt = record["prompt"]
         if not isinstance(prompt, str) or all(message["content"] != prompt for message in pair.prompt):
             raise ValueError(
-                f"prompt: expected a list of messages as chosen has, got {_described(prompt)}. Write it as messages, "
+                f"prompt: expected a list of messages as chosen has, got {described(prompt)}. Write it as messages, "
                 "or remove the column if chosen and rejected begin with the prompt's turns."
             )
     if not pair.prompt:
@@ -258,10 +193,3 @@ def _remedy(record: dict[str, Any], field: str) -> str:
     if isinstance(value, dict):
         return "Put the message into a list."
     return "Give prompt, chosen and rejected one form, text or messages, in every record."
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

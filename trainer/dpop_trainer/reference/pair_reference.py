@@ -98,6 +98,11 @@ class PairReference:
             self._home = _device(model)
             self._place(model)
 
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a model that gives the log-probs of pairs that bring none."""
+        return self._source is not None
+
     def segment_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
         """The reference's sums of a batch's segments [B, 3]; zeros where no loss has a reference.
 

@@ -1,0 +1,115 @@
+"""What became of tokenised pairs, read from their columns: which are kept, which are bad, and how many of each.
+
+The same for a whole data set and for a part of a stream.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpop_trainer.data.counts import TokeniseCounts
+from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
+
+CUT_COLUMNS = ("prompt_cut", "chosen_cut", "rejected_cut")
+
+
+class Outcomes(NamedTuple):
+    """What becomes of the rows of a table of `tokenise.tokenised_features`."""
+
+    names: np.ndarray
+    """[rows] of text: kept, identical, identical_after_truncation, no_room, empty or bad."""
+    kept: np.ndarray
+    """[rows] of bool: the pair is trained on."""
+    problems: dict[int, str]
+    """Row -> why its record cannot be used, in order of the rows: those that are bad."""
+
+
+def judge_outcomes(table: pa.Table, *, vocab_size: int | None, refs: bool, keep_identical: bool) -> Outcomes:
+    """
+    Args:
+        table: the columns of `tokenise.tokenised_features`.
+        vocab_size: if given, every id must be below it.
+        refs: the data set brings reference log-probs, so every record must.
+        keep_identical: pairs with identical answers are kept.
+    """
+    problems: dict[int, str] = {}
+    if table["problem"].null_count < len(table):
+        problems = {row: text for row, text in enumerate(table["problem"].to_pylist()) if text is not None}
+    problems = _vocabulary_problems(table, vocab_size) | problems
+    if refs:
+        problems = _ref_problems(table) | problems
+    names = np.array(table["outcome"].to_pylist(), dtype=object)
+    names[list(problems)] = "bad"
+    identical = ("identical", "identical_after_truncation") if keep_identical else ()
+    return Outcomes(names, np.isin(names, ["kept", *identical]), dict(sorted(problems.items())))
+
+
+def count_outcomes(table: pa.Table, outcomes: Outcomes) -> TokeniseCounts:
+    """The counts of one table; a row that is not kept is counted once, under why it is not."""
+    dropped = Counter(outcomes.names[~outcomes.kept])
+    mask = pa.array(outcomes.kept)
+
+    def total(values: Any) -> int:
+        return pc.sum(pc.filter(values, mask), min_count=0).as_py()
+
+    return TokeniseCounts(
+        num_pairs_in=len(outcomes.kept),
+        num_pairs=int(outcomes.kept.sum()),
+        skipped_bad=dropped["bad"],
+        dropped_empty=dropped["empty"],
+        dropped_no_room=dropped["no_room"],
+        dropped_identical=dropped["identical"],
+        dropped_identical_after_truncation=dropped["identical_after_truncation"],
+        truncated_prompts=total(table["prompt_cut"]),
+        truncated_chosen=total(table["chosen_cut"]),
+        truncated_rejected=total(table["rejected_cut"]),
+        merged_boundaries=total(table["prompt_shortened"]),
+        equal_scores=total(pc.equal(table["score_gap"], 0.0)),
+        inverted_scores=total(pc.less(table["score_gap"], 0.0)),
+        prompt_tokens=total(pc.list_value_length(table["prompt_ids"])),
+        chosen_tokens=total(pc.list_value_length(table["chosen_ids"])),
+        rejected_tokens=total(pc.list_value_length(table["rejected_ids"])),
+    )
+
+
+def _ref_problems(table: pa.Table) -> dict[int, str]:
+    cut = (
+        "ref_chosen_logps: expected a pair that fits max_length, got one that is cut, so the reference log-probs are "
+        "not those of its tokens. Raise max_length, or remove the two columns to compute them again."
+    )
+    absent = (
+        "ref_chosen_logps: expected reference log-probs in every record or in none, got a record without. "
+        "Add them, or remove the two columns."
+    )
+    is_cut = np.any([table[column].to_pylist() for column in CUT_COLUMNS], axis=0)
+    is_used = np.isin(table["outcome"].to_pylist(), ["kept", "identical", "identical_after_truncation"])
+    is_absent = np.array(table[REF_COLUMNS[0]].is_null().to_pylist())
+    return {int(row): absent for row in np.flatnonzero(is_absent & is_used)} | {
+        int(row): cut for row in np.flatnonzero(is_cut & is_used & ~is_absent)
+    }
+
+
+def _vocabulary_problems(table: pa.Table, vocab_size: int | None) -> dict[int, str]:
+    bound = ">= 0" if vocab_size is None else f"in [0, {vocab_size})"
+    problems: dict[int, str] = {}
+    for column in TOKEN_COLUMNS:
+        limits = pc.min_max(pc.list_flatten(table[column])).as_py()
+        if limits["min"] is None:  # no ids at all
+            continue
+        if limits["min"] >= 0 and (vocab_size is None or limits["max"] < vocab_size):
+            continue  # only a column that holds a bad id is looked at row by row
+        for row, ids in enumerate(table[column]):
+            outside = [i for i in ids.as_py() if i < 0 or (vocab_size is not None and i >= vocab_size)]
+            if outside:
+                problems.setdefault(
+                    row,
+                    f"{column}: expected ids {bound}, got {outside[0]}. "
+                    "Use the tokenizer of the model that is trained.",
+                )
+    return problems

@@ -1,0 +1,201 @@
+"""JSON files record by record, each with its place, in bounded memory; what cannot be read is named, not raised."""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from dpop_trainer.data.records import BadRecord
+
+_BLOCK = 1 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class PlacedRecord(NamedTuple):
+    """A record and where it stands in its file: "<path>, line 7" or "<path>, record 6"."""
+
+    place: str
+    record: dict[str, Any]
+
+
+def is_json(path: Path) -> bool:
+    """Whether the file's name says that it holds JSON: .jsonl or .json, compressed by gzip or not."""
+    return _suffix(path) in (".jsonl", ".json")
+
+
+def read_json_records(path: Path) -> Iterator[PlacedRecord | BadRecord]:
+    """Every record of a file, in order: one per line, or, in a .json file that begins with a bracket, of one list.
+
+    Raises:
+        ValueError: the file cannot be decompressed, or the list does not parse from some place on.
+    """
+    try:
+        with _open(path) as file:
+            if file.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:  # which some editors write
+                file.seek(0)
+            if _suffix(path) == ".json" and _begins_with_bracket(file):
+                yield from _list_records(file, path)
+            else:
+                yield from _line_records(file, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: expected a file that gzip can read, got a damaged one ({error}).") from error
+
+
+def excerpt(content: bytes | str) -> str:
+    """The beginning of what was found, for messages."""
+    text = (content if isinstance(content, str) else content.decode("utf-8", errors="replace")).strip()
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _begins_with_bracket(file: IO[bytes]) -> bool:
+    start = file.tell()
+    first = b""
+    while block := file.read(_BLOCK):
+        first = block.lstrip()[:1]
+        if first:
+            break
+    file.seek(start)
+    return first == b"["
+
+
+def _line_records(file: IO[bytes], path: Path) -> Iterator[PlacedRecord | BadRecord]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+            yield BadRecord(
+                place,
+                f"expected a JSON object, got {excerpt(line)} ({error}). Write one record per line.",
+            )
+            continue
+        yield _placed(record, place)
+
+
+def _list_records(file: IO[bytes], path: Path) -> Iterator[PlacedRecord | BadRecord]:
+    text = _Text(file, path)
+    text.take()  # the bracket
+    index = 0
+    if text.peek() == "]":
+        text.take()
+    else:
+        while True:
+            yield _placed(text.value(index), f"{path}, record {index}")
+            separator = text.peek()
+            if separator not in (",", "]"):
+                raise text.error(f"a comma or the list's end after record {index}", text.position)
+            text.take()
+            if separator == "]":
+                break
+            index += 1
+    if text.peek():
+        raise text.error("nothing after the list's end", text.position)
+
+
+def _placed(record: Any, place: str) -> PlacedRecord | BadRecord:
+    if isinstance(record, dict):
+        return PlacedRecord(place, record)
+    return BadRecord(
+        place, f"expected a JSON object with the fields of a pair, got {excerpt(json.dumps(record))}. Remove it."
+    )
+
+
+class _Text:
+    """A file's text of which only the part not parsed yet is held."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self._undecoded = b""
+        self._buffer, self._ended = "", False
+        self._num_lines = 0  # before the buffer
+        self._decoder = json.JSONDecoder()
+        self.position = 0
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end."""
+        while True:
+            match = _SPACE.match(self._buffer, self.position)
+            assert match is not None
+            self.position = match.end()
+            if self.position < len(self._buffer) or self._ended:
+                return self._buffer[self.position : self.position + 1]
+            self._read(_BLOCK)
+
+    def take(self) -> None:
+        """Go past that character."""
+        self.peek()
+        self.position += 1
+
+    def value(self, index: int) -> Any:
+        """The value that begins here or after white space.
+
+        Raises:
+            ValueError: there is none that parses.
+        """
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self.position)
+            except json.JSONDecodeError as error:
+                problem: tuple[str, int] = (error.msg, error.pos)
+            except (ValueError, RecursionError) as error:  # a number of too many digits, lists within lists
+                raise self.error(f"record {index} ({error})", self.position) from error
+            else:
+                if end < len(self._buffer) or self._ended:  # a number at the buffer's end may go on behind it
+                    self.position = end
+                    self._forget()
+                    return value
+                problem = ("", end)
+            if self._ended:
+                raise self.error(f"record {index} ({problem[0]})", problem[1])
+            self._read(max(_BLOCK, len(self._buffer) - self.position))  # twice as much each time: linear in all
+
+    def error(self, what: str, position: int) -> ValueError:
+        before = self._buffer[:position]
+        line = self._num_lines + before.count("\n") + 1
+        found = excerpt(self._buffer[position : position + 60]) if position < len(self._buffer) else "the file's end"
+        return ValueError(
+            f"{self._path}: expected a JSON list of records, got what does not parse (at line {line}: expected {what}, "
+            f"got {found}). Correct the file, or write one record per line (.jsonl), where a bad one does not hide the "
+            "rest."
+        )
+
+    def _read(self, size: int) -> None:
+        block = self._file.read(size)
+        self._ended = not block
+        content = self._undecoded + block
+        try:
+            text, self._undecoded = content.decode(), b""
+        except UnicodeDecodeError as error:
+            # a character may be cut by the block's end
+            if self._ended or error.start < len(content) - 3:
+                line = self._num_lines + self._buffer.count("\n") + content[: error.start].count(b"\n") + 1
+                raise ValueError(f"{self._path}, line {line}: expected UTF-8, got other bytes ({error}).") from error
+            text, self._undecoded = content[: error.start].decode(), content[error.start :]
+        self._buffer += text
+
+    def _forget(self) -> None:
+        if self.position > _BLOCK:
+            self._num_lines += self._buffer.count("\n", 0, self.position)
+            self._buffer, self.position = self._buffer[self.position :], 0
+
+
+def progress(path: Path, records: Iterator) -> Iterator:
+    """The records, with a bar on the terminal where reading takes longer than a few seconds."""
+    yield from tqdm(records, desc=f"Reading {path.name}", unit=" records", delay=3, leave=False)

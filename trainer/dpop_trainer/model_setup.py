@@ -1,0 +1,105 @@
+"""From `ModelArguments` to what a model, its tokenizer and its adapter are made with."""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from dpop_trainer.arguments import ModelArguments
+from dpop_trainer.config import HeadConfig
+from dpop_trainer.loading import check_local_path, load_tokenizer
+from dpop_trainer.trl_fields import name_hint
+
+
+def model_name(arguments: ModelArguments) -> str:
+    """
+    Raises:
+        ValueError: there is none, or it is a local folder without a model.
+    """
+    if not arguments.model_name_or_path:
+        raise ValueError("model_name_or_path: expected a hub id or a local folder, got none. Set it in the YAML file.")
+    check_local_path(arguments.model_name_or_path, "config.json")
+    return arguments.model_name_or_path
+
+
+def tokenizer_of(arguments: ModelArguments, config: HeadConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer at the model's name and revision.
+
+    Raises:
+        ValueError: none is found there.
+    """
+    return load_tokenizer(
+        model_name(arguments), revision=arguments.model_revision, trust_remote_code=config.trust_remote_code
+    )
+
+
+def init_kwargs(arguments: ModelArguments, config: HeadConfig) -> dict[str, Any]:
+    """What `from_pretrained` is given; `config.model_init_kwargs` wins over the flags of the same meaning."""
+    kwargs = {
+        "revision": arguments.model_revision,
+        "dtype": arguments.dtype,
+        "attn_implementation": arguments.attn_implementation,
+        "trust_remote_code": config.trust_remote_code or None,
+        **(config.model_init_kwargs or {}),  # type: ignore[dict-item]
+    }
+    return {key: value for key, value in kwargs.items() if value is not None}
+
+
+def quantization_config(arguments: ModelArguments) -> Any:
+    """A BitsAndBytesConfig, or None for weights as they are.
+
+    Raises:
+        ValueError: there is no CUDA device.
+    """
+    if not (arguments.load_in_4bit or arguments.load_in_8bit):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        name = "load_in_4bit" if arguments.load_in_4bit else "load_in_8bit"
+        raise ValueError(
+            f"{name}: expected a CUDA device (bitsandbytes needs one), found none. Leave it out: the base is then "
+            "loaded in `dtype`."
+        )
+    if arguments.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=arguments.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=arguments.bnb_4bit_quant_storage,
+    )
+
+
+def lora_config(arguments: ModelArguments) -> LoraConfig | None:
+    """The adapter, or None where all weights are trained.
+
+    Raises:
+        ValueError: `peft_config` holds what is no field of LoraConfig.
+    """
+    more: Any = arguments.peft_config or {}
+    if not (arguments.use_peft or more):
+        return None
+    known = [item.name for item in fields(LoraConfig) if item.init]
+    for name in more:
+        if name not in known:
+            hint = name_hint(str(name), known, "peft's documentation lists them.")
+            raise ValueError(f"peft_config: expected fields of peft's LoraConfig, got {name!r}. {hint}")
+    modules = arguments.lora_target_modules
+    chosen = {
+        "task_type": arguments.lora_task_type,
+        "r": arguments.lora_r,
+        "lora_alpha": arguments.lora_alpha,
+        "lora_dropout": arguments.lora_dropout,
+        # peft takes this word as text alone, not in a list
+        "target_modules": "all-linear" if modules in (None, ["all-linear"]) else modules,
+        "modules_to_save": arguments.lora_modules_to_save,
+        "use_rslora": arguments.use_rslora,
+        "use_dora": arguments.use_dora,
+    }
+    if arguments.lora_target_parameters is not None:
+        chosen["target_parameters"] = arguments.lora_target_parameters
+    return LoraConfig(**{**chosen, **more})

@@ -1,0 +1,98 @@
+"""The fields of TRL's `DPOConfig` that this trainer does not act on: accepted at TRL's default, else refused by name.
+
+A script written for TRL may set any of its fields. What is supported is a field of `DPOPConfig` itself; here is the
+rest, each with what to do instead, so that such a script gets an answer and never a TypeError.
+"""
+
+import difflib
+from argparse import SUPPRESS
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+# field -> what does here what it does in TRL
+ALTERNATIVES = {
+    "router_aux_loss_coef": (
+        "The load-balancing loss of a mixture of experts is not added here; with LoRA the router is frozen as long as "
+        "lora_target_modules leaves it out."
+    ),
+    "padding_free": "TRL 1.16 ignores it too. Use layout='auto': what the two answers have in common is computed once.",
+    "ld_alpha": "Length-desensitised log-probs are not offered. loss_type='ipo' bounds the margin, and so verbosity.",
+    "f_divergence_type": "Only the reverse KL is offered, which is what DPO and DPOP are derived from.",
+    "f_alpha_divergence_coef": "It belongs to f_divergence_type='alpha_divergence'; only the reverse KL is offered.",
+    "use_weighting": "Weights by the policy's own log-probs (WPO) are not offered. Filter or repeat pairs in the data.",
+    "activation_offloading": "Use gradient_checkpointing=True, which is the default, and a smaller batch.",
+    "sync_ref_model": (
+        "The reference stays what the policy was at the start: DPOP's penalty is measured against it. Train in rounds, "
+        "each from the model that the last one saved."
+    ),
+    "ref_model_mixup_alpha": "It belongs to sync_ref_model, which is not offered.",
+    "ref_model_sync_steps": "It belongs to sync_ref_model, which is not offered.",
+    "use_liger_kernel": (
+        "It replaces the model's forward, which the kernels here stand behind; they are on already. For the layers, "
+        "use model_init_kwargs={'use_kernels': True}."
+    ),
+}
+
+# what asks for nothing, besides the default
+_ALSO_ACCEPTED: dict[str, tuple[Any, ...]] = {"router_aux_loss_coef": (0.0,)}
+
+# names that older scripts use -> what to write today
+FORMER_NAMES = {
+    "torch_dtype": "dtype",
+    "evaluation_strategy": "eval_strategy",
+    "tokenizer": "processing_class",
+    "max_prompt_length": "max_length, for prompt and answer together",
+    "max_completion_length": "max_length, for prompt and answer together",
+    "max_target_length": "max_length, for prompt and answer together",
+    "precompute_ref_logps": "precompute_ref_log_probs",
+    "dataset": "dataset_name",
+    "model": "model_name_or_path",
+    "lambda": "dpop_lambda",
+    "lambda_dpop": "dpop_lambda",
+    "rpo_alpha": "loss_type [dpop, sft] with loss_weights",
+}
+
+
+@dataclass
+class TRLFields:
+    """Fields that may be mentioned, but not changed: see `ALTERNATIVES`."""
+
+    router_aux_loss_coef: float | None = field(default=None, metadata={"help": SUPPRESS})
+    padding_free: bool = field(default=False, metadata={"help": SUPPRESS})
+    ld_alpha: float | None = field(default=None, metadata={"help": SUPPRESS})
+    f_divergence_type: str = field(default="reverse_kl", metadata={"help": SUPPRESS})
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": SUPPRESS})
+    use_weighting: bool = field(default=False, metadata={"help": SUPPRESS})
+    activation_offloading: bool = field(default=False, metadata={"help": SUPPRESS})
+    sync_ref_model: bool = field(default=False, metadata={"help": SUPPRESS})
+    ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": SUPPRESS})
+    ref_model_sync_steps: int = field(default=512, metadata={"help": SUPPRESS})
+
+
+def check_trl_fields(config: Any) -> None:
+    """
+    Args:
+        config: a configuration dataclass with the fields of `ALTERNATIVES`.
+
+    Raises:
+        ValueError: one of them asks for what this trainer does not do; all such are named, each with the alternative.
+    """
+    refused = []
+    for item in fields(config):
+        if item.name not in ALTERNATIVES:
+            continue
+        value = getattr(config, item.name)
+        if value != item.default and value not in _ALSO_ACCEPTED.get(item.name, ()):
+            refused.append(f"{item.name}: expected {item.default!r}, got {value!r}. {ALTERNATIVES[item.name]}")
+    if refused:
+        raise ValueError("\n".join(refused))
+
+
+def name_hint(name: str, known: Iterable[str], otherwise: str) -> str:
+    """A sentence on which field was meant by one that does not exist: its present name, the closest, or `otherwise`."""
+    name = name.replace("-", "_")
+    if name in FORMER_NAMES:
+        return f"It is called {FORMER_NAMES[name]} now."
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {close[0]!r}?" if close else otherwise
