@@ -47,7 +47,7 @@ _SCORE_COLUMNS = (
 )
 _SIDE_COLUMNS = {*ALL_REF_COLUMNS, *(name for names in _SCORE_COLUMNS for name in names)}
 _KINDS: dict[type, Kind] = {pair_type: kind for kind, pair_type in PAIR_TYPES.items()}
-_SAMPLE_SIZE = 100
+SAMPLE_SIZE = 100  # records from which a form is recognised
 
 
 def convert_record(record: dict[str, Any], place: str, form: Form) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def choose_form(sample: Sample, origin: str = "", *, completions: bool = False) 
 def sample_of_records(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Column -> its first value that is not null, from the first records of a data set without columns."""
     sample: dict[str, Any] = {}
-    for record in itertools.islice(records, _SAMPLE_SIZE):
+    for record in itertools.islice(records, SAMPLE_SIZE):
         for column, value in record.items():
             if sample.get(column) is None:
                 sample[column] = value
@@ -184,7 +184,7 @@ def _sample_of_columns(dataset: Dataset) -> dict[str, Any]:
     read = [column for column in dataset.column_names if any(column in form.columns for form in FORMS_BY_NAME.values())]
     sample: dict[str, Any] = dict.fromkeys(dataset.column_names)
     if read:
-        first = dataset.select_columns(read).select(range(min(_SAMPLE_SIZE, len(dataset))))
+        first = dataset.select_columns(read).select(range(min(SAMPLE_SIZE, len(dataset))))
         sample |= sample_of_records(first)  # type: ignore[arg-type]
     return sample
 

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from dpop_trainer.data.arrow_cache import cached_arrow, replacing
 from dpop_trainer.data.convert import (
     ROW_FEATURES,
+    SAMPLE_SIZE,
     bad_row,
     choose_form,
     convert_pairs,
@@ -26,7 +27,6 @@ from dpop_trainer.data.records import BadRecord, raise_bad_records
 Item = PlacedRecord | BadRecord
 
 _CHUNK = 1000  # rows that are held as Python objects at once
-SAMPLE_SIZE = 100  # records from which a form is recognised
 
 
 def read_pairs(
