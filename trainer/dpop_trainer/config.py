@@ -123,7 +123,19 @@ class DPOPConfig(HeadConfig):
         default=None, metadata={"help": "Pairs per batch of that pass. None: the training or evaluation batch size."}
     )
 
+    chosen_logratio_warning: float | None = field(
+        default=10.0,
+        metadata={
+            "help": "Warn when the chosen answers' mean log-ratio falls this many nats below the reference. None: never."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.chosen_logratio_warning is not None and not self.chosen_logratio_warning > 0:
+            raise ValueError(
+                f"chosen_logratio_warning: expected nats > 0, or None to switch it off, got "
+                f"{self.chosen_logratio_warning}."
+            )
         check_hyperparameters(self.beta, self.dpop_lambda)
         if self.loss_type not in LOSSES:
             raise ValueError(

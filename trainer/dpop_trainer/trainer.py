@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs
 from dpop_trainer.loading import prepare_policy
 from dpop_trainer.metrics import layout_metrics, pair_metrics, token_metrics
 from dpop_trainer.reference import adapter_off, frozen_copy, precompute_reference, reference_segment_logps
+from dpop_trainer.watch import ChosenWatch
 
 logger = logging.getLogger(__name__)
 
@@ -145,12 +147,17 @@ class DPOPTrainer(HeadTrainer):
                 probed.select(range(min(NUM_PROBED_PAIRS, len(probed)))).to_list(),
                 max_length=args.max_length,
             )
+            layout = broadcast_object_list([layout])[0]  # rounding may decide otherwise on another rank's device
             self.data_collator = replace(self.data_collator, layout=layout)  # type: ignore[type-var]
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         if args.precompute_ref_log_probs and not all(has_columns):
             self._precompute_reference()
         self._step_0_logratio: Tensor | None = None
+        self._pair_values: dict[str, Tensor] = {}
+        self.add_callback(
+            ChosenWatch(args.chosen_logratio_warning, loss_type=str(args.loss_type), dpop_lambda=args.dpop_lambda)
+        )
 
     def num_items(self, batch: Mapping[str, Any]) -> int:
         return batch["pair_ids"].shape[0]
@@ -164,10 +171,11 @@ class DPOPTrainer(HeadTrainer):
         logps, stats = self.head.token_logps(
             model, batch["score_positions"], batch["target_ids"], return_stats=True, **model_inputs
         )
+        ref_logps = self._reference_logps(batch, model_inputs)
         pairs = pair_loss(
             logps,
             batch["cu_seqlens"],
-            self._reference_logps(batch, model_inputs),
+            ref_logps,
             loss_type=self.args.loss_type,
             beta=self.args.beta,
             dpop_lambda=self.args.dpop_lambda,
@@ -175,6 +183,13 @@ class DPOPTrainer(HeadTrainer):
         )
         if mode == "train" and self.state.global_step == 0 and self._step_0_logratio is None:
             self._step_0_logratio = torch.stack([pairs.chosen_logratios, pairs.rejected_logratios]).abs().max()
+        self._pair_values = {
+            "loss": pairs.losses.detach(),
+            "chosen_logps": pairs.chosen_logps,
+            "rejected_logps": pairs.rejected_logps,
+            "ref_chosen_logps": ref_logps[:, 0] + ref_logps[:, 1],
+            "ref_rejected_logps": ref_logps[:, 0] + ref_logps[:, 2],
+        }
         metrics = {
             **pair_metrics(pairs, beta=self.args.beta),
             **token_metrics(stats, batch["cu_seqlens"]),
@@ -182,6 +197,15 @@ class DPOPTrainer(HeadTrainer):
         }
         is_bad = ~torch.isfinite(pairs.losses.detach() + pairs.margins + pairs.chosen_logratios)
         return pairs.losses.sum(), is_bad, metrics
+
+    def pair_values(self):
+        return self._pair_values
+
+    def carried_state(self):
+        return {} if self._step_0_logratio is None else {"step_0_logratio": self._step_0_logratio}
+
+    def restore_carried_state(self, state):
+        self._step_0_logratio = state.get("step_0_logratio")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._step_0_logratio is not None and self.state.global_step > 0:
