@@ -130,8 +130,7 @@ class HeadTrainer(Trainer):
         num_items = 0 if is_filler else self.num_items(inputs)
         if mode == "train":
             self._micro_batches.append(MicroBatch(inputs, is_bad, self.pair_values()))
-            if not is_filler:
-                self._count_tokens(inputs)
+            self._count_tokens(inputs, weight=0.0 if is_filler else 1.0)
         else:
             self._mean_metrics["eval_loss"].add({"loss": (loss_sum, num_items)})
         if num_items_in_batch is None:
@@ -252,9 +251,9 @@ class HeadTrainer(Trainer):
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         return dataset  # the collator reads the columns that it needs; none of them is an argument of the model
 
-    def _count_tokens(self, batch: Mapping[str, Any]) -> None:
+    def _count_tokens(self, batch: Mapping[str, Any], *, weight: float) -> None:
         for key, count in self.token_counts(batch).items():
-            self._token_counts[key] = self._token_counts.get(key, 0) + count.double()
+            self._token_counts[key] = self._token_counts.get(key, 0) + weight * count.double()
 
     def _total_token_counts(self) -> dict[str, float]:
         """Tokens trained on, all processes, resumed runs included."""

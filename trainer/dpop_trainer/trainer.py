@@ -209,7 +209,8 @@ class DPOPTrainer(HeadTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._step_0_logratio is not None and self.state.global_step > 0:
-            largest = float(self._step_0_logratio)
+            on_all_ranks: Any = self.accelerator.gather(self._step_0_logratio.reshape(1))
+            largest = float(on_all_ranks.max())
             self._step_0_logratio = None
             logs = {**logs, "dpop/step_0_max_logratio": largest}
             if largest > STEP_0_TOLERANCE:
