@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 _BLUE, _VERMILLION, _DARK = "#0072B2", "#D55E00", "0.15"
 _RESOLUTION = 110  # dots per inch
@@ -32,6 +32,7 @@ class _Panel(NamedTuple):
     zero: bool = False
     """Draw a line at 0, below which something is lost."""
     log: bool = False
+    from_zero: bool = False
 
 
 _PANELS = (
@@ -68,8 +69,8 @@ _PANELS = (
     ),
     _Panel("Gradient norm", "", (_Line("grad_norm", "before clipping", _DARK),), log=True),
     _Panel("Learning rate", "", (_Line("learning_rate", "", _DARK),)),
-    _Panel("Speed", "tokens per second, all processes", (_Line("tokens/per_second", "", _DARK),)),
-    _Panel("Peak memory", "GiB, largest process", (_Line("memory/peak_gib", "", _DARK),)),
+    _Panel("Speed", "tokens per second, all processes", (_Line("tokens/per_second", "", _DARK),), from_zero=True),
+    _Panel("Peak memory", "GiB, largest process", (_Line("memory/peak_gib", "", _DARK),), from_zero=True),
     _Panel("Token accuracy", "share of chosen tokens", (_Line("mean_token_accuracy", "", _DARK),)),
 )
 
@@ -117,12 +118,18 @@ def _draw(axes: Axes, panel: _Panel, metrics: Sequence[Mapping[str, Any]]) -> No
             axes.plot(x, y, line.style, color=line.color, label=line.label, linewidth=1.4, marker=marker, markersize=3)
         if evaluated:
             x, y = zip(*evaluated, strict=True)
-            label = f"{line.label}, evaluated" if line.label else "evaluated"
+            shown = {label for handle in axes.get_lines() if (label := str(handle.get_label())) == "evaluated"}
+            label = "_" if shown else "evaluated"  # once for all lines of a panel
             axes.plot(x, y, "o", color=line.color, label=label, markersize=4, markerfacecolor="white")
     if panel.log and values and min(values) > 0:
         axes.set_yscale("log")
-    elif values and max(values) - min(values) < 1e-9 * max(1.0, abs(max(values))):
-        axes.margins(y=0.5)
+        for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_format(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
+        axes.tick_params(which="minor", labelsize=7.5)
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    if panel.from_zero and values:
+        axes.set_ylim(0, 1.15 * max(values) or 1.0)
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False, fontsize=7, handlelength=1.8)
 
