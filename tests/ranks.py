@@ -4,19 +4,29 @@ import os
 import socket
 import sys
 import warnings
+from pathlib import Path
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import multiprocessing as mp
 
-# what `accelerate launch` sets from trainer/recipes/accelerate/fsdp2_8.yaml
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
+RECIPES = Path(__file__).parents[1] / "trainer" / "recipes" / "accelerate"
+
+
+def launcher_arguments(recipe):
+    """What `accelerate launch` makes of a recipe, every value of it checked by accelerate."""
+    argv = ["--config_file", str(RECIPES / recipe), "-m", "dpop_trainer", "train"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    return arguments
+
+
+def launcher_environment(recipe):
+    """The variables by which `accelerate launch` tells its processes of a recipe with FSDP; in fp32."""
+    arguments = launcher_arguments(recipe)
+    arguments.mixed_precision = "no"
+    env = prepare_multi_gpu_env(arguments)
+    return {key: value for key, value in env.items() if key.startswith(("FSDP_", "ACCELERATE_"))}
 
 
 def launch(function, *args, num_ranks=2, env=None):

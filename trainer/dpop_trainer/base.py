@@ -87,8 +87,8 @@ class HeadTrainer(Trainer):
         self._token_counts: dict[str, Tensor] = {}  # since the last log line, on this process
         self._clock = TrainingClock()
         self._resumed_from: Path | None = None
-        self._run_config = run_config if run_config is not None else args.to_dict()
-        self.add_callback(RunFiles(self._run_config, dict(data_metrics or {})))
+        self.run_config = run_config if run_config is not None else args.to_dict()
+        self.add_callback(RunFiles(self.run_config, dict(data_metrics or {})))
         self.add_callback(_AroundTraining(self))
         if self.pop_callback(ProgressCallback) is not None:  # which prints every log line in full
             self.add_callback(RunProgress(type(self).__name__))
@@ -208,7 +208,7 @@ class HeadTrainer(Trainer):
 
     def _identity(self) -> dict[str, Any]:
         return identity_of(
-            self._run_config, num_processes=self.accelerator.num_processes, dataset=self.train_dataset
+            self.run_config, num_processes=self.accelerator.num_processes, dataset=self.train_dataset
         )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -316,6 +316,7 @@ class HeadTrainer(Trainer):
                     flush_folder(part)
                     move_folder(part, final, part.with_name(f"replaced-{final.name}"))
                 except OSError as error:
+                    shutil.rmtree(part, ignore_errors=True)
                     raise CheckpointError(_unwritten(final, error)) from error
                 shutil.rmtree(part.parent, ignore_errors=True)
             self.accelerator.wait_for_everyone()

@@ -70,9 +70,6 @@ class RunFiles(TrainerCallback):
         if time.monotonic() >= self._next_plot:
             self._plot(args, state)
 
-    def on_save(self, args, state, control, **kwargs):
-        self._plot(args, state)
-
     def on_train_end(self, args, state, control, **kwargs):
         self._plot(args, state)
 

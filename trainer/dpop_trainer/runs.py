@@ -7,25 +7,35 @@ from typing import Any
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from dpop_trainer.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.base import HeadTrainer
+from dpop_trainer.checkpoints import last_checkpoint
 from dpop_trainer.config import DPOPConfig, HeadConfig, SFTConfig
 from dpop_trainer.data import load_pairs, tokenise_pairs
 from dpop_trainer.evaluate import PairEvaluation, evaluate_pairs, pair_token_logps
 from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
+from dpop_trainer.run_end import is_finished, mark_finished
+from dpop_trainer.run_files import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, PLOT_FILE
 from dpop_trainer.sft import SFTTrainer
 from dpop_trainer.trainer import DPOPTrainer
 from dpop_trainer.versions import versions
 
 
-def run_train(model_arguments: ModelArguments, data_arguments: DataArguments, config: DPOPConfig) -> DPOPTrainer:
+def run_train(
+    model_arguments: ModelArguments, data_arguments: DataArguments, config: DPOPConfig
+) -> DPOPTrainer | None:
     """Preference fine-tuning from arguments to a saved model in config.output_dir; resumes what was interrupted.
 
+    Returns:
+        The trainer; None where this very run is finished already, which is said.
+
     Raises:
-        ValueError: an argument or the data cannot be used.
+        ValueError: an argument or the data cannot be used, or the folder holds another run.
     """
+    whole_config = run_config(model_arguments, data_arguments, config)
+    if is_finished(config.output_dir, whole_config):
+        return None
     train_dataset, eval_dataset = _load_data(data_arguments)
     ref_name = model_arguments.ref_model_name_or_path
     trainer = DPOPTrainer(
@@ -36,18 +46,24 @@ def run_train(model_arguments: ModelArguments, data_arguments: DataArguments, co
         eval_dataset=eval_dataset,
         processing_class=load_tokenizer(model_arguments.model_name_or_path),
         peft_config=_peft_config(model_arguments),
-        run_config=run_config(model_arguments, data_arguments, config),
+        run_config=whole_config,
     )
     _train_and_save(trainer, config)
     return trainer
 
 
-def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, config: SFTConfig) -> SFTTrainer:
+def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, config: SFTConfig) -> SFTTrainer | None:
     """Supervised fine-tuning on the chosen answers (or completions) from arguments to a saved model.
 
+    Returns:
+        The trainer; None where this very run is finished already, which is said.
+
     Raises:
-        ValueError: an argument or the data cannot be used.
+        ValueError: an argument or the data cannot be used, or the folder holds another run.
     """
+    whole_config = run_config(model_arguments, data_arguments, config)
+    if is_finished(config.output_dir, whole_config):
+        return None
     train_dataset, eval_dataset = _load_data(data_arguments)
     trainer = SFTTrainer(
         _load_model(model_arguments),
@@ -56,7 +72,7 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
         eval_dataset=eval_dataset,
         processing_class=load_tokenizer(model_arguments.model_name_or_path),
         peft_config=_peft_config(model_arguments),
-        run_config=run_config(model_arguments, data_arguments, config),
+        run_config=whole_config,
     )
     _train_and_save(trainer, config)
     return trainer
@@ -130,19 +146,21 @@ def format_evaluation(evaluation: PairEvaluation) -> str:
 
 
 def _train_and_save(trainer: HeadTrainer, config: HeadConfig) -> None:
-    checkpoint: Any = config.resume_from_checkpoint
     assert config.output_dir is not None
-    if checkpoint is None and Path(config.output_dir).is_dir():
-        checkpoint = get_last_checkpoint(config.output_dir)
-    if checkpoint is not None:
-        print(f"Resuming from {checkpoint}")
+    folder = Path(config.output_dir)
+    checkpoint: str | bool | None = config.resume_from_checkpoint
+    if checkpoint is None and last_checkpoint(folder) is not None:
+        checkpoint = True
+    if checkpoint is not None and trainer.is_world_process_zero():
+        print(f"Resuming from {last_checkpoint(folder) if checkpoint is True else checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     if trainer.is_world_process_zero():
-        print(f"Saved to {config.output_dir}: the model, config.yaml, metrics.jsonl, metrics.png")
+        mark_finished(folder, trainer.run_config, step=trainer.state.global_step)
+        print(f"Saved to {folder}: the model, {CONFIG_FILE}, {ENVIRONMENT_FILE}, {METRICS_FILE}, {PLOT_FILE}")
 
 
 def _load_data(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
