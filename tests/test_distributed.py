@@ -8,10 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer.non_finite import NonFiniteError
 from peft import LoraConfig
 from ranks import launch, launcher_environment
-from tiny import tiny_llama, token_pairs, word_tokenizer
+from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 CASES = {
     "rows": {"layout": "rows"},
@@ -24,7 +26,7 @@ CASES = {
 }
 
 
-def train(folder, *, num_ranks, lora=False, num_pairs=11, **overrides):
+def build(folder, *, num_ranks, lora=False, num_pairs=11, bad_pair=None, **overrides):
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4 // num_ranks,
@@ -44,16 +46,24 @@ def train(folder, *, num_ranks, lora=False, num_pairs=11, **overrides):
         "seed": 3,
         **overrides,
     }
-    trainer = DPOPTrainer(
-        tiny_llama(),
+    model, records = tiny_llama(), token_pairs(num_pairs)
+    if bad_pair is not None:
+        model.model.embed_tokens.weight.data[UNUSED_ID] = float("nan")
+        records[bad_pair]["prompt_ids"][0] = UNUSED_ID
+    return DPOPTrainer(
+        model,
         # another model, so that no pair sits on the hinge, where rounding would decide the first gradient
         ref_model=None if lora else tiny_llama(seed=7),
         args=DPOPConfig(**settings),
-        train_dataset=Dataset.from_list(token_pairs(num_pairs)),
+        train_dataset=Dataset.from_list(records),
         eval_dataset=Dataset.from_list(token_pairs(5, seed=9)),
         processing_class=word_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
     )
+
+
+def train(folder, **options):
+    trainer = build(folder, **options)
     trainer.train()
     return trainer
 
@@ -63,7 +73,15 @@ def whole(parameter):
 
 
 # of time and memory; and of padding, each rank filling up to the longest of its own rows
-OWN_KEYS = ("per_second", "_runtime", "peak_gib", "preparation_time", "padding_share", "computed_ratio", "computed_tokens")
+OWN_KEYS = (
+    "per_second",
+    "_runtime",
+    "peak_gib",
+    "preparation_time",
+    "padding_share",
+    "computed_ratio",
+    "computed_tokens",
+)
 
 
 def summary(trainer):
@@ -77,12 +95,22 @@ def summary(trainer):
     return {"lines": lines, "weights": {name: whole(p).clone() for name, p in named if p.requires_grad}}
 
 
-def run_cases(rank, folder, names):
-    for name in names:
-        trainer = train(folder / name / "ranks", num_ranks=2, **CASES[name])
-        result = summary(trainer)
-        if rank == 0:
-            torch.save(result, folder / f"{name}.pt")
+def run_all(rank, folder):
+    """On each rank: all cases, a run that stops and resumes, and one that meets a NaN. Results go to `folder`."""
+    results = {name: summary(train(folder / name / "ranks", num_ranks=2, **case)) for name, case in CASES.items()}
+
+    saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1, "layout": "rows"}
+    train(folder / "resumed", num_ranks=2, **{**saves, "max_steps": 4})  # in the middle of the second epoch
+    trainer = build(folder / "resumed", num_ranks=2, **saves)
+    trainer.train(resume_from_checkpoint=True)
+    results["resumed"] = summary(trainer)
+    trainer.save_model()
+
+    with pytest.raises(NonFiniteError) as raised:
+        train(folder / "bad", num_ranks=2, layout="rows", bad_pair=3)
+    (folder / f"error{rank}.txt").write_text(str(raised.value))
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
 
 
 def check_equal(ours, expected):
@@ -102,7 +130,22 @@ def check_equal(ours, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_ranks_equal_one_process(tmp_path, wrapper):
-    launch(run_cases, tmp_path, list(CASES), env=launcher_environment("fsdp2_8.yaml") if wrapper == "fsdp2" else None)
-    for name, case in CASES.items():
-        expected = summary(train(tmp_path / name / "one", num_ranks=1, **case))
-        check_equal(torch.load(tmp_path / f"{name}.pt"), expected)
+    launch(run_all, tmp_path, env=launcher_environment("fsdp2_8.yaml") if wrapper == "fsdp2" else None)
+    results = torch.load(tmp_path / "results.pt")
+    for name, case in {**CASES, "resumed": CASES["rows"]}.items():
+        check_equal(results[name], summary(train(tmp_path / name / "one", num_ranks=1, **case)))
+
+    resumed = tmp_path / "resumed"
+    assert [path.name for path in resumed.glob("*checkpoint-*")] == ["checkpoint-10"]
+    for folder in (resumed, resumed / "checkpoint-10"):
+        loaded = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+        for key, weight in results["resumed"]["weights"].items():
+            torch.testing.assert_close(loaded[key], weight, rtol=0, atol=0)
+
+    # both ranks stop at the same step; the one that had the pair says so and saves the batch
+    errors = [(tmp_path / f"error{rank}.txt").read_text() for rank in range(2)]
+    assert errors[0].split(":")[0] == errors[1].split(":")[0]
+    (report,) = (tmp_path / "bad").glob("nonfinite_step_*/report_rank*.json")
+    with_pair = int(report.stem.removeprefix("report_rank"))
+    assert "pair ids [3]" in errors[with_pair]
+    assert "no pair of this rank" in errors[1 - with_pair]

@@ -78,7 +78,8 @@ def argv(setting, *flags):
 
 def command(setting, sabotage, *flags):
     """`dpop train` in a process of its own -> exit code, standard error."""
-    script = f"import os, signal, sys\n{sabotage}\nfrom dpop_trainer.cli import main\nsys.exit(main({argv(setting, *flags)}))"
+    run = f"from dpop_trainer.cli import main\nsys.exit(main({argv(setting, *flags)}))"
+    script = f"import os, signal, sys\n{sabotage}\n{run}"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
     return done.returncode, done.stdout + done.stderr

@@ -207,9 +207,7 @@ class HeadTrainer(Trainer):
         return super().train(str(checkpoint) if checkpoint is not None else None, *args, **kwargs)
 
     def _identity(self) -> dict[str, Any]:
-        return identity_of(
-            self.run_config, num_processes=self.accelerator.num_processes, dataset=self.train_dataset
-        )
+        return identity_of(self.run_config, num_processes=self.accelerator.num_processes, dataset=self.train_dataset)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its last step: transformers would add one more

@@ -82,9 +82,7 @@ def save_non_finite(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / f"batch_rank{rank}.safetensors")
-        write_json(
-            folder / f"report_rank{rank}.json", {"step": step, "rank": rank, "not_finite": what, "pairs": pairs}
-        )
+        write_json(folder / f"report_rank{rank}.json", {"step": step, "rank": rank, "not_finite": what, "pairs": pairs})
     except (OSError, RuntimeError) as error:
         logger.error("%s: the batch could not be saved there (%s).", folder, error)
     return [pair["pair_id"] for pair in pairs if pair["is_bad"]]

@@ -13,11 +13,39 @@ from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
 # Fields that change what a run writes, says or how fast it is, and none of its numbers.
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "dataloader_num", "dataloader_p", "ddp_", "trackio")
 _FREE_FIELDS = frozenset(
-    "output_dir run_name report_to project disable_tqdm push_to_hub resume_from_checkpoint per_device_eval_batch_size "
-    "dataset_num_proc dataset_test_split eval_dataset_name prediction_loss_only load_best_model_at_end "
-    "metric_for_best_model greater_is_better chosen_logratio_warning include_for_metrics include_num_input_tokens_seen "
-    "skip_memory_metrics restore_callback_states_from_checkpoint batch_eval_metrics torch_empty_cache_steps "
-    "do_train do_eval do_predict debug enable_jit_checkpoint activation_offloading precompute_ref_batch_size".split()
+    {
+        "output_dir",
+        "run_name",
+        "report_to",
+        "project",
+        "disable_tqdm",
+        "push_to_hub",
+        "resume_from_checkpoint",
+        "per_device_eval_batch_size",
+        "dataset_num_proc",
+        "dataset_test_split",
+        "eval_dataset_name",
+        "prediction_loss_only",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "greater_is_better",
+        "chosen_logratio_warning",
+        "include_for_metrics",
+        "include_num_input_tokens_seen",
+        "skip_memory_metrics",
+        "restore_callback_states_from_checkpoint",
+        "batch_eval_metrics",
+        "torch_empty_cache_steps",
+        "do_train",
+        "do_eval",
+        "do_predict",
+        "debug",
+        "enable_jit_checkpoint",
+        "activation_offloading",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "precompute_ref_batch_size",
+    }
 )
 # A run may be made longer or shorter; its schedule is then counted anew.
 LENGTH_FIELDS = frozenset({"max_steps", "num_train_epochs"})

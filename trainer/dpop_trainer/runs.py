@@ -22,9 +22,7 @@ from dpop_trainer.trainer import DPOPTrainer
 from dpop_trainer.versions import versions
 
 
-def run_train(
-    model_arguments: ModelArguments, data_arguments: DataArguments, config: DPOPConfig
-) -> DPOPTrainer | None:
+def run_train(model_arguments: ModelArguments, data_arguments: DataArguments, config: DPOPConfig) -> DPOPTrainer | None:
     """Preference fine-tuning from arguments to a saved model in config.output_dir; resumes what was interrupted.
 
     Returns:

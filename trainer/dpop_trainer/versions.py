@@ -10,7 +10,17 @@ import transformers
 
 import dpop_kernels
 
-_BESIDE = ("triton", "accelerate", "datasets", "peft", "tokenizers", "safetensors", "numpy", "bitsandbytes", "deepspeed")
+_BESIDE = (
+    "triton",
+    "accelerate",
+    "datasets",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "bitsandbytes",
+    "deepspeed",
+)
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,9 @@ class ChosenWatch(TrainerCallback):
             return
         self._limit = 2 * fall
         if self._penalised:
-            advice = f"Raise dpop_lambda (now {self._dpop_lambda:g}) or lower learning_rate (now {args.learning_rate:g})."
+            advice = (
+                f"Raise dpop_lambda (now {self._dpop_lambda:g}) or lower learning_rate (now {args.learning_rate:g})."
+            )
         else:
             advice = (
                 "Use loss_type dpop with dpop_lambda 50, which makes this expensive, or lower learning_rate (now "

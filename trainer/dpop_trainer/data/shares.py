@@ -1,8 +1,8 @@
 """How the batches of an epoch are dealt to the ranks, so that every pair is trained on exactly once.
 
-accelerate completes the last round by starting the data set over, which counts some pairs twice. Here the pairs that are
-left are spread over all ranks. A rank that none is left for runs along with a pair that does not count: wrappers that
-shard weights need every rank at every forward.
+accelerate completes the last round by starting the data set over, which counts some pairs twice. Here the pairs that
+are left are spread over all ranks. A rank that none is left for runs along with a pair that does not count: wrappers
+that shard weights need every rank at every forward.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ class RankShares(BatchSampler):
         self.drop_last = getattr(batch_sampler, "drop_last", False)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the sampler below shuffle as it does in this epoch, also where accelerate skips a resumed epoch's start."""
+        """Let the sampler below shuffle as in this epoch, also where accelerate skips what a resumed run has done."""
         for sampler in (self.batch_sampler, getattr(self.batch_sampler, "sampler", None)):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
