@@ -129,26 +129,41 @@ def test_warns_at_the_threshold_and_when_it_doubles(caplog):
     assert "Raise dpop_lambda (now 50) or lower learning_rate (now 1e-06)" in caplog.text
 
 
-def test_dpo_on_low_edit_pairs_warns_and_dpop_does_not(tmp_path, caplog):
-    """Pairs that differ in one token: DPO pushes both answers down, which is what DPOP was made against."""
+def learned(records, num_steps=60):
+    """A model that knows the chosen answers, as one does that has been fine-tuned on them."""
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    length = max(len(r["prompt_ids"]) + len(r["chosen_ids"]) for r in records)
+    rows = [[*r["prompt_ids"], *r["chosen_ids"]] for r in records]
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids.masked_fill(ids == 0, -100)).loss.backward()
+        optimizer.step()
+    return model
 
-    def falls(loss_type):
+
+def test_dpo_on_low_edit_pairs_warns_and_dpop_does_not(tmp_path, caplog):
+    """Answers that differ in one token, the chosen one likely already: DPO lowers both, DPOP must not."""
+    records = token_pairs(4)
+
+    def warns(loss_type):
         caplog.clear()
-        run = make_trainer(
+        make_trainer(
             tmp_path / loss_type,
-            records=token_pairs(4),
+            learned(records),
+            records=records,
             loss_type=loss_type,
-            max_steps=40,
+            max_steps=30,
             learning_rate=3e-3,
             gradient_accumulation_steps=1,
             chosen_logratio_warning=3.0,
-        )
-        run.train()
+        ).train()
         return "your chosen answers are losing probability" in caplog.text
 
     with caplog.at_level(logging.WARNING):
-        assert falls("dpo")
-        assert not falls("dpop")
+        assert warns("dpo")
+        assert not warns("dpop")
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, math.nan])

@@ -229,9 +229,9 @@ class HeadTrainer(Trainer):
         )
         return loader
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Any:
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         sampler = super()._get_eval_sampler(eval_dataset)
-        return SequentialSampler(eval_dataset) if sampler is None and hasattr(eval_dataset, "__len__") else sampler  # type: ignore[arg-type]
+        return SequentialSampler(eval_dataset) if sampler is None and hasattr(eval_dataset, "__len__") else sampler
 
     def _get_num_items_in_batch(self, batch_samples, device):
         if not batch_samples:

@@ -34,7 +34,8 @@ class RankShares(BatchSampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Let the sampler below shuffle as in this epoch, also where accelerate skips what a resumed run has done."""
-        for sampler in (self.batch_sampler, getattr(self.batch_sampler, "sampler", None)):
+        samplers: tuple[Any, Any] = (self.batch_sampler, getattr(self.batch_sampler, "sampler", None))
+        for sampler in samplers:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
 
