@@ -124,7 +124,10 @@ def check_equal(ours, expected):
             assert line[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (key, line["step"])
     assert ours["weights"].keys() == expected["weights"].keys()
     for key, weight in expected["weights"].items():
-        torch.testing.assert_close(ours["weights"][key], weight, rtol=1e-4, atol=1e-5)
+        # a thousandth of the furthest that ten steps of AdamW can take it: of single elements whose gradient is next to
+        # nothing, rounding decides the direction
+        furthest = 10 * 2e-4 * weight.numel() ** 0.5
+        assert (ours["weights"][key] - weight).norm() <= 1e-3 * furthest, key
 
 
 @pytest.mark.slow

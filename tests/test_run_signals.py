@@ -155,9 +155,9 @@ def test_dpo_on_low_edit_pairs_warns_and_dpop_does_not(tmp_path, caplog):
             records=records,
             loss_type=loss_type,
             max_steps=30,
-            learning_rate=3e-3,
+            learning_rate=1e-3,
             gradient_accumulation_steps=1,
-            chosen_logratio_warning=3.0,
+            chosen_logratio_warning=0.5,
         ).train()
         return "your chosen answers are losing probability" in caplog.text
 

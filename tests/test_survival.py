@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from dpop_trainer.cli import main
+from dpop_trainer.data import load_pairs, tokenise_pairs
 from tiny import text_pairs, tiny_llama, word_tokenizer
 
 TIMES = ("per_second", "_runtime", "peak_gib")
@@ -304,3 +305,31 @@ def test_best_checkpoint_keeps_its_place(setting):
     assert state["best_model_checkpoint"] in {str(run / name) for name in checkpoint_names(run)}
     margins = {line["step"]: line["eval_rewards/margins"] for line in log_of(run) if "eval_rewards/margins" in line}
     assert state["best_metric"] == max(margins.values())
+
+
+@pytest.mark.parametrize("which", ["the data set", "its tokens"])
+def test_cache_cut_short_is_made_anew(setting, monkeypatch, caplog, which):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", setting / "cache")
+    source = setting / "pairs.jsonl"
+    expected, _ = tokenise_pairs(load_pairs(str(source)), word_tokenizer())
+    expected = expected.to_list()
+    for path in (setting / "cache").rglob("*.arrow"):
+        if path.name.startswith("cache-") == (which == "its tokens"):
+            truncate(path)
+    again, _ = tokenise_pairs(load_pairs(str(source)), word_tokenizer())
+    assert again.to_list() == expected
+    assert "anew" in caplog.text
+    caplog.clear()
+    tokenise_pairs(load_pairs(str(source)), word_tokenizer())  # and is sound from then on
+    assert "anew" not in caplog.text
+
+
+def test_cache_that_cannot_be_written_is_named(setting, monkeypatch):
+    dataset = load_pairs(str(setting / "pairs.jsonl"))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("datasets.Dataset.map", full)
+    with pytest.raises(ValueError, match=r"expected to write tokenised pairs .*No space left on device"):
+        tokenise_pairs(dataset, word_tokenizer())

@@ -294,6 +294,13 @@ class HeadTrainer(Trainer):
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(final))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        path = Path(output_dir) / "scheduler.pt"
+        if self.args.should_save and path.is_file():
+            # FSDP2 makes learning rates tensors of rank 0's device, which another rank may not have
+            torch.save(_as_numbers(self.lr_scheduler.state_dict()), path)  # type: ignore[union-attr]
+
     def _finish_checkpoint(self, part: Path, final: Path) -> None:
         """Add what transformers leaves out: the sums towards the next log line, and the paths as they will be."""
         if self.state.best_model_checkpoint == str(part):
@@ -397,6 +404,15 @@ class _AroundTraining(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._trainer.stop_if_not_finite()
+
+
+def _as_numbers(value: Any) -> Any:
+    """Nested lists and dicts with their scalar tensors as numbers."""
+    if isinstance(value, dict):
+        return {key: _as_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_as_numbers(item) for item in value)
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _unwritten(final: Path, error: Exception) -> str:

@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from dpop_trainer.data.code_hash import code_hash
+from dpop_trainer.data.sound_cache import drop_unreadable
 
 _LOADERS = {".jsonl": "lines", ".json": "lines", ".parquet": "parquet", ".arrow": "arrow"}
 
@@ -113,6 +114,7 @@ def _read_json(path: Path) -> Dataset:
     content = path.read_bytes()
     key = hashlib.sha256(code_hash().encode() + content).hexdigest()
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "dpop_pairs" / f"{key}.arrow"
+    drop_unreadable(cached)
     if not cached.exists():
         content = content.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
         parse = _parse_list if content.lstrip().startswith(b"[") and path.suffix == ".json" else _parse_lines

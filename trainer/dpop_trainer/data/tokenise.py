@@ -28,6 +28,7 @@ from dpop_trainer.data.records import (
     raise_problems,
     used_columns,
 )
+from dpop_trainer.data.sound_cache import map_or_map_anew
 from dpop_trainer.data.truncate import TruncationMode, check_truncation, truncate_pair
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def tokenise_pairs(
     check_tokenizer(processing_class, form)
     refs = [column for column in REF_COLUMNS if column in dataset.column_names]
     source = dataset.with_format(None).select_columns(used_columns(dataset))
-    mapped = source.map(
+    mapped = map_or_map_anew(
+        source,
         _tokenise_batch,
         with_indices=True,
         batched=True,
