@@ -4,8 +4,11 @@ Eleven pairs in global batches of four: the last one of an epoch holds three, tw
 nine pairs it holds one, and a rank has none.
 """
 
+import os
+
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.non_finite import NonFiniteError
@@ -50,16 +53,22 @@ def build(folder, *, num_ranks, lora=False, num_pairs=11, bad_pair=None, **overr
     if bad_pair is not None:
         model.model.embed_tokens.weight.data[UNUSED_ID] = float("nan")
         records[bad_pair]["prompt_ids"][0] = UNUSED_ID
-    return DPOPTrainer(
+    args = DPOPConfig(**settings)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate shards models on GPUs alone; FSDP2 itself runs on a CPU as well
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = DPOPTrainer(
         model,
         # another model, so that no pair sits on the hinge, where rounding would decide the first gradient
         ref_model=None if lora else tiny_llama(seed=7),
-        args=DPOPConfig(**settings),
+        args=args,
         train_dataset=Dataset.from_list(records),
         eval_dataset=Dataset.from_list(token_pairs(5, seed=9)),
         processing_class=word_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
     )
+    assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    return trainer
 
 
 def train(folder, **options):

@@ -294,6 +294,11 @@ class HeadTrainer(Trainer):
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(final))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.args.device.type == "cpu":  # torch.load knows a place "cpu", and none "cpu:0", which ranks are given
+            self.args.__dict__["_setup_devices"] = torch.device("cpu")
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         path = Path(output_dir) / "scheduler.pt"
