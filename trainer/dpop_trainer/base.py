@@ -17,6 +17,7 @@ from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
@@ -243,6 +244,8 @@ class HeadTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(grad_norm, DTensor):  # FSDP2's, a part on each rank
+            grad_norm = grad_norm.full_tensor()
         self._last_grad_norm = grad_norm
         return grad_norm
 
