@@ -1,11 +1,14 @@
 """Configurations: transformers' TrainingArguments plus what this trainer needs, under TRL's names where TRL has one."""
 
+import importlib.util
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+import transformers
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES
@@ -14,6 +17,8 @@ from dpop_kernels.loss_weights import check_options, resolve_losses
 from dpop_trainer.trl_fields import TRLFields, check_trl_fields
 
 LAYOUTS = ("auto", "rows", "tree", "packed", "flat")
+
+_BITSANDBYTES_OPTIMIZERS = ("adamw_bnb", "adamw_8bit", "ademamix", "lion_", "paged_", "rmsprop_bnb")
 
 
 @dataclass
@@ -61,6 +66,13 @@ class HeadConfig(TrainingArguments):
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Set every dropout to 0, so that policy and reference agree at step 0."},
+    )
+
+    activation_offloading: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep what gradient checkpointing saves in pinned host memory, not on the GPU: less memory, slower."
+        },
     )
 
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for tokenising the data."})
@@ -116,12 +128,46 @@ class HeadConfig(TrainingArguments):
             )
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
+        _check_optimizer(self.optim)
+        if self.activation_offloading:
+            self._offload_activations()
         super().__post_init__()
         if isinstance(self.model_init_kwargs, str):  # JSON has become a dict by now
             raise ValueError(
                 f"model_init_kwargs: expected a mapping, or one as JSON, got {self.model_init_kwargs!r}. "
                 """Write '{"attn_implementation": "sdpa"}'."""
             )
+
+    def _offload_activations(self) -> None:
+        if self.use_cpu or not torch.accelerator.is_available():
+            raise ValueError(
+                "activation_offloading: expected a GPU to take activations off, found none: they are in host memory "
+                "already. Leave it off here."
+            )
+        if "offload" not in inspect.signature(PreTrainedModel.gradient_checkpointing_enable).parameters:
+            raise ValueError(
+                "activation_offloading: expected a transformers that can do it (5.17 can), got "
+                f"{transformers.__version__}. Upgrade transformers, or lower per_device_train_batch_size."
+            )
+        self.gradient_checkpointing = True
+        self.gradient_checkpointing_kwargs = {**(self.gradient_checkpointing_kwargs or {}), "offload": True}  # type: ignore[dict-item]
+
+
+def _check_optimizer(name: Any) -> None:
+    """Before any data is read: transformers finds out when training begins."""
+    name = str(getattr(name, "value", name))
+    if not name.startswith(_BITSANDBYTES_OPTIMIZERS):
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"optim: expected an optimizer that can run here, got {name!r}, which needs bitsandbytes, and that is not "
+            "installed. pip install bitsandbytes on a machine with a GPU, or use adamw_torch_fused."
+        )
+    if name.startswith("paged") and not torch.cuda.is_available():
+        raise ValueError(
+            f"optim: expected an optimizer that can run here, got {name!r}, whose pages are CUDA's unified memory, and "
+            "there is no CUDA device. Use adamw_torch_fused."
+        )
 
 
 @dataclass
@@ -237,7 +283,19 @@ class DPOPConfig(TRLFields, HeadConfig):
         metadata={"help": "Keep a second model's weights in CPU memory; a layer is on the device while it runs."},
     )
 
+    chosen_logratio_warning: float | None = field(
+        default=10.0,
+        metadata={
+            "help": "Warn when the chosen answers' mean log-ratio falls below minus this many nats. None: never."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.chosen_logratio_warning is not None and not self.chosen_logratio_warning > 0:
+            raise ValueError(
+                f"chosen_logratio_warning: expected nats > 0, or None to switch it off, got "
+                f"{self.chosen_logratio_warning}."
+            )
         losses = resolve_losses(self.loss_type, self.loss_weights)
         self.loss_type = list(losses)
         if self.loss_weights is not None:

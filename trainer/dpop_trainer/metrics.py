@@ -31,6 +31,14 @@ class MeanMetrics:
             assert keys == self._keys, (keys, self._keys)
             self._totals += batch
 
+    def state(self) -> tuple[list[str], Tensor | None]:
+        """What has been added on this process: keys, and [2, K] fp64 sums and weights; None where nothing has."""
+        return self._keys, self._totals
+
+    def restore(self, keys: list[str], totals: Tensor | None) -> None:
+        """The counterpart of `state`."""
+        self._keys, self._totals = keys, totals
+
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over everything added since the last pop, on all processes; then start anew."""
         if self._totals is None:

@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from dpop_trainer.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.base import HeadTrainer
+from dpop_trainer.checkpoints import last_checkpoint
 from dpop_trainer.config import DPOPConfig, HeadConfig, SFTConfig
 from dpop_trainer.data import SourceStream, read_pairs
 from dpop_trainer.data.mixture import DatasetSource, mix_pairs, mix_streams, parse_sources
 from dpop_trainer.data.stream import RowStream, ShuffledStream
 from dpop_trainer.model_setup import init_kwargs, lora_config, model_name, quantization_config, tokenizer_of
+from dpop_trainer.run_end import is_finished, mark_finished
+from dpop_trainer.run_files import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, PLOT_FILE
 from dpop_trainer.sft import SFTTrainer
 from dpop_trainer.trainer import DPOPTrainer
 
@@ -23,7 +24,7 @@ def run_train(
     config: DPOPConfig,
     *,
     max_eval_pairs: int | None = None,
-) -> DPOPTrainer:
+) -> DPOPTrainer | None:
     """Preference fine-tuning from arguments to a saved model in config.output_dir; resumes what was interrupted.
 
     Args:
@@ -32,13 +33,18 @@ def run_train(
         config: everything else.
         max_eval_pairs: evaluate on the first so many held-out pairs.
 
+    Returns:
+        The trainer; None where this very run is finished already, which is said.
+
     Raises:
-        ValueError: an argument or the data cannot be used.
+        ValueError: an argument or the data cannot be used, or the folder holds another run.
     """
+    whole_config = run_config(model_arguments, data_arguments, config)
+    if is_finished(config.output_dir, whole_config):
+        return None
     train_dataset, eval_dataset = _load_data(data_arguments, config)
     if max_eval_pairs is not None:
-        eval_dataset = _first_pairs(eval_dataset, max_eval_pairs)
-    written_config = run_config(model_arguments, data_arguments, config)
+        eval_dataset = first_pairs(eval_dataset, max_eval_pairs)
     config.model_init_kwargs = init_kwargs(model_arguments, config)
     trainer = DPOPTrainer(
         model_name(model_arguments),
@@ -49,20 +55,25 @@ def run_train(
         processing_class=tokenizer_of(model_arguments, config),
         quantization_config=quantization_config(model_arguments),
         peft_config=lora_config(model_arguments),
-        run_config=written_config,
+        run_config=whole_config,
     )
     _train_and_save(trainer, config)
     return trainer
 
 
-def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, config: SFTConfig) -> SFTTrainer:
+def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, config: SFTConfig) -> SFTTrainer | None:
     """Supervised fine-tuning on the chosen answers (or completions) from arguments to a saved model.
 
+    Returns:
+        The trainer; None where this very run is finished already, which is said.
+
     Raises:
-        ValueError: an argument or the data cannot be used.
+        ValueError: an argument or the data cannot be used, or the folder holds another run.
     """
+    whole_config = run_config(model_arguments, data_arguments, config)
+    if is_finished(config.output_dir, whole_config):
+        return None
     train_dataset, eval_dataset = _load_data(data_arguments, config, completions=True)
-    written_config = run_config(model_arguments, data_arguments, config)
     config.model_init_kwargs = init_kwargs(model_arguments, config)
     trainer = SFTTrainer(
         model_name(model_arguments),
@@ -72,26 +83,28 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
         processing_class=tokenizer_of(model_arguments, config),
         quantization_config=quantization_config(model_arguments),
         peft_config=lora_config(model_arguments),
-        run_config=written_config,
+        run_config=whole_config,
     )
     _train_and_save(trainer, config)
     return trainer
 
 
 def _train_and_save(trainer: HeadTrainer, config: HeadConfig) -> None:
-    checkpoint: Any = config.resume_from_checkpoint
     assert config.output_dir is not None
-    if checkpoint is None and Path(config.output_dir).is_dir():
-        checkpoint = get_last_checkpoint(config.output_dir)
-    if checkpoint is not None:
-        print(f"Resuming from {checkpoint}")
+    folder = Path(config.output_dir)
+    checkpoint: str | bool | None = config.resume_from_checkpoint
+    if checkpoint is None and last_checkpoint(folder) is not None:
+        checkpoint = True
+    if checkpoint is not None and trainer.is_world_process_zero():
+        print(f"Resuming from {last_checkpoint(folder) if checkpoint is True else checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     if trainer.is_world_process_zero():
-        print(f"Saved to {config.output_dir}: the model, config.yaml, metrics.jsonl, metrics.png")
+        mark_finished(folder, trainer.run_config, step=trainer.state.global_step)
+        print(f"Saved to {folder}: the model, {CONFIG_FILE}, {ENVIRONMENT_FILE}, {METRICS_FILE}, {PLOT_FILE}")
 
 
 def _load_data(arguments: DataArguments, config: HeadConfig, *, completions: bool = False) -> tuple[Any, Any]:
@@ -162,11 +175,17 @@ def _load_eval(arguments: DataArguments, config: HeadConfig, options: dict[str, 
     return read_pairs(arguments.dataset_name, arguments.dataset_test_split, **options)
 
 
-def _first_pairs(dataset: Any, num_pairs: int) -> Any:
+def load_eval_data(arguments: DataArguments, config: HeadConfig, *, completions: bool = False) -> Any:
+    """The evaluation data (one data set, several by name, or none), read but not tokenised."""
+    return _load_eval(arguments, config, {"name": arguments.dataset_config, "completions": completions})
+
+
+def first_pairs(dataset: Any, num_pairs: int) -> Any:
+    """The first so many pairs of a data set, or of each of several by name."""
     if dataset is None:
         return None
     if isinstance(dataset, Mapping):
-        return {name: _first_pairs(part, num_pairs) for name, part in dataset.items()}
+        return {name: first_pairs(part, num_pairs) for name, part in dataset.items()}
     return dataset.select(range(min(num_pairs, len(dataset))))
 
 

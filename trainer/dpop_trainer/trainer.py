@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -22,12 +23,14 @@ from dpop_kernels.pair_loss import pair_loss_terms
 from dpop_trainer.base import HeadTrainer, check_streams, disable_dropout, tokenise_for_training
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import Budget, BudgetBatchSampler, PairCollator, SkippedRecords, plan_batches, with_lengths
+from dpop_trainer.data.shares import FILLER_KEY
 from dpop_trainer.data.stream import first_records, is_stream
 from dpop_trainer.flat_attention import use_flat_attention
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out
 from dpop_trainer.loading import Policy, prepare_policy
 from dpop_trainer.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
 from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
+from dpop_trainer.watch import ChosenWatch
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +182,7 @@ class DPOPTrainer(HeadTrainer):
                 first_records(probed, NUM_PROBED_PAIRS),
                 max_length=args.max_length,
             )
+            layout = broadcast_object_list([layout])[0]  # rounding may decide otherwise on another rank's device
             self.data_collator = laid_out(self.data_collator, layout, self.model)  # type: ignore[arg-type]
             if layout == "flat" and reference is not None and ref_is_copy:  # which was not probed
                 use_flat_attention(reference)
@@ -195,6 +199,10 @@ class DPOPTrainer(HeadTrainer):
         )
         if args.precompute_ref_log_probs and is_missing:
             self._precompute_reference()
+        self._pair_values: dict[str, Tensor] = {}
+        self.add_callback(
+            ChosenWatch(args.chosen_logratio_warning, loss_types=args.loss_type, dpop_lambda=args.dpop_lambda)
+        )
 
     _budget_batches: BudgetBatchSampler | None = None
 
@@ -259,17 +267,26 @@ class DPOPTrainer(HeadTrainer):
         logps, stats = self.head.token_logps(
             model, batch["score_positions"], batch["target_ids"], return_stats=True, **model_inputs
         )
-        options = self._loss_options(mode)
+        options, ref_logps = self._loss_options(mode), self._reference_logps(batch, model_inputs)
         pairs, terms = pair_loss_terms(
             logps,
             batch["cu_seqlens"],
-            self._reference_logps(batch, model_inputs),
+            ref_logps,
             loss_weights=self.args.weights_by_loss(),
             options=options,
             backend=self.args.kernel_backend,
         )
         if mode == "train" and self.state.global_step == 0 and self.reference.is_needed:
-            self.reference.step_zero.add(pairs.chosen_logratios, pairs.rejected_logratios)
+            self.reference.step_zero.add(
+                pairs.chosen_logratios, pairs.rejected_logratios, is_filler=FILLER_KEY in batch
+            )
+        self._pair_values = {
+            "loss": pairs.losses.detach(),
+            "chosen_logps": pairs.chosen_logps,
+            "rejected_logps": pairs.rejected_logps,
+            "ref_chosen_logps": ref_logps[:, 0] + ref_logps[:, 1],
+            "ref_rejected_logps": ref_logps[:, 0] + ref_logps[:, 2],
+        }
         metrics = {
             **pair_metrics(
                 pairs,
@@ -283,6 +300,15 @@ class DPOPTrainer(HeadTrainer):
         }
         is_bad = ~torch.isfinite(pairs.losses.detach() + pairs.margins + pairs.chosen_logratios)
         return pairs.losses.sum(), is_bad, metrics
+
+    def pair_values(self):
+        return self._pair_values
+
+    def carried_state(self):
+        return self.reference.step_zero.state()
+
+    def restore_carried_state(self, state):
+        self.reference.step_zero.restore(state)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         step_zero = self.reference.step_zero.pop_metrics() if self.model.training else {}  # type: ignore[union-attr]

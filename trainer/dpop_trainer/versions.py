@@ -1,11 +1,26 @@
-"""Which versions a result was made with."""
+"""Which versions a result was made with, and on what."""
 
+import os
 import platform
+from importlib import metadata
+from typing import Any
 
 import torch
 import transformers
 
 import dpop_kernels
+
+_BESIDE = (
+    "triton",
+    "accelerate",
+    "datasets",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "bitsandbytes",
+    "deepspeed",
+)
 
 
 def versions() -> dict[str, str]:
@@ -15,4 +30,27 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+    }
+
+
+def environment(args: transformers.TrainingArguments) -> dict[str, Any]:
+    """What a run ran on: versions, device, threads, ranks. Nothing about the user, the folders or the network."""
+    found = {}
+    for name in _BESIDE:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    is_cuda = args.device.type == "cuda"
+    return {
+        "versions": {**versions(), **found},
+        "device": torch.cuda.get_device_name(args.device) if is_cuda else f"CPU ({platform.machine()})",
+        "cuda": torch.version.cuda if is_cuda else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cpu_cores": os.cpu_count(),
+        "num_processes": args.world_size,
+        "parallel_mode": args.parallel_mode.value,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "system": platform.system(),
     }

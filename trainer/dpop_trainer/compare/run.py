@@ -16,9 +16,11 @@ from dpop_trainer.arguments import ComparisonArguments, DataArguments, ModelArgu
 from dpop_trainer.compare.methods import Method, parse_methods
 from dpop_trainer.compare.report import Comparison, RunResult, format_comparison, write_comparison
 from dpop_trainer.config import DPOPConfig
+from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs, pair_token_logps
-from dpop_trainer.loading import load_for_scoring
-from dpop_trainer.runs import run_train
+from dpop_trainer.loading import load_for_scoring, load_tokenizer, prepare_tokenizer
+from dpop_trainer.run_files import read_metrics
+from dpop_trainer.runs import first_pairs, load_eval_data, run_train
 from dpop_trainer.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -93,6 +95,8 @@ def plan_runs(
             "eval_dataset_name: expected pairs to measure on that no run trains on, got none. Pass --eval_dataset_name "
             "or --dataset_test_split."
         )
+    if data_arguments.eval_datasets:
+        raise ValueError("eval_datasets: expected none in a comparison, which measures on one, got some. Name one set.")
     values = run_config(model_arguments, data_arguments, config)
     if config.eval_strategy == "no":
         # eight points for the curves; below 1 the steps are a share of the run
@@ -121,28 +125,33 @@ class _Reference:
 
 
 def _train_and_measure(run: PlannedRun, reference: _Reference, comparison: ComparisonArguments) -> RunResult:
-    arguments = arguments_of(run.values, DPOPConfig)
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # else every run tells again that it loads and saves
     try:
-        trainer = run_train(*arguments, max_eval_pairs=comparison.max_eval_pairs)
+        run_train(*arguments_of(run.values, DPOPConfig), max_eval_pairs=comparison.max_eval_pairs)
     finally:
         transformers.utils.logging.set_verbosity(level)
-    dataset: Any = trainer.eval_dataset
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    trainer.head.remove()
-    tokenizer: Any = trainer.processing_class
-    score = {"pad_token_id": tokenizer.pad_token_id, "batch_size": arguments[2].per_device_eval_batch_size}
-    logps = pair_token_logps(model, dataset, desc="Scoring", **score)
-    lines = [line for line in trainer.state.log_history if "eval_dpop/chosen_logratio" in line]
-    history = {
-        "step": [0, *(line["step"] for line in lines)],
-        "chosen": [0.0, *(line["eval_dpop/chosen_logratio"] for line in lines)],
-        "rejected": [0.0, *(line["eval_dpop/rejected_logratio"] for line in lines)],
-    }
-    runtime = next(line["train_runtime"] for line in reversed(trainer.state.log_history) if "train_runtime" in line)
-    del trainer, model
     gc.collect()
+    # from what the run left, so that one that was finished but not measured is not trained again
+    _, data_arguments, config = arguments_of(run.values, DPOPConfig)
+    tokenizer: Any = load_tokenizer(str(run.folder))
+    prepare_tokenizer(tokenizer)
+    dataset, _ = tokenise_pairs(
+        first_pairs(load_eval_data(data_arguments, config), comparison.max_eval_pairs),
+        tokenizer,
+        max_length=config.max_length,
+        truncation_mode=config.truncation_mode,  # type: ignore[arg-type]
+    )
+    score = {"pad_token_id": tokenizer.pad_token_id, "batch_size": config.per_device_eval_batch_size}
+    logps = pair_token_logps(load_for_scoring(str(run.folder)), dataset, desc="Scoring", **score)
+    lines = read_metrics(run.folder)
+    evaluated = [line for line in lines if "eval_dpop/chosen_logratio" in line]
+    history = {
+        "step": [0, *(line["step"] for line in evaluated)],
+        "chosen": [0.0, *(line["eval_dpop/chosen_logratio"] for line in evaluated)],
+        "rejected": [0.0, *(line["eval_dpop/rejected_logratio"] for line in evaluated)],
+    }
+    runtime = next(line["train_runtime"] for line in reversed(lines) if "train_runtime" in line)
     result = RunResult(
         method=run.method.name,
         seed=run.seed,

@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from dpop_trainer.data.arrow_cache import cached_arrow, replacing
 from dpop_trainer.data.read_json import is_json, read_json_records
 from dpop_trainer.data.records import BadRecord
+from dpop_trainer.data.sound_cache import drop_unreadable
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
@@ -124,6 +125,7 @@ def check_plain_split(split: str) -> None:
 
 def _read_json(path: Path) -> Dataset:
     cached = cached_arrow(path, "raw")
+    drop_unreadable(cached)
     if not cached.exists():
         parsed = _parse(path)
         if not parsed.records:

@@ -19,6 +19,7 @@ from dpop_trainer.data.encode import EncodedPair, Refused, check_tokenizer, enco
 from dpop_trainer.data.outcomes import CUT_COLUMNS, count_outcomes, judge_outcomes
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.records import ALL_REF_COLUMNS, TOKEN_COLUMNS, BadRecord, raise_bad_records
+from dpop_trainer.data.sound_cache import map_or_map_anew
 from dpop_trainer.data.truncate import TruncationMode, check_truncation, truncate_pair
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def tokenise_pairs(
     check_tokenizer(processing_class, {kind for kind in rows.unique("kind") if kind is not None})
     refs = [column for column in ALL_REF_COLUMNS if any(logp is not None for logp in rows.unique(column))]
     source = rows.select_columns(["kind", "pair", "problem", "score_gap", *refs])
-    mapped = source.map(
+    mapped = map_or_map_anew(
+        source,
         _tokenise_batch,
         with_indices=True,
         batched=True,

@@ -5,7 +5,7 @@ start for no good reason is trained on. So it is measured over all pairs of the 
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,10 +61,12 @@ class StepZero(TrainerCallback):
         self._largest: Tensor | None = None  # [2]: |Δw|, |Δl|
         self._metrics: dict[str, float] = {}
 
-    def add(self, chosen_logratios: Tensor, rejected_logratios: Tensor) -> None:
-        """Take a micro-batch of the first step in: Δw and Δl [B]. No sync."""
+    def add(self, chosen_logratios: Tensor, rejected_logratios: Tensor, *, is_filler: bool = False) -> None:
+        """Take a micro-batch of the first step in: Δw and Δl [B]. A filler counts for nothing. No sync."""
         apart = torch.stack([chosen_logratios, rejected_logratios]).detach().double().abs()
-        sums = torch.cat([apart.sum(-1), apart.new_full((1,), apart.shape[1])])
+        if is_filler:
+            apart = torch.zeros_like(apart)
+        sums = torch.cat([apart.sum(-1), apart.new_full((1,), 0 if is_filler else apart.shape[1])])
         largest = apart.amax(-1)
         self._sums = sums if self._sums is None else self._sums + sums
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
@@ -73,6 +75,14 @@ class StepZero(TrainerCallback):
         """What was measured, once."""
         metrics, self._metrics = self._metrics, {}
         return metrics
+
+    def state(self) -> dict[str, Tensor]:
+        """What waits for the next log line, for a checkpoint."""
+        return {key: torch.tensor(value, dtype=torch.float64) for key, value in self._metrics.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The counterpart of `state`."""
+        self._metrics = {key: value.item() for key, value in state.items()}
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step or self._sums is None or self._largest is None:

@@ -1,0 +1,335 @@
+"""What a run lives through: being killed, a full disk, a damaged checkpoint, a changed configuration."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from dpop_trainer.cli import main
+from dpop_trainer.data import load_pairs, tokenise_pairs
+from tiny import text_pairs, tiny_llama, word_tokenizer
+
+TIMES = ("per_second", "_runtime", "peak_gib")
+
+# SIGKILL in the middle of a step: between the two micro-batches of step 5
+MID_STEP = """
+from dpop_trainer import DPOPTrainer
+step = DPOPTrainer.training_step
+calls = []
+def training_step(self, *args, **kwargs):
+    calls.append(0)
+    if len(calls) == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+DPOPTrainer.training_step = training_step
+"""
+
+# SIGKILL in the middle of a checkpoint: half of the optimizer's state of step 6 is on the disk
+MID_SAVE = """
+import torch
+save = torch.save
+def half(value, path, *args, **kwargs):
+    save(value, path, *args, **kwargs)
+    if "checkpoint-6" in str(path) and str(path).endswith("optimizer.pt"):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+"""
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """A saved model, 14 pairs, and a YAML file: LoRA with dropout, 4 steps an epoch of which the last is partial."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs(14)))
+    values = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "pairs.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 10,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 5.0e-3,
+        "use_peft": True,
+        "lora_dropout": 0.2,
+        "disable_dropout": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 3,  # so that checkpoints fall between two log lines
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def argv(setting, *flags):
+    return ["train", "--config", str(setting / "run.yaml"), *flags]
+
+
+def command(setting, sabotage, *flags):
+    """`dpop train` in a process of its own -> exit code, standard error."""
+    run = f"from dpop_trainer.cli import main\nsys.exit(main({argv(setting, *flags)}))"
+    script = f"import os, signal, sys\n{sabotage}\n{run}"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def log_of(folder):
+    """The lines of metrics.jsonl, without what is about time."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.endswith(TIMES)} for line in lines]
+
+
+def weights_of(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def checkpoint_names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.mark.slow
+def test_killed_twice_is_the_uninterrupted_run_bit_for_bit(setting):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(argv(setting, "--output_dir", str(setting / "whole"))) == 0
+    finally:
+        torch.set_num_threads(threads)
+    run = setting / "run"
+
+    code, output = command(setting, MID_STEP)
+    assert code == -signal.SIGKILL, output
+    assert checkpoint_names(run) == ["checkpoint-2", "checkpoint-4"]
+
+    code, output = command(setting, MID_SAVE)  # goes on from step 4
+    assert code == -signal.SIGKILL, output
+    assert checkpoint_names(run) == [".incomplete", "checkpoint-2", "checkpoint-4"]
+    assert (run / ".incomplete" / "checkpoint-6" / "optimizer.pt").exists()
+
+    code, output = command(setting, "")
+    assert code == 0, output
+    assert "Removed what a stopped run left of checkpoint-6: it was not whole" in output
+    assert f"Resuming from {run / 'checkpoint-4'}" in output
+    assert checkpoint_names(run) == ["checkpoint-10", "checkpoint-8"]
+    assert weights_of(run) == weights_of(setting / "whole")
+    assert log_of(run) == log_of(setting / "whole")
+
+
+def test_finished_run_says_so(setting, capsys):
+    flags = ["--max_steps", "2", "--save_strategy", "no"]
+    assert main(argv(setting, *flags)) == 0
+    before = weights_of(setting / "run")
+    log = log_of(setting / "run")
+    assert main(argv(setting, *flags, "--logging_steps", "1")) == 0  # which is no other run
+    assert "Finished already" in capsys.readouterr().out
+    assert weights_of(setting / "run") == before
+    assert log_of(setting / "run") == log
+    assert main(argv(setting, *flags, "--beta", "0.1")) == 1
+    assert "another beta: 0.3 before, 0.1 now. Choose another output_dir" in capsys.readouterr().err
+    assert main(argv(setting, "--max_steps", "4", "--save_strategy", "no")) == 1
+    assert "max_steps: expected the finished run" in capsys.readouterr().err
+
+
+def test_interrupted_after_its_last_step_trains_no_further(setting):
+    flags = ["--max_steps", "5"]  # in the middle of an epoch
+    assert main(argv(setting, *flags)) == 0
+    run = setting / "run"
+    before = weights_of(run)
+    (run / "finished.json").unlink()  # as if killed between the last checkpoint and the end
+    (run / "adapter_model.safetensors").unlink()
+    assert main(argv(setting, *flags)) == 0
+    assert weights_of(run) == before
+    assert json.loads((run / "finished.json").read_text())["step"] == 5
+
+
+def test_written_configuration_reproduces_the_run_bit_for_bit(setting):
+    assert main(argv(setting, "--max_steps", "4", "--save_strategy", "no")) == 0
+    run, again = setting / "run", setting / "again"
+    assert main(["train", "--config", str(run / "config.yaml"), "--output_dir", str(again)]) == 0
+    assert weights_of(again) == weights_of(run)
+    assert log_of(again) == log_of(run)
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["num_processes"] == 1
+    assert str(setting) not in (run / "environment.json").read_text()
+
+
+@pytest.fixture
+def interrupted(setting):
+    """A run of four steps with two checkpoints, not finished."""
+    assert main(argv(setting, "--max_steps", "4")) == 0
+    (setting / "run" / "finished.json").unlink()
+    return setting
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rate", "1e-3"], "learning_rate: 0.005 before, 0.001 now"),
+        (["--seed", "7"], "seed: 42 before, 7 now"),
+        (["--max_train_pairs", "13"], "max_train_pairs: None before, 13 now, training data (digest): "),
+    ],
+)
+def test_changed_configuration_is_refused(interrupted, capsys, flags, message):
+    assert main(argv(interrupted, *flags)) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Set it back; or start anew with another output_dir" in error
+
+
+def test_changed_data_is_refused_and_an_explicit_checkpoint_warns(interrupted, capsys, caplog):
+    path = interrupted / "pairs.jsonl"
+    path.write_text(path.read_text().replace("w5", "w7"))  # as many pairs and tokens as before
+    assert main(argv(interrupted)) == 1
+    assert "training data (digest): " in capsys.readouterr().err
+    checkpoint = interrupted / "run" / "checkpoint-2"
+    with caplog.at_level(logging.WARNING):
+        assert main(argv(interrupted, "--max_steps", "4", "--resume_from_checkpoint", str(checkpoint))) == 0
+    assert "The rest is not the run that began there" in caplog.text
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("adapter_model.safetensors", truncate, "bytes of adapter_model.safetensors"),
+        ("optimizer.pt", Path.unlink, "found no optimizer.pt in it"),
+        ("optimizer.pt", truncate, "bytes of optimizer.pt"),
+        ("trainer_state.json", truncate, "got an unreadable trainer_state.json"),
+        ("trainer_state.json", Path.unlink, "found no trainer_state.json in it"),
+        ("rng_state.pth", Path.unlink, "found no rng_state.pth in it"),
+        ("checkpoint.json", truncate, "got an unreadable trainer_state.json or checkpoint.json"),
+    ],
+)
+def test_damaged_checkpoint_is_named_and_the_one_before_offered(interrupted, capsys, name, damage, message):
+    run = interrupted / "run"
+    damage(run / "checkpoint-4" / name)
+    assert main(argv(interrupted)) == 1
+    error = capsys.readouterr().err
+    assert f"{run / 'checkpoint-4'}: expected a whole checkpoint" in error
+    assert message in error
+    assert f"checkpoint-2 is whole: go on from it with --resume_from_checkpoint {run / 'checkpoint-2'}" in error
+    assert checkpoint_names(run) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_foreign_checkpoint_without_record(interrupted, capsys):
+    """One that transformers' own trainer wrote: weights are opened, and an optimizer's state is asked for."""
+    run = interrupted / "run"
+    shutil.rmtree(run / "checkpoint-2")
+    checkpoint = run / "checkpoint-4"
+    for name in ("checkpoint.json", "progress_0.safetensors"):
+        (checkpoint / name).unlink()
+    truncate(checkpoint / "adapter_model.safetensors")
+    assert main(argv(interrupted)) == 1
+    error = capsys.readouterr().err
+    assert "got an unreadable adapter_model.safetensors" in error
+    assert "No other checkpoint of this run is whole" in error
+    (checkpoint / "optimizer.pt").unlink()
+    shutil.copy(run / "adapter_model.safetensors", checkpoint)
+    assert main(argv(interrupted)) == 1
+    assert "found no state of the optimizer in it (optimizer.pt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failing", ["optimizer.pt", "checkpoint.json"])
+def test_full_disk_stops_with_the_older_checkpoint_kept(setting, capsys, monkeypatch, failing):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if failing == "optimizer.pt":
+            save = torch.save
+            patch.setattr(
+                torch, "save", lambda v, path, *a: full() if "checkpoint-4/opt" in str(path) else save(v, path, *a)
+            )
+        else:  # the very last file
+            import dpop_trainer.checkpoints as checkpoints
+
+            write = checkpoints.write_json
+            patch.setattr(checkpoints, "write_json", lambda p, v: full() if "point-4" in str(p) else write(p, v))
+        assert main(argv(setting, "--max_steps", "6")) == 1
+    run = setting / "run"
+    error = capsys.readouterr().err
+    assert f"{run / 'checkpoint-4'}: expected to write a checkpoint, got [Errno 28] No space left on device" in error
+    assert "checkpoint-2 is untouched: make room" in error
+    assert [name for name in checkpoint_names(run) if name != ".incomplete"] == ["checkpoint-2"]
+    assert not (run / ".incomplete" / "checkpoint-4").exists()
+    assert main(argv(setting, "--max_steps", "6")) == 0  # there is room now
+    assert main(argv(setting, "--max_steps", "6", "--output_dir", str(setting / "whole"))) == 0
+    assert weights_of(run) == weights_of(setting / "whole")
+
+
+def test_full_disk_loses_no_line_of_the_log(setting, monkeypatch, caplog):
+    from dpop_trainer import run_files
+
+    append, failures = Path.open, []
+
+    def sometimes_full(self, *args, **kwargs):
+        if self.name == "metrics.jsonl" and args == ("a",) and len(failures) < 2:
+            failures.append(0)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return append(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", sometimes_full)
+    monkeypatch.setattr("dpop_trainer.run_plot.draw_metrics", lambda metrics: 1 / 0)
+    flags = ["--max_steps", "4", "--logging_steps", "1", "--save_strategy", "no"]
+    with caplog.at_level(logging.WARNING):
+        assert main(argv(setting, *flags)) == 0
+    assert len(failures) == 2
+    assert [line["step"] for line in run_files.read_metrics(setting / "run") if "loss" in line] == [1, 2, 3, 4]
+    assert caplog.text.count("The run goes on") == 1
+
+
+def test_best_checkpoint_keeps_its_place(setting):
+    """transformers notes the best checkpoint's path while the checkpoint is still being written elsewhere."""
+    flags = ["--eval_dataset_name", str(setting / "pairs.jsonl"), "--eval_strategy", "steps", "--eval_steps", "2"]
+    best = ["--load_best_model_at_end", "true", "--metric_for_best_model", "rewards/margins"]
+    assert main(argv(setting, *flags, *best, "--max_steps", "6")) == 0
+    run = setting / "run"
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] in {str(run / name) for name in checkpoint_names(run)}
+    margins = {line["step"]: line["eval_rewards/margins"] for line in log_of(run) if "eval_rewards/margins" in line}
+    assert state["best_metric"] == max(margins.values())
+
+
+@pytest.mark.parametrize("which", ["the data set", "its tokens"])
+def test_cache_cut_short_is_made_anew(setting, monkeypatch, caplog, which):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", setting / "cache")
+    source = setting / "pairs.jsonl"
+    expected, _ = tokenise_pairs(load_pairs(str(source)), word_tokenizer())
+    expected = expected.to_list()
+    for path in (setting / "cache").rglob("*.arrow"):
+        if path.name.startswith("cache-") == (which == "its tokens"):
+            truncate(path)
+    again, _ = tokenise_pairs(load_pairs(str(source)), word_tokenizer())
+    assert again.to_list() == expected
+    assert "anew" in caplog.text
+    caplog.clear()
+    tokenise_pairs(load_pairs(str(source)), word_tokenizer())  # and is sound from then on
+    assert "anew" not in caplog.text
+
+
+def test_cache_that_cannot_be_written_is_named(setting, monkeypatch):
+    dataset = load_pairs(str(setting / "pairs.jsonl"))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("datasets.Dataset.map", full)
+    with pytest.raises(ValueError, match=r"expected to write tokenised pairs .*No space left on device"):
+        tokenise_pairs(dataset, word_tokenizer())

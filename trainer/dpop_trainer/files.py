@@ -1,0 +1,37 @@
+"""Files that are whole or not there: written beside their place, then renamed into it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a run that is killed meanwhile, finds the old content or the new."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomically`, as indented JSON; what JSON has no form for is written as text."""
+    write_atomically(path, json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the system write a folder's files to the disk, so that they outlive a power cut too."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def move_folder(source: Path, target: Path, aside: Path) -> None:
+    """Put a folder into its place by one rename. One that stands there goes to `aside` first and is then removed."""
+    if target.exists():
+        os.replace(target, aside)
+    os.replace(source, target)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""What makes a run the run it is: the fields that decide its numbers, its data, and how many processes share it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
+
+# Fields that change what a run writes, says or how fast it is, and none of its numbers.
+_FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "dataloader_num", "dataloader_p", "ddp_", "trackio")
+_FREE_FIELDS = frozenset(
+    {
+        "output_dir",
+        "run_name",
+        "report_to",
+        "project",
+        "disable_tqdm",
+        "push_to_hub",
+        "resume_from_checkpoint",
+        "per_device_eval_batch_size",
+        "dataset_num_proc",
+        "dataset_test_split",
+        "eval_dataset_name",
+        "prediction_loss_only",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "greater_is_better",
+        "chosen_logratio_warning",
+        "include_for_metrics",
+        "include_num_input_tokens_seen",
+        "skip_memory_metrics",
+        "restore_callback_states_from_checkpoint",
+        "batch_eval_metrics",
+        "torch_empty_cache_steps",
+        "do_train",
+        "do_eval",
+        "do_predict",
+        "debug",
+        "enable_jit_checkpoint",
+        "activation_offloading",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "precompute_ref_batch_size",
+        "ref_cache_dir",
+        "ref_model_offload",
+        "max_eval_pairs",
+    }
+)
+# A run may be made longer or shorter; its schedule is then counted anew.
+LENGTH_FIELDS = frozenset({"max_steps", "num_train_epochs"})
+
+
+def identity_of(config: Mapping[str, Any], *, num_processes: int, dataset: Any = None) -> dict[str, Any]:
+    """Plain values that tell a run from another.
+
+    Args:
+        config: all fields of the run.
+        num_processes: ranks of the run; another number deals the pairs out differently.
+        dataset: the tokenised training pairs; None leaves them out.
+    """
+    digest = data_digest(dataset) if isinstance(dataset, Dataset) else None
+    return {"config": dict(config), "num_processes": num_processes, "data": digest}
+
+
+def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What decides a run's numbers and differs between two identities -> field: (before, now). Length is let pass."""
+    old, new = before.get("config") or {}, now.get("config") or {}
+    changes = {
+        key: (old[key], new[key])
+        for key in sorted(old.keys() & new.keys())
+        if key not in _FREE_FIELDS | LENGTH_FIELDS
+        and not key.startswith(_FREE_PREFIXES)
+        and _as_text(old[key]) != _as_text(new[key])
+    }
+    for key, told in (("num_processes", "number of processes"), ("data", "training data (digest)")):
+        if before.get(key) is not None and now.get(key) is not None and before[key] != now[key]:
+            changes[told] = (before[key], now[key])
+    return changes
+
+
+def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """One phrase: each field with both of its values."""
+    return ", ".join(f"{key}: {before!r} before, {now!r} now" for key, (before, now) in changes.items())
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)  # one of the two has been through JSON
+
+
+def data_digest(dataset: Dataset) -> str:
+    """Hex digest of the pairs' tokens and reference log-probs, in order. Reads the columns once, at memory speed."""
+    digest = hashlib.blake2b(digest_size=8)
+    columns = [column for column in (*TOKEN_COLUMNS, *REF_COLUMNS) if column in dataset.column_names]
+    for batch in dataset.with_format("arrow").iter(batch_size=10_000):
+        for column in columns:
+            values = batch[column]  # type: ignore[index]
+            if column in TOKEN_COLUMNS:
+                digest.update(pc.list_value_length(values).to_numpy().tobytes())  # type: ignore[attr-defined]
+                values = pc.list_flatten(values)  # type: ignore[attr-defined]
+            digest.update(values.to_numpy().tobytes())
+    return digest.hexdigest()

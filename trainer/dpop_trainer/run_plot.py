@@ -1,0 +1,145 @@
+"""The picture of a run, metrics.png: one panel per question, readable in grey.
+
+Lines differ in style and in how dark they are; evaluations are points. Colours are Okabe and Ito's.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+_BLUE, _VERMILLION, _DARK = "#0072B2", "#D55E00", "0.15"
+_RESOLUTION = 110  # dots per inch
+_MOST_POINTS = 2000
+
+
+class _Line(NamedTuple):
+    key: str
+    """Of metrics.jsonl; the same with `eval_` before it is drawn as points."""
+    label: str
+    color: str = _BLUE
+    style: str = "-"
+
+
+class _Panel(NamedTuple):
+    title: str
+    unit: str
+    lines: tuple[_Line, ...]
+    zero: bool = False
+    """Draw a line at 0, below which something is lost."""
+    log: bool = False
+    from_zero: bool = False
+
+
+_PANELS = (
+    _Panel("Loss", "", (_Line("loss", "training", _DARK),)),
+    _Panel(
+        "Change of the answers",
+        "log π − log π_ref, nats per answer",
+        (
+            _Line("dpop/chosen_logratio", "chosen Δ", _BLUE),
+            _Line("dpop/rejected_logratio", "rejected Δ", _VERMILLION, "--"),
+        ),
+        zero=True,
+    ),
+    _Panel(
+        "Log-probs of the answers",
+        "nats per answer",
+        (_Line("logps/chosen", "chosen", _BLUE), _Line("logps/rejected", "rejected", _VERMILLION, "--")),
+    ),
+    _Panel(
+        "Rewards",
+        "β · Δ",
+        (_Line("rewards/chosen", "chosen", _BLUE), _Line("rewards/rejected", "rejected", _VERMILLION, "--")),
+        zero=True,
+    ),
+    _Panel("Margin", "β · (Δ chosen − Δ rejected)", (_Line("rewards/margins", "margin", _DARK),), zero=True),
+    _Panel("Penalty", "β λ max(0, −Δ chosen)", (_Line("dpop/penalty", "penalty", _VERMILLION),)),
+    _Panel(
+        "Shares of pairs",
+        "",
+        (
+            _Line("rewards/accuracies", "margin > 0", _BLUE),
+            _Line("dpop/active_fraction", "penalty active", _VERMILLION, "--"),
+        ),
+    ),
+    _Panel("Gradient norm", "", (_Line("grad_norm", "before clipping", _DARK),), log=True),
+    _Panel("Learning rate", "", (_Line("learning_rate", "", _DARK),)),
+    _Panel("Speed", "tokens per second, all processes", (_Line("tokens/per_second", "", _DARK),), from_zero=True),
+    _Panel("Peak memory", "GiB, largest process", (_Line("memory/peak_gib", "", _DARK),), from_zero=True),
+    _Panel("Token accuracy", "share of chosen tokens", (_Line("mean_token_accuracy", "", _DARK),)),
+)
+
+
+def draw_metrics(metrics: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG with a panel for every kind of metric that the run has logged, over optimizer steps.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+    """
+    panels = [panel for panel in _PANELS if any(_points(metrics, line.key) for line in panel.lines)]
+    columns = min(4, max(1, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.2), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw(axes, panel, metrics)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes in grid[max(0, len(panels) - columns) : len(panels)]:
+        axes.set_xlabel("optimizer step", fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=_RESOLUTION, facecolor="white")
+    return image.getvalue()
+
+
+def _draw(axes: Axes, panel: _Panel, metrics: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title(panel.title, fontsize=10, loc="left")
+    axes.set_ylabel(panel.unit, fontsize=7.5)
+    axes.tick_params(labelsize=7.5)
+    axes.grid(visible=True, color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    if panel.zero:
+        axes.axhline(0, color="0.45", linewidth=0.8)
+    values: list[float] = []
+    for line in panel.lines:
+        trained, evaluated = _points(metrics, line.key), _points(metrics, f"eval_{line.key}")
+        values += [value for _, value in trained + evaluated]
+        if trained:
+            x, y = zip(*trained, strict=True)
+            # a single point of a line is no line
+            marker = "o" if len(trained) < 3 else ""
+            axes.plot(x, y, line.style, color=line.color, label=line.label, linewidth=1.4, marker=marker, markersize=3)
+        if evaluated:
+            x, y = zip(*evaluated, strict=True)
+            shown = {label for handle in axes.get_lines() if (label := str(handle.get_label())) == "evaluated"}
+            label = "_" if shown else "evaluated"  # once for all lines of a panel
+            axes.plot(x, y, "o", color=line.color, label=label, markersize=4, markerfacecolor="white")
+    if panel.log and values and min(values) > 0:
+        axes.set_yscale("log")
+        for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_format(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
+        axes.tick_params(which="minor", labelsize=7.5)
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    if panel.from_zero and values:
+        axes.set_ylim(0, 1.15 * max(values) or 1.0)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False, fontsize=7, handlelength=1.8)
+
+
+def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of the lines that hold a finite number under the key; evenly thinned where there are many."""
+    points = [
+        (line["step"], float(line[key]))
+        for line in metrics
+        if isinstance(line.get(key), int | float) and math.isfinite(line[key])
+    ]
+    stride = math.ceil(len(points) / _MOST_POINTS) or 1
+    return points[::-1][::stride][::-1]

@@ -1,0 +1,49 @@
+"""Says, while a run goes on, that its chosen answers are losing probability: what DPOP is there to prevent."""
+
+import logging
+import math
+from collections.abc import Sequence
+
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+CHOSEN_KEY = "dpop/chosen_logratio"
+
+
+class ChosenWatch(TrainerCallback):
+    """Warns when the mean Δw of a log line falls below a threshold, and again only where it has fallen twice as far.
+
+    Args:
+        threshold: nats per answer, > 0; None never warns.
+        loss_types: of the run; decide the advice.
+        dpop_lambda: of the run.
+    """
+
+    def __init__(self, threshold: float | None, *, loss_types: Sequence[str], dpop_lambda: float) -> None:
+        self._limit = math.inf if threshold is None else threshold
+        self._penalised = "dpop" in loss_types and dpop_lambda > 0
+        self._dpop_lambda = dpop_lambda
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        fall = -(logs or {}).get(CHOSEN_KEY, 0.0)
+        if not state.is_world_process_zero or not fall >= self._limit:
+            return
+        self._limit = 2 * fall
+        if self._penalised:
+            advice = (
+                f"Raise dpop_lambda (now {self._dpop_lambda:g}) or lower learning_rate (now {args.learning_rate:g})."
+            )
+        else:
+            advice = (
+                "Use loss_type dpop with dpop_lambda 50, which makes this expensive, or lower learning_rate (now "
+                f"{args.learning_rate:g})."
+            )
+        logger.warning(
+            "Step %d: your chosen answers are losing probability: %.3g nats per answer on average against the "
+            "reference, that is a factor of %.2g. The model is unlearning the answers that it should prefer. %s",
+            state.global_step,
+            -fall,
+            math.exp(max(-fall, -700.0)),
+            advice,
+        )
