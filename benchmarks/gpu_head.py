@@ -157,13 +157,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_head.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="for gpu_head.jsonl")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
+    parser.add_argument("--deadline", type=float, help="begin no case later than this many seconds after the start")
     options = parser.parse_args(arguments)
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, below
     elif not torch.cuda.is_available():
         parser.error("no CUDA device here. Pass --rehearse to run tiny shapes on the CPU.")
     device = torch.device("cpu" if options.rehearse else "cuda")
-    bench = Bench(REHEARSAL if options.rehearse else Plan(), options.folder, device)
+    plan = REHEARSAL if options.rehearse else Plan()
+    if options.deadline is not None:
+        plan = replace(plan, deadline=options.deadline)
+    bench = Bench(plan, options.folder, device)
 
     floors = measure_floors(bench)
     measure_head(bench, floors, "reference_pass", bench.plan.frozen, num_products=1)
