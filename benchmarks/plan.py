@@ -69,7 +69,6 @@ def _cpu(device: torch.device) -> Iterator[Case]:
             )
     for task in ("frozen", "trainable"):
         yield DpoCase(task=task, head=swept, pairs=METAMATH, num_pairs=4, device=device, dtype=dtype)
-    yield DpoCase(task="frozen", head=swept, pairs=ULTRAFEEDBACK, num_pairs=4, device=device, dtype=dtype)
     for task in ("forward", "forward_backward"):
         yield LogitsCase(
             task=task, name=swept.name, vocab_size=swept.vocab_size, num_tokens=1024, device=device, dtype=dtype
