@@ -4,12 +4,13 @@ Every peer keeps its colour (Okabe and Ito's), line and marker in all pictures, 
 pyplot, as `dpop_trainer.plots` are.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from benchmarks.levels import OURS, Group, device_of_levels, latest
 from benchmarks.peers import all_peers
@@ -40,17 +41,17 @@ def plot_against_tokens(path: Path) -> None:
     for name in _names(sweep):
         points = sorted(_tokens_and_record(sweep, name), key=lambda point: point[0])
         tokens = [point[0] for point in points]
-        _line(time, tokens, [record["median_s"] * 1e3 for _, record in points], name)
-        _line(memory, tokens, [record["peak_bytes"] / 2**20 for _, record in points], name)
+        label = _label(points[-1][1])
+        _line(time, tokens, [record["median_s"] * 1e3 for _, record in points], name, label)
+        _line(memory, tokens, [record["peak_bytes"] / 2**20 for _, record in points], name, label)
     points = sorted(_tokens_and_record(sweep, OURS), key=lambda point: point[0])
     floors = [record["floor_s"] * 1e3 for _, record in points]
     time.plot([t for t, _ in points], floors, color="0.6", linewidth=3, zorder=0, label="floor: two products")
     for axes, title, unit in ((time, "Time", "ms"), (memory, "Peak memory over the inputs", "MiB")):
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.set_xticks([t for t, _ in points], [_thousands(t) for t, _ in points])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _log_scale(axes)
         _finish(axes, title, "tokens", unit)
     _plot_floors(floor, frozen)
     handles, labels = time.get_legend_handles_labels()
@@ -89,9 +90,9 @@ def plot_precision(path: Path) -> None:
                 error = max(record["errors"][key], _SMALLEST_ERROR)
                 _, marker, color = _style(name)
                 axes.plot(record["median_s"] * 1e3, error, marker, color=color, markersize=7, linestyle="", label=name)
-        axes.set_yscale("log")
+        axes.margins(x=0.1)
         axes.set_xlim(left=0)
-        axes.margins(x=0.1, y=0.2)
+        _log_scale(axes)
         _finish(axes, f"{title}: lower left is better", "ms", label)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
@@ -147,9 +148,25 @@ def _style(name: str) -> tuple[Any, str, str]:
     return _LINES[place % len(_LINES)], _MARKERS[place % len(_MARKERS)], _COLORS[place % len(_COLORS)]
 
 
-def _line(axes: Axes, x: list[int], y: list[float], name: str) -> None:
+def _line(axes: Axes, x: list[int], y: list[float], name: str, label: str) -> None:
     line, marker, color = _style(name)
-    axes.plot(x, y, label=name, color=color, linestyle=line, marker=marker, markersize=5, linewidth=1.5)
+    above = 4 if name == OURS else 3
+    axes.plot(x, y, label=label, color=color, linestyle=line, marker=marker, markersize=5, linewidth=1.5, zorder=above)
+
+
+def _label(record: dict[str, Any]) -> str:
+    """Name and version, without the build."""
+    return f"{record['peer']} {(record['peer_version'] or '').partition('+')[0]}".strip()
+
+
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic in y, from a power of ten to a power of ten, so that the scale is always labelled."""
+    axes.set_yscale("log")
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(10 ** math.floor(math.log10(low) - 0.02), 10 ** math.ceil(math.log10(high) + 0.02))
+    if low >= 0.01:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _thousands(tokens: int) -> str:
