@@ -89,7 +89,15 @@ def plot_precision(path: Path) -> None:
             if key in record["errors"]:
                 error = max(record["errors"][key], _SMALLEST_ERROR)
                 _, marker, color = _style(name)
-                axes.plot(record["median_s"] * 1e3, error, marker, color=color, markersize=7, linestyle="", label=name)
+                axes.plot(
+                    record["median_s"] * 1e3,
+                    error,
+                    marker,
+                    color=color,
+                    markersize=7,
+                    linestyle="",
+                    label=_label(record),
+                )
         axes.margins(x=0.1)
         axes.set_xlim(left=0)
         _log_scale(axes)
@@ -163,7 +171,7 @@ def _log_scale(axes: Axes) -> None:
     """Logarithmic in y, from a power of ten to a power of ten, so that the scale is always labelled."""
     axes.set_yscale("log")
     low, high = axes.dataLim.intervaly
-    axes.set_ylim(10 ** math.floor(math.log10(low) - 0.02), 10 ** math.ceil(math.log10(high) + 0.02))
+    axes.set_ylim(10 ** math.floor(math.log10(low) - 0.1), 10 ** math.ceil(math.log10(high) + 0.1))
     if low >= 0.01:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
