@@ -14,6 +14,7 @@ over the steps after the first; memory is the peak of the resident set, of which
 import argparse
 import importlib.util
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -168,10 +169,11 @@ def run_process(candidate: str, pairs_path: str | None = None, tokenizer_path: s
 
 
 def loss_difference(records: list[dict[str, Any]]) -> float:
-    """Largest difference of any step's loss from the first record's."""
+    """Largest difference of any step's loss from the first record's; infinite for NaN, which `max` would pass over."""
     first = records[0]["losses"]
     pairs = [pair for record in records for pair in zip(record["losses"], first, strict=True)]
-    return max(abs(ours - theirs) for ours, theirs in pairs)
+    differences = [abs(ours - theirs) for ours, theirs in pairs]
+    return math.inf if any(map(math.isnan, differences)) else max(differences)
 
 
 def main(argv: list[str] | None = None) -> int:

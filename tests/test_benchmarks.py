@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import compare, inputs, measure, plan, records, shapes, truth
+from benchmarks import compare, cpu_step, inputs, measure, plan, records, shapes, truth
 from benchmarks.floors import TINY, Floors
 from benchmarks.peers import Peer, all_peers, ours
 
@@ -285,6 +285,24 @@ def test_mean_only_peers_are_held_to_the_mean():
     results = compare.side_by_side(case_of("head", "frozen"), peers, EFFORT)
     assert results["mean"].trouble is None
     assert results["wrong"].trouble == "refused: wrong result"
+
+
+def test_trainers_are_compared_at_every_step():
+    records = [{"losses": [0.7, 0.5]}, {"losses": [0.7, 0.53]}, {"losses": [0.69, 0.5]}]
+    assert cpu_step.loss_difference(records) == pytest.approx(0.03)
+    records.append({"losses": [0.7, math.nan]})
+    assert cpu_step.loss_difference(records) == math.inf
+
+
+def test_random_words_are_as_many_tokens_as_the_pairs_have():
+    pairs, tokenizer = cpu_step.workload(None, None)
+    ids = shapes.make_pairs(shapes.METAMATH, len(pairs), cpu_step.VOCAB_SIZE - 2)
+    assert len(pairs) == cpu_step.NUM_STEPS * cpu_step.PAIRS_PER_STEP
+    assert len(tokenizer) == 50257
+    for words, pair in zip(pairs, ids, strict=True):
+        # <pad> and <eos> come first
+        assert tokenizer(words["prompt"])["input_ids"] == [token_id + 2 for token_id in pair.prompt_ids]
+        assert tokenizer(words["rejected"])["input_ids"] == [token_id + 2 for token_id in pair.rejected_ids]
 
 
 def test_records_are_appended(tmp_path):
