@@ -117,7 +117,7 @@ def run_levels(folder: Path, clock: Clock, *, rehearse: bool) -> bool:
     try:
         for i, case in enumerate(planned):
             if i == NUM_HEADLINES:
-                run_step(folder, clock, rehearse=rehearse)
+                run_step(folder, clock, environment, rehearse=rehearse)
             if clock.left <= 0:
                 print(f"{case}: skipped, past the budget")
                 continue
@@ -144,12 +144,41 @@ def run_case(case: Any, peers: dict[str, Any], effort: Any, path: Path, environm
     return right
 
 
-def run_step(folder: Path, clock: Clock, *, rehearse: bool) -> None:
-    """gpu_step.py in a process of its own, where it is present; it has a rehearsal of its own."""
+def run_step(folder: Path, clock: Clock, environment: dict[str, Any], *, rehearse: bool) -> None:
+    """gpu_step.py in a process of its own, where it is present; its lines become records of the level "step".
+
+    It has a rehearsal of its own.
+    """
     if rehearse or importlib.util.find_spec("benchmarks.gpu_step") is None or clock.left < LEAST_FOR_STEP:
         return
     command = [sys.executable, "-m", "benchmarks.gpu_step", str(folder)]
+    done = len(records.read(folder / "gpu_step.jsonl"))
     print(f"Training step: {_run(command, folder / 'gpu_step.txt', min(MOST_FOR_STEP, clock.left))}")
+    for step in records.read(folder / "gpu_step.jsonl")[done:]:
+        records.append(folder / "levels.jsonl", step_record(step) | environment)
+
+
+def step_record(step: dict[str, Any]) -> dict[str, Any]:
+    """A trainer's line in gpu_step.jsonl as a record of the level "step"."""
+    plan, is_trl = step["plan"], step["candidate"] == "trl"
+    record = {
+        "level": "step",
+        "task": "lora",
+        "shape": {
+            "name": f"Llama {plan['hidden_size']} x {plan['num_layers']}",
+            "pairs": "MetaMath-like",
+            "num_pairs": plan["pairs_per_step"],
+        },
+        "dtype": "bfloat16",
+        "peer": "TRL" if is_trl else f"dpop-kernels, {step['candidate']}",
+        "peer_version": records.version("trl" if is_trl else "dpop-kernels"),
+        "settings": "DPOTrainer" if is_trl else f"DPOPTrainer, layout {step['candidate']}",
+    }
+    if "median_s" not in step:
+        return record | {key: step[key] for key in ("skipped", "failed") if key in step}
+    kept = {key: step[key] for key in ("median_s", "p20_s", "p80_s", "tokens_per_s")}
+    peak = int((step["peak_mib"] - step["base_mib"]) * 2**20)
+    return record | kept | {"peak_bytes": peak, "errors": {}}
 
 
 def run_tiles(folder: Path, clock: Clock, *, rehearse: bool) -> bool:

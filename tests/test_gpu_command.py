@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import gpu, gpu_head, records
+from benchmarks import gpu, gpu_head, levels, records
 from benchmarks.floors import TINY
 
 
@@ -96,14 +97,29 @@ def test_a_process_is_stopped_in_time(tmp_path):
 
 
 def test_the_step_is_called_where_it_is_present(tmp_path, monkeypatch):
-    commands = []
+    """Its lines become records; a step of 3 GiB over a model of 2 GiB is 1 GiB."""
+    plan = {"hidden_size": 2048, "num_layers": 16, "pairs_per_step": 16}
+    timed = {"median_s": 2.0, "p20_s": 1.9, "p80_s": 2.1, "tokens_per_s": 5000.0, "peak_mib": 3072, "base_mib": 2048}
+    calls = []
+
+    def measured(command, log, seconds):
+        calls.append((command[-2:], seconds))
+        records.append(tmp_path / "gpu_step.jsonl", {"candidate": "tree", "plan": plan, **timed})
+        records.append(tmp_path / "gpu_step.jsonl", {"candidate": "trl", "plan": plan, "skipped": "not installed"})
+        return "exit 0"
+
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(gpu, "_run", lambda command, log, seconds: commands.append((command[-1], seconds)) or "exit 0")
-    gpu.run_step(tmp_path, gpu.Clock(100.0, gpu.time.monotonic()), rehearse=False)
-    gpu.run_step(tmp_path, gpu.Clock(10.0, gpu.time.monotonic()), rehearse=False)  # too late to begin
-    ((folder, seconds),) = commands
-    assert folder == str(tmp_path)
+    monkeypatch.setattr(gpu, "_run", measured)
+    records.append(tmp_path / "gpu_step.jsonl", {"candidate": "of an earlier run"})
+    gpu.run_step(tmp_path, gpu.Clock(100.0, time.monotonic()), {"device": "H100"}, rehearse=False)
+    gpu.run_step(tmp_path, gpu.Clock(10.0, time.monotonic()), {}, rehearse=False)  # too late to begin
+    ((command, seconds),) = calls
+    assert command == ["benchmarks.gpu_step", str(tmp_path)]
     assert 99 < seconds <= 100
+    tree, trl = records.read(tmp_path / "levels.jsonl")
+    assert (tree["peer"], tree["median_s"], tree["peak_bytes"]) == ("dpop-kernels, tree", 2.0, 2**30)
+    assert (trl["peer"], trl["skipped"], trl["device"]) == ("TRL", "not installed", "H100")
+    assert levels.size_of(tree) == "Llama 2048 x 16, 16 MetaMath-like pairs, bfloat16"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the command would measure it")
