@@ -1,7 +1,7 @@
 # make demo   train DPO and DPOP on generated low-edit pairs and compare them (offline, minutes)
 # make test   lint, then the test suite
 # make lint   ruff and pyright
-# make bench  benchmarks against the peers that are installed
+# make bench  measure against the peers that are installed (ten minutes), then write the figures in README and docs
 #
 # Each target sets up .venv by itself, only when it is missing or its inputs changed.
 
@@ -25,7 +25,9 @@ lint: $(READY)
 	@$(BIN)/pyright
 
 bench: $(READY)
-	@$(BIN)/python -m pytest benchmarks --benchmark-only
+	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
+		--records benchmarks/results/levels.jsonl
+	@$(BIN)/python -m benchmarks.report
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; log: $(VENV)/install.log)"

@@ -70,10 +70,9 @@ def eager(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
 
 
 def trl(hidden_states: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from benchmarks.peers import trl as peer
 
-    # its own default chunk; the statistics that it can add are left out
-    return ChunkedLogProbFunction.apply(hidden_states, weight, None, target_ids, 1.0, 8192, None, 1.0, ())[0]
+    return peer.linear_logps(hidden_states, weight, target_ids, None)
 
 
 CANDIDATES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"ours": ours, "eager": eager, "trl": trl}

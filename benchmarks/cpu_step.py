@@ -1,36 +1,45 @@
 """Measure a whole training step on a CPU: this trainer against TRL's DPOTrainer, each in its own process.
 
     python -m benchmarks.cpu_step OUT.jsonl --pairs pairs.jsonl --tokenizer gpt2
+    python -m benchmarks.cpu_step OUT.jsonl                 MetaMath-like pairs of random words, nothing to bring along
 
 A Llama of hidden size 256, 4 layers, intermediate 768 with the tokenizer's vocabulary and random weights, LoRA r = 16
 on all linear layers, 4 pairs per step, fp32, no gradient checkpointing, reference by switching the adapter off. Both
 trainers get the same pairs in the same order and plain DPO's loss, whose values must agree before a time is reported.
 `--pairs` is what `dpop pairs` writes from GSM8K. TRL takes part where it is installed. A step's time is the minimum
 over the steps after the first; memory is the peak of the resident set, of which "base" was there before training.
+`bench_step.py` runs the same processes, in turns.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from datasets import Dataset
+from dpop_trainer.data.layouts import Layout
 from transformers import TrainerCallback
 
 from benchmarks.cpu_head import machine
+from benchmarks.shapes import METAMATH, make_pairs
 
 NUM_STEPS = 4
 PAIRS_PER_STEP = 4
 BETA = 0.1
 # fp32 sums of log-probs over a few hundred tokens, times β
 LARGEST_LOSS_DIFFERENCE = 1e-4
+VOCAB_SIZE = 50257
+"""GPT-2's; of the random words too."""
+CANDIDATES = (*(name for name in get_args(Layout) if name not in ("auto", "flat")), "trl")
+"""Our layouts that train on a CPU, and TRL."""
 
 
 class _StepTimes(TrainerCallback):
@@ -49,16 +58,44 @@ class _StepTimes(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
-def measure(candidate: str, pairs_path: str, tokenizer_path: str) -> dict[str, Any]:
-    """One trainer in this process -> step time, memory, losses, tokens."""
-    from peft import LoraConfig
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def workload(pairs_path: str | None, tokenizer_path: str | None) -> tuple[list[dict[str, str]], Any]:
+    """Enough pairs for all steps, and the tokenizer; without a path, MetaMath-like pairs of random words."""
+    num_pairs = NUM_STEPS * PAIRS_PER_STEP
+    if pairs_path is None:
+        tokenizer = word_tokenizer(VOCAB_SIZE)
+
+        def text(ids: list[int]) -> str:
+            return "".join(f" w{token_id}" for token_id in ids)
+
+        # the first ids are the special tokens
+        pairs = make_pairs(METAMATH, num_pairs, VOCAB_SIZE - 2)
+        return [dict(zip(("prompt", "chosen", "rejected"), map(text, pair), strict=True)) for pair in pairs], tokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with open(pairs_path) as file:
-        lines = [next(file) for _ in range(NUM_STEPS * PAIRS_PER_STEP)]
-    records = [{key: json.loads(line)[key] for key in ("prompt", "chosen", "rejected")} for line in lines]
+        lines = [json.loads(next(file)) for _ in range(num_pairs)]
+    return [{key: line[key] for key in ("prompt", "chosen", "rejected")} for line in lines], tokenizer
+
+
+def word_tokenizer(vocab_size: int) -> Any:
+    """One token for each of the words w0, w1, ..., so that pairs of ids can be written as text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(vocab_size - 2))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
+
+
+def measure(candidate: str, pairs_path: str | None, tokenizer_path: str | None) -> dict[str, Any]:
+    """One trainer in this process -> step time, memory, losses."""
+    from peft import LoraConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    records, tokenizer = workload(pairs_path, tokenizer_path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -118,35 +155,52 @@ def measure(candidate: str, pairs_path: str, tokenizer_path: str) -> dict[str, A
     }
 
 
+def run_process(candidate: str, pairs_path: str | None = None, tokenizer_path: str | None = None) -> dict[str, Any]:
+    """`measure` in a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; its messages are on stderr.
+    """
+    command = [sys.executable, "-m", "benchmarks.cpu_step", "-", "--one", candidate]
+    if pairs_path is not None and tokenizer_path is not None:
+        command += ["--pairs", pairs_path, "--tokenizer", tokenizer_path]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def loss_difference(records: list[dict[str, Any]]) -> float:
+    """Largest difference of any step's loss from the first record's; infinite for NaN, which `max` would pass over."""
+    first = records[0]["losses"]
+    pairs = [pair for record in records for pair in zip(record["losses"], first, strict=True)]
+    differences = [abs(ours - theirs) for ours, theirs in pairs]
+    return math.inf if any(map(math.isnan, differences)) else max(differences)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.cpu_step", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="JSON lines; records are appended")
-    parser.add_argument("--pairs", required=True, help="JSONL of prompt, chosen, rejected")
-    parser.add_argument("--tokenizer", required=True, help="folder or hub id")
+    parser.add_argument("--pairs", help="JSONL of prompt, chosen, rejected; without it, random words")
+    parser.add_argument("--tokenizer", help="folder or hub id, with --pairs")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if (options.pairs is None) != (options.tokenizer is None):
+        parser.error("expected --pairs and --tokenizer together, got one of them.")
     if options.one:
         print(json.dumps(measure(options.one, options.pairs, options.tokenizer)))
         return 0
     records = []
-    for candidate in ("rows", "tree", "trl"):
+    for candidate in CANDIDATES:
         if candidate == "trl" and importlib.util.find_spec("trl") is None:
             print("trl        skipped: TRL is not installed")
             continue
-        command = [sys.executable, "-m", "benchmarks.cpu_step", str(options.out), "--pairs", options.pairs]
-        command += ["--tokenizer", options.tokenizer, "--one", candidate]
-        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        records.append(json.loads(result.stdout.splitlines()[-1]))
-    difference = max(
-        abs(ours - theirs)
-        for record in records
-        for ours, theirs in zip(record["losses"], records[0]["losses"], strict=True)
-    )
+        records.append(run_process(candidate, options.pairs, options.tokenizer))
+    difference = loss_difference(records)
     if not difference <= LARGEST_LOSS_DIFFERENCE:
         print(f"The trainers' losses differ by {difference:.1e}: no time is reported.", file=sys.stderr)
         return 1
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    common = {"benchmark": "cpu_step", "largest_loss_difference": difference, **machine()}
+    source = "GSM8K low-edit" if options.pairs else METAMATH.name
+    common = {"benchmark": "cpu_step", "pairs": source, "largest_loss_difference": difference, **machine()}
     with options.out.open("a") as file:
         for record in records:
             file.write(json.dumps({**common, **record}) + "\n")

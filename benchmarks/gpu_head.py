@@ -1,7 +1,7 @@
 """Measure the head on a GPU: every way to its log-probs against the floors measured in the same run, in minutes.
 
-    python benchmarks/gpu_head.py OUT               on an H100, under eight minutes; 24 GiB of memory
-    python benchmarks/gpu_head.py OUT --rehearse    tiny shapes through the same code on a CPU, in Triton's interpreter
+    python -m benchmarks.gpu_head OUT               on an H100, under eight minutes; 24 GiB of memory
+    python -m benchmarks.gpu_head OUT --rehearse    tiny shapes through the same code on a CPU, in Triton's interpreter
 
 Appends one JSON record per case to OUT/gpu_head.jsonl as soon as it is there: interrupt it at any time. A case is first
 compared with fp64, on rows (and rows of W's gradient) of the shape that is timed. Missing the precision contract is
@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.truth import grad_weight_truth, head_truth, largest, logits_truth, relative, sample_rows, worst_row
 
 CONTRACT_NATS = 1e-5
 """Largest error of a token's log-prob against fp64 on the same inputs."""
@@ -154,16 +156,20 @@ class Floors:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="gpu_head.py", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_head", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="for gpu_head.jsonl")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
+    parser.add_argument("--deadline", type=float, help="begin no case later than this many seconds after the start")
     options = parser.parse_args(arguments)
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, below
     elif not torch.cuda.is_available():
         parser.error("no CUDA device here. Pass --rehearse to run tiny shapes on the CPU.")
     device = torch.device("cpu" if options.rehearse else "cuda")
-    bench = Bench(REHEARSAL if options.rehearse else Plan(), options.folder, device)
+    plan = REHEARSAL if options.rehearse else Plan()
+    if options.deadline is not None:
+        plan = replace(plan, deadline=options.deadline)
+    bench = Bench(plan, options.folder, device)
 
     floors = measure_floors(bench)
     measure_head(bench, floors, "reference_pass", bench.plan.frozen, num_products=1)
@@ -280,50 +286,19 @@ def head_errors(
 ) -> dict[str, Any]:
     """Errors against fp64 on the same inputs, on rows spread over all tokens; NaN counts as infinitely wrong."""
     logps, grads = result
-    num_tokens = hidden_states.shape[0]
-    checked = torch.linspace(0, num_tokens - 1, min(num_checked, num_tokens), device=weight.device).long()
-    true_logps, true_grad, _ = truth(hidden_states, weight, target_ids, checked, None)
-    errors = {"max_error_nats": largest((logps[checked].double() - true_logps).abs())}
+    checked = sample_rows(hidden_states.shape[0], num_checked, weight.device)
+    truth = head_truth(hidden_states[checked], weight, target_ids[checked])
+    errors = {"max_error_nats": largest((logps[checked].double() - truth.logps).abs())}
     if grads:
-        true_grad = true_grad * grad_logps[checked].double().unsqueeze(-1)
-        difference = (grads[0][checked].double() - true_grad).norm(dim=1) / true_grad.norm(dim=1)
-        errors["grad_hidden_relative"] = largest(difference)
+        true_grad = truth.grad_hidden * grad_logps[checked].double().unsqueeze(-1)
+        errors["grad_hidden_relative"] = worst_row(grads[0][checked], true_grad)
     if len(grads) == 2:
         columns = target_ids[checked[:: max(1, len(checked) // 8)]].unique()
-        true_grad = torch.zeros(len(columns), hidden_states.shape[1], dtype=torch.float64, device=weight.device)
-        for rows in torch.arange(num_tokens, device=weight.device).split(512):
-            _, _, probs = truth(hidden_states, weight, target_ids, rows, columns)
-            gradient = (target_ids[rows].unsqueeze(-1) == columns).double() - probs
-            true_grad += (gradient * grad_logps[rows].double().unsqueeze(-1)).T @ hidden_states[rows].double()
-        errors["grad_weight_relative"] = largest((grads[1][columns].double() - true_grad).norm() / true_grad.norm())
+        true_grad = grad_weight_truth(hidden_states, weight, target_ids, grad_logps, columns)
+        errors["grad_weight_relative"] = relative(grads[1][columns], true_grad)
     errors["meets_contract"] = not is_wrong(errors, times=1)
     errors["num_checked"] = len(checked)
     return errors
-
-
-@torch.no_grad()
-def truth(
-    hidden_states: Tensor, weight: Tensor, target_ids: Tensor, rows: Tensor, columns: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> log-probs [R], d logps / d hidden [R, H] (empty if columns are given), softmax at `columns` [R, C]; fp64.
-
-    W is widened a block at a time; the target's own column stays out of the sums, as its 1 - p must.
-    """
-    hidden_rows = hidden_states[rows].double()
-    blocks = weight.split(16384)
-    logits = torch.cat([hidden_rows @ block.double().T for block in blocks], dim=1)
-    own = target_ids[rows].unsqueeze(-1)
-    target_logits = logits.gather(1, own)
-    distances = (logits - target_logits).scatter_(1, own, -torch.inf)
-    log_others = distances.logsumexp(dim=1)  # log of (1 - p) / p
-    logps = -torch.nn.functional.softplus(log_others)
-    if columns is not None:
-        probs = (logits[:, columns] - target_logits + logps.unsqueeze(-1)).exp()
-        return logps, logits.new_empty(0), probs
-    others = (distances - log_others.unsqueeze(-1)).exp()  # softmax over the others, sums to 1
-    average = sum(part @ block.double() for part, block in zip(others.split(16384, dim=1), blocks, strict=True))
-    other_mass = torch.sigmoid(log_others).unsqueeze(-1)
-    return logps, other_mass * (weight[target_ids[rows]].double() - average), logits.new_empty(0)
 
 
 def is_wrong(errors: dict[str, Any], times: float = WRONG) -> bool:
@@ -351,11 +326,8 @@ def measure_logits(bench: Bench, floors: Floors) -> None:
     logits[rows, target_ids] += torch.linspace(0, 28, shape[0], device=bench.device).to(bench.dtype)
     checked = rows[:: max(1, shape[0] // bench.plan.num_checked)]
     logps, lse, _ = fused.tile_forward(logits, target_ids)
-    true_log_softmax = logits[checked].double().log_softmax(-1)
-    true_logps = true_log_softmax.gather(1, target_ids[checked].unsqueeze(-1)).squeeze(-1)
+    true_logps, true_grad = logits_truth(logits[checked], target_ids[checked])
     errors = {"max_error_nats": largest((logps[checked].double() - true_logps).abs())}
-    true_grad = -true_log_softmax.exp()
-    true_grad.scatter_(1, target_ids[checked].unsqueeze(-1), -torch.expm1(true_logps).unsqueeze(-1))
     grad_logps = torch.ones_like(logps)
     num_bytes = logits.numel() * logits.itemsize
 
@@ -399,11 +371,6 @@ def head_inputs(bench: Bench, shape: HeadShape) -> tuple[Tensor, Tensor, Tensor]
 
 def gaussian(bench: Bench, *shape: int) -> Tensor:
     return torch.randn(*shape, device=bench.device, dtype=bench.dtype)
-
-
-def largest(errors: Tensor) -> float:
-    """NaN is the largest of all: `max` alone would hand it on, and no comparison with a bound would notice."""
-    return float(torch.where(errors.isnan(), torch.inf, errors).max())
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -10,6 +10,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/cpu_layouts/*.json    records of benchmarks.cpu_layouts, one per model
     benchmarks/results/cpu_tie/*.json        a record of benchmarks.cpu_tie
     benchmarks/results/layout_counts.json    what `python -m benchmarks.layout_counts` writes
+    benchmarks/results/levels.jsonl    what `make bench` and `python -m benchmarks.gpu` measure (docs/benchmarks.md)
 """
 
 import argparse
@@ -20,11 +21,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dpop_trainer import scale
 from dpop_trainer.plots import plot_logratios
+
+from benchmarks import levels, plots
+from benchmarks.levels import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURE = ROOT / "docs" / "images" / "demo.png"
+IMAGES = ROOT / "docs" / "images"
+PICTURE = IMAGES / "demo.png"
+LEVEL_PICTURES: dict[str, Callable[[Path], None]] = {
+    "benchmarks.png": plots.plot_against_tokens,
+    "precision.png": plots.plot_precision,
+}
+"""Made where there are records of the head."""
 
 
 def demo() -> str:
@@ -57,23 +68,63 @@ def demo() -> str:
         f"({first['device']}, torch {first['versions']['torch']})."
     )
     picture = "![Log-ratio of chosen and rejected answers over training, DPO against DPOP](docs/images/demo.png)"
-    return f"{_table(['', *(title for title, _, _ in columns)], rows)}\n\n{note}\n\n{picture}"
+    return f"{table(['', *(title for title, _, _ in columns)], rows)}\n\n{note}\n\n{picture}"
 
 
 def step() -> str:
-    """README's sentence: a training step of ours against TRL's, in one run on one CPU."""
+    """README's section: a training step of ours against TRL's on one CPU, and the head against every peer."""
     lines = (RESULTS / "cpu_step.jsonl").read_text().splitlines()
-    latest = {record["candidate"]: record for record in map(json.loads, lines)}  # the last one counts
-    ours, theirs = latest["tree"], latest["trl"]
+    of_gsm8k = [record for record in map(json.loads, lines) if "GSM8K" in record.get("pairs", "GSM8K")]
+    latest = {record["candidate"]: record for record in of_gsm8k}  # the last one counts
+    theirs = latest.pop("trl")
+    ours = min(latest.values(), key=lambda record: record["seconds_per_step"])
     faster = theirs["seconds_per_step"] / ours["seconds_per_step"]
     leaner = theirs["peak_mib"] / ours["peak_mib"]
-    return (
+    device = levels.device_of_levels()
+    on_gpu = device is not None and not device.startswith("CPU")
+    no_gpu = "" if on_gpu else " No GPU has been measured yet; `python -m benchmarks.gpu` is ready."
+    sentence = (
         f"A LoRA step on GSM8K pairs (Llama of hidden size 256, GPT-2's vocabulary, fp32, {ours['device']}) takes "
         f"**{ours['seconds_per_step']:.2f} s** and {ours['peak_mib'] / 1024:.1f} GiB, TRL {ours['versions']['trl']}'s "
         f"{theirs['seconds_per_step']:.2f} s and {theirs['peak_mib'] / 1024:.1f} GiB: {faster:.1f} times faster in "
         f"{1 / leaner:.0%} of the memory, with the same losses to {ours['largest_loss_difference']:.0e} "
-        "(`python -m benchmarks.cpu_step`). No GPU has been measured yet; `benchmarks/gpu_head.py` is ready."
+        f"(`python -m benchmarks.cpu_step`).{no_gpu}"
     )
+    if device is None:
+        return sentence
+    picture = "![Time, memory and fraction of the floor of a frozen head, by tokens](docs/images/benchmarks.png)"
+    return f"{sentence}\n\n{levels.headline()}\n\n{picture}"
+
+
+def pictures() -> str:
+    """docs/benchmarks.md: the two pictures, where there are records to draw."""
+    if levels.device_of_levels() is None:
+        return levels.NOT_YET
+    return (
+        "![Time, memory and fraction of the floor of a frozen head, by tokens](images/benchmarks.png)\n\n"
+        "![Error against time, a point for each peer](images/precision.png)"
+    )
+
+
+def longest() -> str:
+    """docs/benchmarks.md: the longest pair in 80 GB by `dpop_trainer.scale`, and most tokens a head has run with."""
+    budget = 80e9
+    ways = {
+        "LoRA": (scale.Training(), scale.Training(head="logits")),
+        "QLoRA, 4 bits": (scale.Training(weight_bytes=0.5), scale.Training(weight_bytes=0.5, head="logits")),
+    }
+    measured = levels.most_tokens()
+    rows = []
+    for name, model in scale.MODELS.items():
+        cells = [scale.longest_pair(model, training, budget) for both in ways.values() for training in both]
+        row = [
+            name,
+            f"{model.num_parameters / 1e9:.2f} billion",
+            *(f"{tokens:,}" if tokens else "–" for tokens in cells),
+        ]
+        rows.append([*row, f"{measured[name] / 1000:.2g} k" if name in measured else "–"])
+    titles = ["", "weights", *(f"{way}, {head}" for way in ways for head in ("our head", "from logits"))]
+    return table([*titles, "tokens of a head, measured"], rows)
 
 
 def gsm8k() -> str:
@@ -88,7 +139,7 @@ def gsm8k() -> str:
         f"{records[0]['num_pairs']} held-out pairs; Δ is the change of an answer's log-prob against the SFT model, a "
         f"mean per answer or per token (torch {records[0]['versions']['torch']})."
     )
-    return f"{_table(titles, rows)}\n\n{note}"
+    return f"{table(titles, rows)}\n\n{note}"
 
 
 def cpu_head() -> str:
@@ -113,7 +164,7 @@ def cpu_head() -> str:
         "nats, and the relative error of a row of the hidden states' gradient, largest over the tokens."
     )
     titles = ["head", "", "time", "over the products", "memory over the inputs", "log-prob error", "gradient error"]
-    return f"{_table(titles, rows)}\n\n{note}"
+    return f"{table(titles, rows)}\n\n{note}"
 
 
 def layouts() -> str:
@@ -133,7 +184,7 @@ def layouts() -> str:
         f"{first['num_threads']} CPU thread of a shared machine (torch {first['torch']}); a random Llama, vocabulary "
         f"{first['model']['vocab_size']}."
     )
-    return f"{_table(titles, rows)}\n\n{note}"
+    return f"{table(titles, rows)}\n\n{note}"
 
 
 def tie() -> str:
@@ -159,7 +210,7 @@ def tie() -> str:
         f"First step on {record['num_pairs']} GSM8K pairs in micro-batches of {record['batch_size']}, λ "
         f"{record['dpop_lambda']:g}, no clipping; {record['model']}, on a CPU (torch {record['torch']}). Δw in nats."
     )
-    return f"{_table(titles, rows)}\n\n{note}"
+    return f"{table(titles, rows)}\n\n{note}"
 
 
 def budgets() -> str:
@@ -175,7 +226,7 @@ def budgets() -> str:
         f"Tokens computed as a part of both whole sequences of every pair (padding among all positions; batches of "
         f"{record['max_positions']} positions in an epoch; `python -m benchmarks.layout_counts`)."
     )
-    return f"{_table(titles, rows)}\n\n{note}"
+    return f"{table(titles, rows)}\n\n{note}"
 
 
 def _budget_cell(figures: dict[str, float]) -> str:
@@ -188,6 +239,12 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "kernels.md": {"cpu_head": cpu_head},
     ROOT / "docs" / "layouts.md": {"layouts": layouts, "budgets": budgets},
     ROOT / "docs" / "reference.md": {"tie": tie},
+    ROOT / "docs" / "benchmarks.md": {
+        "pictures": pictures,
+        "longest": longest,
+        "peers": levels.peers_table,
+        "levels": levels.all_levels,
+    },
 }
 
 
@@ -218,9 +275,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if stale else 0
     for page in stale:
         page.write_text(updated(page))
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
     plot_logratios(_records("demo")[0]["histories"], PICTURE)
-    names = [str(path.relative_to(ROOT)) for path in (*stale, PICTURE)]
+    drawn = [PICTURE]
+    if levels.device_of_levels() is not None:
+        for name, draw in LEVEL_PICTURES.items():
+            draw(IMAGES / name)
+            drawn.append(IMAGES / name)
+    names = [str(path.relative_to(ROOT)) for path in (*stale, *drawn)]
     print(f"Updated: {', '.join(names)}")
     return 0
 
@@ -230,11 +291,6 @@ def _records(folder: str) -> list[dict[str, Any]]:
     if not paths:
         raise ValueError(f"benchmarks/results/{folder}: expected at least one record, found none.")
     return [json.loads(path.read_text()) for path in paths]
-
-
-def _table(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,32 @@ def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+def test_the_scale_model_is_arithmetic_alone():
+    modules = imported_modules(ROOT / "trainer" / "dpop_trainer" / "scale.py")
+    assert modules == {"dataclasses", "typing"}
+
+
+def test_benchmarks_reach_the_house_from_outside():
+    """What is measured knows nothing of the benchmarks; peers are imported when they run, not before."""
+    for package in (ROOT / "dpop_kernels", ROOT / "trainer" / "dpop_trainer"):
+        for path in package.rglob("*.py"):
+            assert not any(module.startswith("benchmarks") for module in imported_modules(path)), path
+    for path in (ROOT / "benchmarks" / "peers").glob("*.py"):
+        top = {node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))}
+        roots = {(node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name for node in top}
+        allowed = (
+            "torch",
+            "benchmarks",
+            "dpop_kernels",
+            "collections",
+            "dataclasses",
+            "functools",
+            "importlib",
+            "typing",
+        )
+        assert all(root.partition(".")[0] in allowed for root in roots), (path, roots)
+
+
 def test_import_needs_neither_triton_nor_transformers():
     code = """
 import sys

@@ -1,6 +1,5 @@
 """The script that measures the head on a GPU: rehearsed as a whole on the CPU, and what it does with a wrong result."""
 
-import importlib.util
 import json
 import math
 import os
@@ -11,18 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import gpu_head
+
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "benchmarks" / "gpu_head.py"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("gpu_head", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_head"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["gpu_head"]
+    return gpu_head
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def records(folder):
 
 def test_rehearsal_runs_every_case(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "out"), "--rehearse"]
+    command = [sys.executable, "-m", "benchmarks.gpu_head", str(tmp_path / "out"), "--rehearse"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
     found = records(tmp_path / "out")
@@ -104,18 +101,6 @@ def test_past_the_deadline_no_case_begins(script, bench, monkeypatch):
     script.measure_head(bench, floors, "reference_pass", script.HeadShape(3, 16, 50), num_products=1)
     script.measure_logits(bench, floors)
     assert [record["skipped"] for record in records(bench._path.parent)] == ["past the deadline"] * 3
-
-
-def test_truth_by_hand(script):
-    """Two columns, h W = (ln 3, 0): p = 3/4 for the first, and its gradient is (1 - p) (W[0] - W[1])."""
-    weight = torch.tensor([[math.log(3.0)], [0.0]])
-    hidden_states, target_ids = torch.ones(1, 1), torch.tensor([0])
-    rows = torch.tensor([0])
-    logps, grad, _ = script.truth(hidden_states, weight, target_ids, rows, None)
-    assert float(logps) == pytest.approx(math.log(0.75), abs=1e-7)
-    assert float(grad) == pytest.approx(0.25 * math.log(3.0), abs=1e-7)
-    _, _, probs = script.truth(hidden_states, weight, target_ids, rows, torch.tensor([1, 0]))
-    assert probs.tolist()[0] == pytest.approx([0.25, 0.75], abs=1e-7)
 
 
 def test_not_a_number_is_wrong(script):
