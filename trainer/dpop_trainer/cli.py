@@ -8,7 +8,7 @@ USAGE = """usage: dpop COMMAND [options]
 
   train      preference fine-tuning: dpop train --config run.yaml [--any_field value]
   sft        supervised fine-tuning on the chosen answers, to start from: dpop sft --config run.yaml
-  pairs      build low-edit preference pairs from solved problems: dpop pairs --source train.jsonl --out pairs.jsonl
+  pairs      build preference pairs, or look at yours before training: dpop pairs inspect pairs.jsonl
   inspect    what training did to the chosen answers, token by token: dpop inspect --model RUN --pairs pairs.jsonl
   demo       DPO against DPOP on generated pairs, offline, in minutes: dpop demo
 
@@ -17,7 +17,8 @@ USAGE = """usage: dpop COMMAND [options]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand -> exit code: 0 done, 1 the run failed on its input, 2 wrong usage."""
+    """Run one subcommand -> exit code: 0 done, 1 the run failed on its input, 2 wrong usage,
+    3 `pairs inspect` found something serious."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -52,28 +53,9 @@ def sft(argv: list[str]) -> int:
 
 
 def pairs(argv: list[str]) -> int:
-    from dpop_trainer.pairs.metamath import write_pairs
+    from dpop_trainer.pairs.commands import run
 
-    parser = argparse.ArgumentParser(
-        "dpop pairs", description="MetaMath-style pairs: the rejected answer has one intermediate result changed."
-    )
-    parser.add_argument("--source", required=True, help="JSONL with question and answer, such as GSM8K's train.jsonl")
-    parser.add_argument("--out", required=True, help="JSONL to write: prompt, chosen, rejected")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="read the first so many problems only")
-    parser.add_argument("--question_field", default="question", help='field of the problem; MetaMathQA: "query"')
-    parser.add_argument("--answer_field", default="answer", help='field of its solution; MetaMathQA: "response"')
-    options = parser.parse_args(argv)
-    counts = write_pairs(
-        options.source,
-        options.out,
-        seed=options.seed,
-        limit=options.limit,
-        question_field=options.question_field,
-        answer_field=options.answer_field,
-    )
-    print(counts)
-    return 0
+    return run(argv)
 
 
 def inspect(argv: list[str]) -> int:
