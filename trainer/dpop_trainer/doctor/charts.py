@@ -30,8 +30,7 @@ def histogram(values: NDArray[Any], axis: Axis) -> str:
         return ""
     low = float(values.min()) if axis.lowest is None else axis.lowest
     high = float(np.quantile(values, 0.99)) if axis.highest is None else axis.highest
-    if high <= low:
-        high = low + 1
+    low, high = _apart(low, high, axis)
     counts, _ = np.histogram(values.clip(low, high), bins=_NUM_BINS, range=(low, high))
     tallest = int(counts.max())
     x, y = _scale(low, high, _LEFT, _WIDTH - _RIGHT), _scale(0, tallest, _HEIGHT - _BOTTOM, _TOP)
@@ -67,7 +66,8 @@ def scatter(x_values: NDArray[Any], y_values: NDArray[Any], x_axis: Axis, y_labe
         for a, b in zip(x_values.tolist(), y_values.tolist(), strict=True)
     )
     ticks = _x_ticks(low, high, x, beyond=False) + _y_ticks(bottom, top, y, whole=False)
-    return _svg(f"{y_label} against {x_axis.label}", ticks + dots + _x_label(x_axis.label))
+    above = f'<text class="label end" x="{_WIDTH - _RIGHT}" y="{_TOP}">{escape(y_label)}</text>'
+    return _svg(f"{y_label} against {x_axis.label}", ticks + dots + above + _x_label(x_axis.label))
 
 
 def _svg(title: str, inside: str) -> str:
@@ -81,6 +81,13 @@ def _ends(values: NDArray[np.float64], lowest: float | None, highest: float | No
     low = float(values.min()) if lowest is None else lowest
     high = float(values.max()) if highest is None else highest
     return (low, high) if high > low else (low, low + 1)
+
+
+def _apart(low: float, high: float, axis: Axis) -> tuple[float, float]:
+    """Both ends, half a step around a single value where none of them is given."""
+    if high > low:
+        return low, high
+    return (low - 0.5, low + 0.5) if axis.lowest is None else (low, low + 1)
 
 
 def _scale(low: float, high: float, start: float, end: float):

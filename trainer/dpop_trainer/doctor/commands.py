@@ -25,7 +25,7 @@ def inspect_pairs(argv: list[str]) -> int:
     parser.add_argument("--max_scored", type=int, default=512, help="pairs that the model looks at (default 512)")
     parser.add_argument("--batch_size", type=int, default=8, help="pairs per forward of the model (default 8)")
     parser.add_argument("--num_proc", type=int, help="processes that tokenise")
-    parser.add_argument("--chat_template", help="file with a chat template, for a tokenizer that has none")
+    parser.add_argument("--chat_template_path", help="file with a chat template, for a tokenizer that has none")
     parser.add_argument("--out", help="folder of the report (default runs/doctor/<name of FILE>)")
     parser.add_argument("--write_clean", metavar="OUT.jsonl", help="write the pairs that need not be dropped")
     parser.add_argument("--exit_zero", action="store_true", help="exit with 0 also where something serious was found")
@@ -44,8 +44,8 @@ def inspect_pairs(argv: list[str]) -> int:
 
         tokenizer = load_tokenizer(name)
         prepare_tokenizer(tokenizer)
-        if options.chat_template:
-            tokenizer.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
+        if options.chat_template_path:
+            tokenizer.chat_template = Path(options.chat_template_path).read_text(encoding="utf-8")
     if options.model:
         import torch
 

@@ -8,11 +8,11 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from dpop_trainer.data import check_pairs, load_pairs, tokenise_pairs
-from dpop_trainer.data.records import Form
+from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.data.truncate import TruncationMode
 from dpop_trainer.doctor.findings import Evidence, Finding, find_all, rows_to_drop
 from dpop_trainer.doctor.measure import Measures, fingerprints_of, measure_pairs
+from dpop_trainer.doctor.pair_file import PairFile
 from dpop_trainer.doctor.recommend import Recommendation, recommend
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ _QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
 class Examination:
     """What was seen of a data set of pairs."""
 
-    source: str
-    dataset: Dataset
-    form: Form
+    pair_file: PairFile
     tokenised: Dataset | None
     """Not truncated, with `pair_id` for the row; None without a tokenizer."""
     settings: dict[str, Any]
@@ -42,7 +40,7 @@ class Examination:
 
     @property
     def num_pairs(self) -> int:
-        return len(self.dataset)
+        return self.pair_file.num_pairs
 
     @property
     def is_serious(self) -> bool:
@@ -114,15 +112,13 @@ def examine_pairs(
         raise ValueError(f"max_scored: expected at least 1, got {max_scored}.")
     if model is not None and tokenizer is None:
         raise ValueError("tokenizer: expected the model's tokenizer, got None.")
-    dataset = load_pairs(source, split)
-    form = check_pairs(dataset)
+    pair_file = PairFile.open(source, split)
     tokenised, shortened = None, 0
     if tokenizer is not None:
-        tokenised, counts = tokenise_pairs(dataset, tokenizer, num_proc=num_proc, keep_identical=True)
+        tokenised, counts = tokenise_pairs(pair_file.dataset, tokenizer, num_proc=num_proc, keep_identical=True)
         shortened = counts.merged_boundaries
     measures, fingerprints = measure_pairs(
-        dataset,
-        form,
+        pair_file,
         tokenised,
         eos_token_id=None if tokenizer is None else tokenizer.eos_token_id,  # type: ignore[arg-type]
         max_length=max_length,
@@ -131,9 +127,8 @@ def examine_pairs(
     )
     held_out = None
     if eval_source is not None:
-        eval_dataset = load_pairs(eval_source, split)
         desc = "Reading evaluation pairs" if show_progress else None
-        held_out = fingerprints_of(eval_dataset, check_pairs(eval_dataset), desc=desc)
+        held_out = fingerprints_of(PairFile.open(eval_source, split), desc=desc)
     findings = find_all(Evidence(measures, fingerprints, held_out, max_length, shortened))
     scores = None
     if model is not None:
@@ -141,9 +136,7 @@ def examine_pairs(
         assert tokenised is not None
         scores = _score(model, tokenizer, tokenised, measures, max_length, truncation_mode, max_scored, batch_size)
     return Examination(
-        source=source,
-        dataset=dataset,
-        form=form,
+        pair_file=pair_file,
         tokenised=tokenised,
         settings={
             "tokenizer": None if tokenizer is None else _name(tokenizer.name_or_path),

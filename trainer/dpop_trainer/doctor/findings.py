@@ -118,7 +118,7 @@ def _same_when_normalised(evidence: Evidence) -> list[Finding]:
         evidence,
         "same_when_normalised",
         (prints.chosen == prints.rejected) & ~evidence.measures.identical,
-        "have answers that differ in case, white space or invisible characters alone",
+        "have answers that differ in white space or invisible characters alone",
         "Keep them only if that is what the model is to learn.",
     )
 
@@ -163,7 +163,7 @@ def _duplicate(evidence: Evidence) -> list[Finding]:
         evidence,
         "near_duplicate",
         near,
-        "repeat an earlier pair but for case, white space or invisible characters",
+        "repeat an earlier pair but for white space, invisible characters or the prompt's case",
         "Drop all but the first.",
     )
 

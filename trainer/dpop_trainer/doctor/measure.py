@@ -17,8 +17,9 @@ from rapidfuzz.distance import Levenshtein
 from tqdm.auto import tqdm
 
 from dpop_trainer.data.pair_tree import PairIds
-from dpop_trainer.data.records import TOKEN_COLUMNS, Form, used_columns
+from dpop_trainer.data.records import TOKEN_COLUMNS
 from dpop_trainer.data.truncate import TruncationMode, truncate_pair
+from dpop_trainer.doctor.pair_file import PairFile, rows_of
 from dpop_trainer.doctor.texts import Fingerprints, PairTexts, pair_texts
 from dpop_trainer.edits import common_prefix_length, common_suffix_length
 
@@ -84,8 +85,7 @@ class Measures(NamedTuple):
 
 
 def measure_pairs(
-    dataset: Dataset,
-    form: Form,
+    pair_file: PairFile,
     tokenised: Dataset | None,
     *,
     eos_token_id: int | None = None,
@@ -95,21 +95,20 @@ def measure_pairs(
 ) -> tuple[Measures, Fingerprints]:
     """
     Args:
-        dataset: pairs that `check_pairs` has passed.
-        form: what it said.
+        pair_file: the pairs.
         tokenised: the same pairs from `tokenise_pairs`, not truncated and with identical ones; None without tokenizer.
         eos_token_id: what ends an answer and is not compared.
         max_length: what the training run will use.
         truncation_mode: likewise.
         desc: of the progress bar; None shows none.
     """
-    measures, fingerprints = Measures.empty(len(dataset)), Fingerprints.empty(len(dataset))
+    num_pairs = pair_file.num_pairs
+    measures, fingerprints = Measures.empty(num_pairs), Fingerprints.empty(num_pairs)
     ids_of_row = iter(()) if tokenised is None else _ids(tokenised)
     next_row, next_ids = next(ids_of_row, (-1, None))
-    records = dataset.with_format(None).select_columns(used_columns(dataset))
-    with tqdm(total=len(dataset), desc=desc, disable=desc is None, unit=" pairs") as bar:
-        for row, record in enumerate(_rows(records)):
-            texts = pair_texts(record, form)
+    with tqdm(total=num_pairs, desc=desc, disable=desc is None, unit=" pairs") as bar:
+        for row, pair in enumerate(pair_file.pairs()):
+            texts = pair_texts(pair)
             _put_texts(measures, row, texts, by_character=tokenised is None)
             fingerprints.put(row, texts)
             if row == next_row:
@@ -120,16 +119,16 @@ def measure_pairs(
                 measures.outcome[row] = EMPTY
             if row % _BATCH == _BATCH - 1:
                 bar.update(_BATCH)
-        bar.update(len(dataset) - bar.n)
+        bar.update(num_pairs - bar.n)
     return measures, fingerprints
 
 
-def fingerprints_of(dataset: Dataset, form: Form, *, desc: str | None = None) -> Fingerprints:
+def fingerprints_of(pair_file: PairFile, *, desc: str | None = None) -> Fingerprints:
     """The fingerprints alone, of pairs to compare with."""
-    fingerprints = Fingerprints.empty(len(dataset))
-    records = dataset.with_format(None).select_columns(used_columns(dataset))
-    for row, record in enumerate(tqdm(_rows(records), total=len(dataset), desc=desc, disable=desc is None)):
-        fingerprints.put(row, pair_texts(record, form))
+    fingerprints = Fingerprints.empty(pair_file.num_pairs)
+    pairs = tqdm(pair_file.pairs(), total=pair_file.num_pairs, desc=desc, disable=desc is None, unit=" pairs")
+    for row, pair in enumerate(pairs):
+        fingerprints.put(row, pair_texts(pair))
     return fingerprints
 
 
@@ -203,13 +202,6 @@ def is_hidden(character: str) -> bool:
     return 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0xFFFD, 0xFEFF)
 
 
-def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    for batch in dataset.iter(_BATCH):
-        columns = dict(batch)  # type: ignore[arg-type]
-        for values in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, values, strict=True))
-
-
 def _ids(tokenised: Dataset) -> Iterator[tuple[int, PairIds]]:
-    for record in _rows(tokenised.with_format(None).select_columns(["pair_id", *TOKEN_COLUMNS])):
+    for record in rows_of(tokenised.select_columns(["pair_id", *TOKEN_COLUMNS])):
         yield record["pair_id"], PairIds(*(record[column] for column in TOKEN_COLUMNS))

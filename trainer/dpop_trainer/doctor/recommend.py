@@ -50,8 +50,9 @@ def _loss(measures: Measures) -> Recommendation:
         return Recommendation(
             "loss_type",
             "dpop with dpop_lambda 50",
-            f"{median}: the kind on which plain DPO lowers the chosen answer. 50 is the paper's λ (its range: 5 to 500)."
-            " Watch dpop/chosen_deficit: if it grows, raise λ; if the penalty rules the first steps, warm λ up.",
+            f"{median}: the kind on which plain DPO lowers the chosen answer. 50 is the paper's λ (its range: 5 to "
+            "500). If dpop/chosen_deficit grows in training, raise λ. With precomputed reference log-probs set "
+            "dpop_dead_zone to 0.01: else rounding alone decides whether the first gradients are multiplied by 1 + λ.",
         )
     return Recommendation(
         "loss_type",
@@ -64,9 +65,9 @@ def _loss(measures: Measures) -> Recommendation:
 def _max_length(measures: Measures, max_length: int | None) -> Recommendation:
     lengths = measures.length[measures.length > 0]
     longest, most = _up(int(lengths.max())), _up(int(np.quantile(lengths, 0.99)))
-    now = "" if max_length is None else f" With {max_length} as asked, {int((lengths > max_length).sum()):,} are cut."
+    now = "" if max_length is None else f" At {max_length}, as asked for, {int((lengths > max_length).sum()):,} do not."
     if longest <= 1.5 * most:
-        why = f"Every pair fits: the longest has {lengths.max():,} tokens, the median {np.median(lengths):,.0f}.{now}"
+        why = f"All pairs fit: the longest has {lengths.max():,} tokens, the median {np.median(lengths):,.0f}.{now}"
         return Recommendation("max_length", str(longest), why)
     num_cut = int((lengths > most).sum())
     why = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpop_trainer.data.records import TOKEN_COLUMNS, used_columns
+from dpop_trainer.data.records import TOKEN_COLUMNS
 from dpop_trainer.doctor.charts import Axis, histogram, scatter
 from dpop_trainer.doctor.examine import Examination
 from dpop_trainer.doctor.findings import SERIOUS_SHARE
@@ -40,7 +40,7 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; } h3 { font-size: 1rem; margin: 
 .soft, .note { color: var(--soft); } .note { font-size: .875rem; max-width: 54rem; }
 .verdict { padding: .8rem 1.1rem; border-left: 4px solid var(--blue); background: var(--box); }
 .verdict.serious { border-color: var(--serious); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.2rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem; margin: 1.2rem 0; }
 .tile { background: var(--box); padding: .6rem .9rem; border-radius: .4rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; line-height: 1.3; }
 .tile span { color: var(--soft); font-size: .8rem; }
@@ -59,7 +59,7 @@ svg { width: 100%; height: auto; display: block; }
 .median { stroke: var(--ink); stroke-dasharray: 4 3; stroke-width: 1.2; }
 .axis { stroke: var(--soft); } .grid { stroke: var(--line); stroke-width: .7; }
 .tick { font-size: 10px; fill: var(--soft); text-anchor: middle; } .tick.end { text-anchor: end; }
-.label { font-size: 11.5px; fill: var(--ink); text-anchor: middle; }
+.label { font-size: 11.5px; fill: var(--ink); text-anchor: middle; } .label.end { text-anchor: end; }
 .pair { border: 1px solid var(--line); border-radius: .4rem; margin: .8rem 0; overflow: hidden; }
 .pair header { padding: .4rem .8rem; background: var(--box); font-size: .85rem; color: var(--soft); }
 .pair header b { color: var(--ink); }
@@ -74,7 +74,8 @@ pre { margin: .15rem 0 .2rem; white-space: pre-wrap; overflow-wrap: anywhere; un
 .prompt { border-bottom: 1px solid var(--line); } .prompt pre { color: var(--soft); }
 mark { color: inherit; border-radius: .2em; font-weight: 600; padding: 0 .05em; }
 mark.chosen { background: var(--good); } mark.rejected { background: var(--bad); }
-.hidden { border: 1px solid var(--serious); color: var(--serious); border-radius: .2em; font-size: .75em; padding: 0 .2em; }
+.hidden { border: 1px solid var(--serious); color: var(--serious); border-radius: .2em; font-size: .75em;
+          padding: 0 .2em; }
 """
 
 
@@ -90,7 +91,7 @@ def write_report(examination: Examination, path: Path, tokenizer: "PreTrainedTok
         path: the HTML file.
         tokenizer: the one that the pairs were examined with; marks then fall on tokens, else on words.
     """
-    name = Path(examination.source).name
+    name = Path(examination.pair_file.source).name
     sections = [
         f"<h1>{_text(name)}</h1>",
         f'<p class="soft">{_text(_subtitle(examination))}</p>',
@@ -135,7 +136,11 @@ def _text(text: str) -> str:
 def _subtitle(examination: Examination) -> str:
     known = {key: value for key, value in examination.settings.items() if value not in (None, 0)}
     return " · ".join(
-        [f"{examination.num_pairs:,} pairs", f"form: {examination.form}", *(f"{k}: {v}" for k, v in known.items())]
+        [
+            f"{examination.num_pairs:,} pairs",
+            f"form: {examination.pair_file.form}",
+            *(f"{k}: {v}" for k, v in known.items()),
+        ]
     )
 
 
@@ -187,8 +192,8 @@ def _findings(examination: Examination) -> str:
     )
     thresholds = ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in SERIOUS_SHARE.items())
     return (
-        f'<div class="wide"><table><tr><th>level</th><th>finding</th><th>what to do</th><th class=n>rows</th></tr>{rows}'
-        f'</table></div><p class="note">Serious from a share of: {_text(thresholds)}. Rows count from 0.</p>'
+        f'<div class="wide"><table><tr><th>level</th><th>finding</th><th>what to do</th><th class=n>rows</th></tr>'
+        f'{rows}</table></div><p class="note">Serious from a share of: {_text(thresholds)}. Rows count from 0.</p>'
     )
 
 
@@ -211,8 +216,8 @@ def _charts(examination: Examination) -> str:
     known = measures.chosen_length > 0
     length = measures.chosen_length[known]
     charts = [
-        histogram(measures.token_distance, Axis("token edit distance, normalised", 0, 1)),
-        histogram(measures.char_distance, Axis("character edit distance, normalised", 0, 1)),
+        histogram(measures.token_distance, _distance_axis("token", measures.token_distance)),
+        histogram(measures.char_distance, _distance_axis("character", measures.char_distance)),
         histogram(measures.prefix[known], Axis(f"first difference, {unit} from the answer's beginning", 0)),
         histogram(measures.prefix[known] / length, Axis("share of the chosen answer before the edit", 0, 1)),
         histogram(measures.suffix[known] / length, Axis("share of the chosen answer after the edit", 0, 1)),
@@ -220,6 +225,13 @@ def _charts(examination: Examination) -> str:
         histogram(measures.length[measures.length > 0], Axis("prompt + longer answer, tokens", 0)),
     ]
     return _figures(charts)
+
+
+def _distance_axis(unit: str, distance: NDArray[Any]) -> Axis:
+    """From 0 to 1, but closer where everything is small: low-edit pairs would stand in a single bar."""
+    label = f"{unit} edit distance, normalised"
+    known = distance[np.isfinite(distance)]
+    return Axis(label, 0, 1) if len(known) and np.quantile(known, 0.99) > 0.25 else Axis(label, 0)
 
 
 def _figures(charts: Sequence[str]) -> str:
@@ -235,13 +247,13 @@ def _model_section(examination: Examination) -> str:
     sentence = (
         f"On {summary['num_pairs']:,} pairs the model gives the chosen answer more log-prob in "
         f"{summary['prefers_chosen']:.1%}, more per token in {summary['prefers_chosen_per_token']:.1%}. CHES and edit "
-        f"distance rank these pairs with a correlation of {correlation:+.2f}. {EDIT_DISTANCE_IS_NOT_ALL} The pairs with "
-        "the highest CHES are the first to look at, and to leave out if the chosen answers fall."
+        f"distance rank these pairs with a correlation of {correlation:+.2f}. {EDIT_DISTANCE_IS_NOT_ALL} The pairs "
+        "with the highest CHES are the first to look at, and to leave out if the chosen answers fall."
     )
     charts = [
         histogram(scores.margins, Axis("reference margin, nats")),
         histogram(scores.ches_normalised, Axis("CHES, length-normalised", None, float(scores.ches_normalised.max()))),
-        scatter(distance, scores.ches_normalised, Axis("token edit distance, normalised", 0, 1), "CHES"),
+        scatter(distance, scores.ches_normalised, _distance_axis("token", distance), "CHES, length-normalised"),
     ]
     return f"<h2>What the model says</h2><p>{_text(sentence)}</p>{_figures(charts)}"
 
@@ -268,7 +280,7 @@ def _examples(examination: Examination, tokenizer: "PreTrainedTokenizerBase | No
     scores = examination.model_scores
     if scores is not None:
         order = np.argsort(-scores.ches_normalised, kind="stable")[:_EXAMPLES]
-        shown = [_Example(int(scores.rows[i]), f"CHES {number(scores.ches_normalised[i])}") for i in order]
+        shown = [_Example(int(scores.rows[i]), f"CHES {number(float(scores.ches_normalised[i]))}") for i in order]
         groups.append(("Highest CHES", shown))
     distance = np.where(measures.identical, np.nan, measures.distance)
     order = np.argsort(distance, kind="stable")[:_EXAMPLES]
@@ -284,9 +296,7 @@ def _examples(examination: Examination, tokenizer: "PreTrainedTokenizerBase | No
 
 
 def _pair(examination: Examination, example: _Example, tokenizer: "PreTrainedTokenizerBase | None") -> str:
-    columns = used_columns(examination.dataset)
-    record: dict[str, Any] = examination.dataset.with_format(None).select_columns(columns)[example.row]
-    texts = pair_texts(record, examination.form)
+    texts = pair_texts(examination.pair_file.pair(example.row))
     chosen, rejected = _marked(examination, example.row, texts.chosen, texts.rejected, tokenizer)
     measures = examination.measures
     facts = [f"row {example.row:,}", example.why, f"edit distance {measures.distance[example.row]:.3f}"]
@@ -297,9 +307,11 @@ def _pair(examination: Examination, example: _Example, tokenizer: "PreTrainedTok
     header = " · ".join(f"<b>{_text(fact)}</b>" if not i else _text(fact) for i, fact in enumerate(facts) if fact)
     return (
         f'<div class="pair"><header>{header}</header>'
-        f'<div class="side prompt"><span>prompt</span><pre dir="auto">{_text(shown)}</pre></div><div class="answers">'
+        f'<div class="side prompt"><span>prompt</span><pre dir="auto">{_text(shown)}</pre></div>'
+        '<div class="answers">'
         f'<div class="side"><span>chosen</span><pre dir="auto">{_pieces(chosen, "chosen")}</pre></div>'
-        f'<div class="side"><span>rejected</span><pre dir="auto">{_pieces(rejected, "rejected")}</pre></div></div></div>'
+        f'<div class="side"><span>rejected</span><pre dir="auto">{_pieces(rejected, "rejected")}</pre></div>'
+        "</div></div>"
     )
 
 

@@ -1,4 +1,4 @@
-"""An examination as plain values for JSON, as a table of measures per pair, as text for the terminal, as a clean file."""
+"""An examination as JSON, as a table of measures per pair, as text for the terminal, and as a clean file of pairs."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ def as_dict(examination: Examination) -> dict[str, Any]:
     from dpop_trainer.versions import versions
 
     values = {
-        "source": examination.source,
-        "form": examination.form,
+        "source": examination.pair_file.source,
+        "form": examination.pair_file.form,
         "num_pairs": examination.num_pairs,
         "settings": examination.settings,
         "is_serious": examination.is_serious,
@@ -68,7 +68,7 @@ def model_summary(examination: Examination) -> dict[str, Any] | None:
 
 def as_text(examination: Examination) -> str:
     """The examination for a terminal."""
-    lines = [f"{examination.source}: {examination.num_pairs:,} pairs ({examination.form})", ""]
+    lines = [f"{examination.pair_file.source}: {examination.num_pairs:,} pairs ({examination.pair_file.form})", ""]
     for finding in examination.findings:
         lines.append(f"  {finding.level.upper():8} {finding.message}.")
         lines.append(f"           {finding.remedy}")
@@ -131,13 +131,9 @@ def write_clean(examination: Examination, path: Path) -> int:
             f"write_clean: expected pairs that may stay, got none: all {examination.num_pairs:,} are to drop."
         )
     with PairWriter(path) as writer:
-        row = 0
-        for batch in examination.dataset.with_format(None).iter(1000):
-            columns = dict(batch)  # type: ignore[arg-type]
-            for values in zip(*columns.values(), strict=True):
-                if row not in examination.drop:
-                    writer.write(dict(zip(columns, values, strict=True)))
-                row += 1
+        for row, record in enumerate(examination.pair_file.records()):
+            if row not in examination.drop:
+                writer.write(record)
     with PairWriter(path.with_suffix(".dropped.jsonl")) as writer:
         for row, reason in examination.drop.items():
             writer.write({"row": row, "reason": reason})

@@ -1,4 +1,4 @@
-"""A pair as three plain texts, whatever its form; and their fingerprints, by which pairs are compared in bounded memory.
+"""A pair as three plain texts, whatever its form, and their fingerprints: pairs are compared in bounded memory.
 
 A fingerprint is 64 bits of BLAKE2: among a million pairs, two different texts share one with probability 3e-8.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpop_trainer.data.records import PAIR_READERS, Form, MessagesPair, TextPair
+from dpop_trainer.data.records import MessagesPair, TextPair
 
 _SPACES = re.compile(r"\s+")
 
@@ -25,7 +25,7 @@ class PairTexts(NamedTuple):
 
 
 class Fingerprints(NamedTuple):
-    """Of pairs, all [n] uint64. All but `exact` are of normalised texts."""
+    """Of pairs, all [n] uint64. All but `exact` are of normalised texts, and blind to the prompt's case."""
 
     exact: NDArray[np.uint64]
     """Prompt, chosen and rejected, to the letter."""
@@ -44,7 +44,8 @@ class Fingerprints(NamedTuple):
 
     def put(self, row: int, texts: PairTexts) -> None:
         """Take down one pair."""
-        prompt, chosen, rejected = (normalised(text) for text in texts)
+        prompt = normalised(texts.prompt).casefold()
+        chosen, rejected = normalised(texts.chosen), normalised(texts.rejected)
         values = (
             fingerprint(*texts),
             fingerprint(prompt, chosen, rejected),
@@ -57,9 +58,8 @@ class Fingerprints(NamedTuple):
             column[row] = value
 
 
-def pair_texts(record: dict[str, Any], form: Form) -> PairTexts:
-    """The texts of a record that `check_pairs` has passed. Messages become "role: content" lines, ids numbers."""
-    pair = PAIR_READERS[form](record)
+def pair_texts(pair: Any) -> PairTexts:
+    """The texts of a TextPair, MessagesPair or PairIds. Messages become "role: content" lines, ids numbers."""
     if isinstance(pair, TextPair):
         return PairTexts(*pair)
     if isinstance(pair, MessagesPair):
@@ -68,12 +68,13 @@ def pair_texts(record: dict[str, Any], form: Form) -> PairTexts:
 
 
 def normalised(text: str) -> str:
-    """A text without what a reader would not call a difference: case, the kind and amount of white space, characters
-    that do not show. Punctuation counts: "a < b" is not "a <= b"."""
+    """A text without what a reader would not call a difference: the kind and amount of white space, characters that do
+    not show, two ways to write one accented letter. Punctuation and case count: "a < b" is not "a <= b", and in
+    questions about genotypes "Cc or cc" is not "CC or Cc"."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
         text = "".join(character for character in text if unicodedata.category(character) != "Cf")
-    return _SPACES.sub(" ", text).strip().casefold()
+    return _SPACES.sub(" ", text).strip()
 
 
 def fingerprint(*texts: str) -> int:

@@ -25,10 +25,8 @@ class Arc:
 
     def build(self, record: Mapping[str, Any], seed: int) -> list[BuiltPair]:
         question, choices, key = text_field(record, "question"), record.get("choices"), record.get("answerKey")
-        if isinstance(choices, Mapping):
-            texts, labels = choices.get("text"), choices.get("label")
-        else:
-            texts = labels = None
+        texts: Any = choices.get("text") if isinstance(choices, Mapping) else None
+        labels: Any = choices.get("label") if isinstance(choices, Mapping) else None
         if not _is_text_list(texts) or not isinstance(labels, list) or len(labels) != len(texts):
             raise ValueError(
                 f'choices: expected {{"text": [...], "label": [...]}} of equal lengths, got {excerpt(choices)}.'

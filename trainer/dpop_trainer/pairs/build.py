@@ -1,4 +1,4 @@
-"""`dpop pairs build`: a recipe run over a source, record by record, into a file of pairs that say where they are from."""
+"""`dpop pairs build`: a recipe run over a source, record by record, into pairs that say where they are from."""
 
 import hashlib
 import json

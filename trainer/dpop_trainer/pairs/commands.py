@@ -1,6 +1,7 @@
 """`dpop pairs build` and `dpop pairs inspect` as the command line calls them."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -26,7 +27,8 @@ def run(argv: list[str]) -> int:
         return 0
     command = COMMANDS.get(argv[0])
     if command is None:
-        raise SystemExit(f"dpop pairs: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}.\n\n{USAGE}")
+        print(f"dpop pairs: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}.\n\n{USAGE}", file=sys.stderr)
+        return 2
     return command(argv[1:])
 
 

@@ -57,19 +57,20 @@ _OPERATORS = {
     "continue": "break",
 }
 _OPPOSITES = """
-    above below | accept reject | add subtract | after before | agree disagree | all none | allow forbid | always never
-    | and or | ascending descending | begin end | best worst | better worse | big small | black white | both neither
-    | buy sell | can cannot | cheap expensive | cold hot | correct incorrect | day night | deeper shallower | divide
-    multiply | dry wet | early late | east west | easy hard | empty full | enter leave | even odd | false true | fast
-    slow | female male | few many | first last | forward backward | gain loss | give take | good bad | greater smaller
-    | guilty innocent | he she | heavy light | her his | high low | higher lower | highest lowest | import export
-    | include exclude | increase decrease | increased decreased | increases decreases | increasing decreasing | inside
-    outside | is isn't | large tiny | largest smallest | left right | legal illegal | less more | long short | longer
-    shorter | lose win | maximum minimum | morning evening | most least | near far | new old | next previous | north
-    south | odd even | often rarely | old young | older younger | on off | open close | over under | past future
-    | possible impossible | positive negative | profit loss | push pull | rich poor | rise fall | rising falling | safe
-    dangerous | same different | smaller larger | start stop | strong weak | strongest weakest | success failure
-    | summer winter | up down | warm cool | was wasn't | will won't | with without | wide narrow | yes no
+    above below | accept reject | add subtract | after before | agree disagree | all none | allow forbid
+    | always never | and or | ascending descending | begin end | best worst | better worse | big small | black white
+    | both neither | buy sell | can cannot | cheap expensive | cold hot | correct incorrect | day night
+    | deeper shallower | divide multiply | dry wet | early late | east west | easy hard | empty full | enter leave
+    | even odd | false true | fast slow | few many | first last | forward backward | gain loss | give take
+    | good bad | greater smaller | heavy light | high low | higher lower | highest lowest | import export
+    | include exclude | increase decrease | increased decreased | increases decreases | increasing decreasing
+    | inside outside | is isn't | large tiny | largest smallest | left right | legal illegal | less more
+    | long short | longer shorter | lose win | maximum minimum | morning evening | most least | near far | new old
+    | next previous | north south | often rarely | old young | older younger | on off | open close | over under
+    | past future | possible impossible | positive negative | profit loss | push pull | rich poor | rise fall
+    | rising falling | safe dangerous | same different | smaller larger | start stop | strong weak
+    | strongest weakest | success failure | summer winter | up down | warm cool | was wasn't | will won't
+    | with without | wide narrow | yes no
 """
 
 
@@ -82,10 +83,14 @@ class Place(NamedTuple):
 
 
 def _read_opposites() -> dict[str, str]:
-    """Both directions; where a word stands in several pairs, the first counts."""
+    """Both directions; where a word stands in several pairs, the first that begins with it counts."""
+    opposites: dict[str, str] = {}
     pairs = [pair.split() for pair in _OPPOSITES.split("|")]
-    opposites = dict(reversed([tuple(pair) for pair in pairs]))
-    return {b: a for a, b in reversed(pairs)} | opposites
+    for a, b in pairs:
+        opposites.setdefault(a, b)
+    for a, b in pairs:
+        opposites.setdefault(b, a)
+    return opposites
 
 
 OPPOSITES = _read_opposites()

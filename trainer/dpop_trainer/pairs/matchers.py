@@ -1,6 +1,7 @@
 """Is a sample's answer right? One function per way to tell, each from two texts to a verdict."""
 
 import re
+from collections import deque
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import TypeAlias
@@ -61,9 +62,7 @@ def regex_matcher(pattern: str) -> Callable[[str, str], Verdict]:
         raise ValueError(f"answer_regex: expected a regular expression, got {pattern!r} ({error}).") from error
 
     def last(text: str) -> str | None:
-        found = None
-        for found in compiled.finditer(text):
-            pass
+        found = _last_match(compiled, text)
         return None if found is None else (found.group(1) if compiled.groups else found.group()) or ""
 
     def matches(sample: str, label: str) -> Verdict:
@@ -75,20 +74,14 @@ def regex_matcher(pattern: str) -> Callable[[str, str], Verdict]:
 
 def _final_number(text: str) -> Decimal | None:
     """The first number behind the last announcement."""
-    end = None
-    for match in _ANNOUNCED.finditer(text):
-        end = match.end()
-    if end is None:
-        return None
-    match = _NUMBER.search(text, end)
+    announced = _last_match(_ANNOUNCED, text)
+    match = None if announced is None else _NUMBER.search(text, announced.end())
     return None if match is None else _value(match)
 
 
 def _last_number(text: str) -> Decimal | None:
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    return None if found is None else _value(found)
+    match = _last_match(_NUMBER, text)
+    return None if match is None else _value(match)
 
 
 def _value(match: re.Match[str]) -> Decimal | None:
@@ -100,11 +93,13 @@ def _value(match: re.Match[str]) -> Decimal | None:
 
 
 def _choice(text: str) -> str | None:
-    end = None
-    for announced in _ANNOUNCED.finditer(text):
-        end = announced.end()
-    match = _LONE_LETTER.match(text) if end is None else _LETTER.search(text, end)
+    announced = _last_match(_ANNOUNCED, text)
+    match = _LONE_LETTER.match(text) if announced is None else _LETTER.search(text, announced.end())
     return None if match is None else match.group("letter")
+
+
+def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 MATCHERS: dict[str, Callable[[str, str], Verdict]] = {

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
@@ -88,22 +88,23 @@ def license_of(path: Path) -> tuple[str, Path] | None:
 
 
 def _lines(path: Path) -> Iterator[SourceRecord]:
-    with path.open("rb") as file:
-        lines: IO[bytes] = gzip.open(file) if path.suffix == ".gz" else file  # type: ignore[assignment]
-        index = 0
-        with _named_read_errors(path):
-            for number, line in enumerate(lines, start=1):
-                if line.strip(b" \t\r\n\xef\xbb\xbf"):
-                    yield _parsed(line, index, f"line {number}", file.tell)
-                    index += 1
+    is_zipped = path.suffix == ".gz"
+    index = consumed = 0
+    with _named_read_errors(path), path.open("rb") as file, gzip.open(file) if is_zipped else file as lines:
+        for number, line in enumerate(lines, start=1):
+            # a file that is read by lines does not tell its position; the bytes behind gzip do
+            consumed = file.tell() if is_zipped else consumed + len(line)
+            if line.strip(b" \t\r\n\xef\xbb\xbf"):
+                yield _parsed(line, index, f"line {number}", consumed)
+                index += 1
 
 
-def _parsed(line: bytes, index: int, place: str, tell: Any) -> SourceRecord:
+def _parsed(line: bytes, index: int, place: str, consumed: int) -> SourceRecord:
     try:
         record = json.loads(line)  # decodes UTF-8 with or without a byte order mark
     except (ValueError, RecursionError) as error:
-        return SourceRecord(index, place, None, f"expected a JSON object, got {error}.", tell())
-    return _checked(record, index, place, tell())
+        return SourceRecord(index, place, None, f"expected a JSON object, got {error}.", consumed)
+    return _checked(record, index, place, consumed)
 
 
 def _checked(record: Any, index: int, place: str, consumed: int) -> SourceRecord:
