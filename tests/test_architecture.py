@@ -79,6 +79,29 @@ def test_data_path_knows_no_model_and_no_kernel():
             )
 
 
+def test_recipes_know_nothing_of_training():
+    """Building pairs needs no torch: it runs where the data is. `datasets` is asked for the hub alone."""
+    allowed = ("dpop_trainer.pairs", "dpop_trainer.doctor.commands")
+    for path in (ROOT / "trainer" / "dpop_trainer" / "pairs").glob("*.py"):
+        for module in imported_modules(path):
+            assert not module.startswith(("torch", "transformers", "dpop_kernels")), (path, module)
+            assert not module.startswith("dpop_trainer") or module.startswith(allowed), (path, module)
+
+
+def test_doctor_measures_without_a_model():
+    for path in (ROOT / "trainer" / "dpop_trainer" / "doctor").glob("*.py"):
+        for module in imported_modules(path):
+            assert path.name == "ches.py" or not module.startswith("dpop_kernels"), (path, module)
+            assert path.name in (
+                "pair_file.py",
+                "measure.py",
+                "examine.py",
+                "commands.py",
+                "report.py",
+                "texts.py",
+            ) or (not module.startswith("dpop_trainer.data") or path.name == "ches.py"), (path, module)
+
+
 def test_import_needs_neither_triton_nor_transformers():
     code = """
 import sys

@@ -115,7 +115,13 @@ def examine_pairs(
     pair_file = PairFile.open(source, split)
     tokenised, shortened = None, 0
     if tokenizer is not None:
-        tokenised, counts = tokenise_pairs(pair_file.dataset, tokenizer, num_proc=num_proc, keep_identical=True)
+        tokenised, counts = tokenise_pairs(
+            pair_file.dataset,
+            tokenizer,
+            num_proc=num_proc,
+            keep_identical=True,
+            vocab_size=None if model is None else model.get_input_embeddings().weight.shape[0],
+        )
         shortened = counts.merged_boundaries
     measures, fingerprints = measure_pairs(
         pair_file,

@@ -190,7 +190,9 @@ def _findings(examination: Examination) -> str:
         f"<td>{_text(finding.remedy)}</td><td class=n>{_text(_first_rows(finding.rows))}</td></tr>"
         for finding in examination.findings
     )
-    thresholds = ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in SERIOUS_SHARE.items())
+    thresholds = ", ".join(
+        f"{name.replace('_', ' ')} {f'{share:.1%}' if share else 'any'}" for name, share in SERIOUS_SHARE.items()
+    )
     return (
         f'<div class="wide"><table><tr><th>level</th><th>finding</th><th>what to do</th><th class=n>rows</th></tr>'
         f'{rows}</table></div><p class="note">Serious from a share of: {_text(thresholds)}. Rows count from 0.</p>'

@@ -130,10 +130,24 @@ def _pairs_of(item: SourceRecord, recipe: Recipe, seed: int, counts: PairCounts)
     if item.record is None:
         raise ValueError(item.problem)
     try:
-        return recipe.build(item.record, seed)
+        pairs = recipe.build(item.record, seed)
     except SkippedRecord as reason:
         counts.skipped[str(reason)] += 1
         return []
+    for pair in pairs:
+        _check_unicode(pair)
+    return pairs
+
+
+def _check_unicode(pair: BuiltPair) -> None:
+    for name, text in zip(("prompt", "chosen", "rejected"), pair, strict=False):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}: expected Unicode text, got half of a surrogate pair ({text[error.start]!r}). Correct the "
+                "record or remove it."
+            ) from error
 
 
 def _id_of(record: dict[str, Any]) -> str:

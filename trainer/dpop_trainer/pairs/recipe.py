@@ -55,7 +55,7 @@ class Recipe(Protocol):
 
 def record_rng(seed: int, *texts: str) -> random.Random:
     """A generator that depends on the seed and a record's texts alone, not on where the record stands."""
-    return random.Random("\0".join([str(seed), *texts]))
+    return random.Random("\0".join([str(seed), *texts]).encode("utf-8", "surrogatepass"))
 
 
 def edit_between(chosen: str, rejected: str) -> Edit:

@@ -36,10 +36,7 @@ class PairWriter:
         return self
 
     def write(self, record: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: a text holds a lone surrogate, which is not Unicode text.
-        """
+        """Take down one record, with the fields of the first."""
         if self.path.suffix == ".jsonl":
             self._out.write(json.dumps(record) + "\n")  # escaped: a raw U+2028 ends the line for some readers
             return
@@ -65,10 +62,7 @@ class PairWriter:
         import pyarrow.parquet as pq
 
         schema = None if self._out is None else self._out.schema
-        try:
-            table = pa.Table.from_pylist(self._rows, schema=schema or _schema(self._rows[0]))
-        except UnicodeError as error:
-            raise ValueError(f"out: expected Unicode text, got a lone surrogate ({error}).") from error
+        table = pa.Table.from_pylist(self._rows, schema=schema or _schema(self._rows[0]))
         if self._out is None:
             self._out = pq.ParquetWriter(str(self._partial), table.schema)
         self._out.write_table(table)
