@@ -7,6 +7,7 @@
 An item is a token where there is a tokenizer, else a character. The EOS token that ends every answer is not counted.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ from dpop_trainer.doctor.texts import Fingerprints, PairTexts, pair_texts
 from dpop_trainer.edits import common_prefix_length, common_suffix_length
 
 _BATCH = 1000
+HIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufffd]")
+"""A character that shows nothing, or not itself, and that no text needs."""
+
 MAX_COMPARED = 20_000
 """Items of an answer that the edit distance looks at: its cost grows with the product of both lengths."""
 
@@ -169,7 +173,8 @@ def _put_ids(
     measures.token_distance[row] = normalised_distance(chosen, rejected)
     measures.identical[row] = ids.chosen_ids == ids.rejected_ids
     _put_overlap(measures, row, chosen, rejected)
-    if max_length is not None and measures.length[row] > max_length:
+    length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+    if max_length is not None and length > max_length:
         cut = truncate_pair(ids, max_length, truncation_mode)
         if cut is None:
             measures.outcome[row] = NO_ROOM
@@ -189,17 +194,7 @@ def _put_overlap(measures: Measures, row: int, chosen: Sequence[Any], rejected: 
 
 def has_hidden_characters(text: str) -> bool:
     """Control characters other than line breaks and tabs, bidirectional overrides, U+FFFD."""
-    if text.isascii() and text.isprintable():
-        return False
-    return any(is_hidden(character) for character in text)
-
-
-def is_hidden(character: str) -> bool:
-    """Whether a character shows nothing, or not itself, and no text needs it."""
-    code = ord(character)
-    if code < 0x20:
-        return character not in "\n\r\t"
-    return 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0xFFFD, 0xFEFF)
+    return HIDDEN.search(text) is not None
 
 
 def _ids(tokenised: Dataset) -> Iterator[tuple[int, PairIds]]:

@@ -13,7 +13,7 @@ from dpop_trainer.doctor.charts import Axis, histogram, scatter
 from dpop_trainer.doctor.examine import Examination
 from dpop_trainer.doctor.findings import SERIOUS_SHARE
 from dpop_trainer.doctor.marks import Piece, mark_tokens, mark_words, shortened
-from dpop_trainer.doctor.measure import is_hidden, without_eos
+from dpop_trainer.doctor.measure import HIDDEN, without_eos
 from dpop_trainer.doctor.summary import EDIT_DISTANCE_IS_NOT_ALL, model_summary, number
 from dpop_trainer.doctor.texts import pair_texts
 
@@ -126,7 +126,7 @@ def _text(text: str) -> str:
     """Text as HTML: escaped, and what does not show made visible."""
     parts = []
     for character in text.replace("\r\n", "\n"):
-        if is_hidden(character) or character == "\r" or 0xD800 <= ord(character) < 0xE000:
+        if HIDDEN.match(character) or character == "\r" or "\ud800" <= character <= "\udfff":
             parts.append(f'<span class="hidden">U+{ord(character):04X}</span>')
         else:
             parts.append(escape(character))

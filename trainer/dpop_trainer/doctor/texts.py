@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from dpop_trainer.data.records import MessagesPair, TextPair
 
 _SPACES = re.compile(r"\s+")
+# soft hyphen, zero-width space and joiners, directional marks, word joiner, byte order mark
+_INVISIBLE = re.compile(r"[\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
 
 
 class PairTexts(NamedTuple):
@@ -73,7 +75,7 @@ def normalised(text: str) -> str:
     questions about genotypes "Cc or cc" is not "CC or Cc"."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
-        text = "".join(character for character in text if unicodedata.category(character) != "Cf")
+        text = _INVISIBLE.sub("", text)
     return _SPACES.sub(" ", text).strip()
 
 
