@@ -277,7 +277,7 @@ def _examples(examination: Examination, tokenizer: "PreTrainedTokenizerBase | No
     groups: list[tuple[str, list[_Example]]] = []
     for finding in examination.findings:
         if finding.name not in ("low_edit", "length_cue") and len(finding.rows):
-            shown = [_Example(row, finding.name) for row in finding.rows[:_PER_FINDING].tolist()]
+            shown = [_Example(row, "") for row in finding.rows[:_PER_FINDING].tolist()]
             groups.append((f"{finding.level}: {finding.name.replace('_', ' ')}", shown))
     scores = examination.model_scores
     if scores is not None:

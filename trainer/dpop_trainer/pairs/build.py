@@ -140,7 +140,7 @@ def _pairs_of(item: SourceRecord, recipe: Recipe, seed: int, counts: PairCounts)
 
 
 def _check_unicode(pair: BuiltPair) -> None:
-    for name, text in zip(("prompt", "chosen", "rejected"), pair, strict=False):
+    for name, text in zip(("prompt", "chosen", "rejected"), pair[:3], strict=True):
         try:
             text.encode()
         except UnicodeEncodeError as error:
