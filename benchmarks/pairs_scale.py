@@ -72,7 +72,7 @@ def write_problems(path: Path, num_problems: int) -> None:
 
 
 def measure(arguments: list[str], environment: dict[str, str]) -> dict[str, float]:
-    """Run `dpop pairs` in a process of its own -> seconds by the clock and of the processor, and its resident memory at its peak."""
+    """Run `dpop pairs` in a process of its own -> seconds (clock and processor) and resident memory at its peak."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "dpop_trainer", "pairs", *arguments]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
