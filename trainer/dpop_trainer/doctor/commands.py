@@ -17,9 +17,11 @@ def inspect_pairs(argv: list[str]) -> int:
     )
     parser.add_argument("file", metavar="FILE", help="pairs: a local file or folder, or a hub id")
     parser.add_argument("--split", default="train", help="of a hub data set or folder")
+    parser.add_argument("--config", help="configuration of a hub data set that has several")
     parser.add_argument("--tokenizer", help="folder or hub id; default: the model's. Without, characters are measured")
     parser.add_argument("--model", help="the model before training: reference margins and CHES of --max_scored pairs")
     parser.add_argument("--eval", help="the pairs that the run is evaluated on, to look for leaks")
+    parser.add_argument("--eval_split", default="train", help="of --eval, where it is a hub data set or folder")
     parser.add_argument("--max_length", type=int, default=1024, help="what the run will use (default 1024)")
     parser.add_argument("--truncation_mode", choices=["keep_start", "keep_end"], default="keep_start")
     parser.add_argument("--max_scored", type=int, default=512, help="pairs that the model looks at (default 512)")
@@ -55,9 +57,11 @@ def inspect_pairs(argv: list[str]) -> int:
     examination = examine_pairs(
         options.file,
         split=options.split,
+        config=options.config,
         tokenizer=tokenizer,
         model=model,
         eval_source=options.eval,
+        eval_split=options.eval_split,
         max_length=options.max_length,
         truncation_mode=options.truncation_mode,
         max_scored=options.max_scored,

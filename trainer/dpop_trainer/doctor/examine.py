@@ -78,9 +78,11 @@ def examine_pairs(
     source: str,
     *,
     split: str = "train",
+    config: str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     model: Any = None,
     eval_source: str | None = None,
+    eval_split: str = "train",
     max_length: int | None = 1024,
     truncation_mode: TruncationMode = "keep_start",
     max_scored: int = 512,
@@ -93,10 +95,12 @@ def examine_pairs(
     Args:
         source: whatever `load_pairs` takes.
         split: of a hub data set or folder.
+        config: of a hub data set that has several.
         tokenizer: of the model that is to be trained. None: everything is measured in characters, and nothing is
             said of `max_length` and layout.
         model: the causal LM itself (needs the tokenizer), for reference margins and CHES.
-        eval_source: the pairs that the run is evaluated on.
+        eval_source: the pairs that the run is evaluated on, of the same `config`.
+        eval_split: theirs.
         max_length: what the training run will use.
         truncation_mode: likewise.
         max_scored: pairs that the model looks at, spread evenly over the data set.
@@ -112,7 +116,7 @@ def examine_pairs(
         raise ValueError(f"max_scored: expected at least 1, got {max_scored}.")
     if model is not None and tokenizer is None:
         raise ValueError("tokenizer: expected the model's tokenizer, got None.")
-    pair_file = PairFile.open(source, split)
+    pair_file = PairFile.open(source, split, config)
     tokenised, shortened = None, 0
     if tokenizer is not None:
         tokenised, counts = tokenise_pairs(
@@ -134,7 +138,7 @@ def examine_pairs(
     held_out = None
     if eval_source is not None:
         desc = "Reading evaluation pairs" if show_progress else None
-        held_out = fingerprints_of(PairFile.open(eval_source, split), desc=desc)
+        held_out = fingerprints_of(PairFile.open(eval_source, eval_split, config), desc=desc)
     findings = find_all(Evidence(measures, fingerprints, held_out, max_length, shortened))
     scores = None
     if model is not None:

@@ -20,13 +20,13 @@ class PairFile(NamedTuple):
     form: Form
 
     @classmethod
-    def open(cls, source: str, split: str = "train") -> "PairFile":
+    def open(cls, source: str, split: str = "train", config: str | None = None) -> "PairFile":
         """
         Raises:
             FileNotFoundError: there is no such file, folder or hub data set.
             ValueError: it cannot be read, or records cannot be used; names them.
         """
-        dataset = load_pairs(source, split)
+        dataset = load_pairs(source, split, name=config)
         return cls(source, dataset, check_pairs(dataset))
 
     @property
