@@ -269,7 +269,8 @@ def _prompt_shortened(evidence: Evidence) -> list[Finding]:
             "serious" if share >= SERIOUS_SHARE["prompt_shortened"] else "warning",
             np.arange(0),
             evidence.num_pairs,
-            f"{evidence.prompts_shortened:,} of {evidence.num_pairs:,} prompts ({percent(share)}) end in a token that merges into the answer's first",
+            f"{evidence.prompts_shortened:,} of {evidence.num_pairs:,} prompts ({percent(share)}) end in a token that "
+            "merges into the answer's first",
             "End prompts so that no token crosses over (begin answers with the space, not end prompts with it): the "
             "model is trained on another context than it generates from.",
         )
