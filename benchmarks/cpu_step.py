@@ -6,9 +6,9 @@
 A Llama of hidden size 256, 4 layers, intermediate 768 with the tokenizer's vocabulary and random weights, LoRA r = 16
 on all linear layers, 4 pairs per step, fp32, no gradient checkpointing, reference by switching the adapter off. Both
 trainers get the same pairs in the same order and plain DPO's loss, whose values must agree before a time is reported.
-`--pairs` is what `dpop pairs` writes from GSM8K. TRL takes part where it is installed. A step's time is the minimum
-over the steps after the first; memory is the peak of the resident set, of which "base" was there before training.
-`bench_step.py` runs the same processes, in turns.
+`--pairs` is what `dpop pairs build metamath` writes from GSM8K. TRL takes part where it is installed. A step's time is
+the minimum over the steps after the first; memory is the peak of the resident set, of which "base" was there before
+training. `bench_step.py` runs the same processes, in turns.
 """
 
 import argparse

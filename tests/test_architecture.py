@@ -133,6 +133,25 @@ def test_benchmarks_reach_the_house_from_outside():
         assert all(root.partition(".")[0] in allowed for root in roots), (path, roots)
 
 
+def test_recipes_know_nothing_of_training():
+    """Building pairs needs no torch: it runs where the data is. `datasets` is asked for the hub alone."""
+    allowed = ("dpop_trainer.pairs", "dpop_trainer.doctor.commands")
+    for path in (ROOT / "trainer" / "dpop_trainer" / "pairs").glob("*.py"):
+        for module in imported_modules(path):
+            assert not module.startswith(("torch", "transformers", "dpop_kernels")), (path, module)
+            assert not module.startswith("dpop_trainer") or module.startswith(allowed), (path, module)
+
+
+def test_doctor_trains_nothing():
+    """Pairs are examined without the trainer; only the model's view of them needs the kernels."""
+    allowed = ("data", "doctor", "edits", "pairs.write", "loading", "versions")
+    for path in (ROOT / "trainer" / "dpop_trainer" / "doctor").glob("*.py"):
+        for module in imported_modules(path):
+            if path.name != "ches.py":
+                assert not module.startswith("dpop_kernels"), (path, module)
+                assert not module.startswith("dpop_trainer.") or module.split(".", 1)[1].startswith(allowed), module
+
+
 def test_import_needs_neither_triton_nor_transformers():
     code = """
 import sys

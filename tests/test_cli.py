@@ -83,7 +83,8 @@ def test_bad_files_are_named(tmp_path, capsys, text, message):
         (["train", "--config", "no-such.yaml"], 1, "--config: expected a YAML file, found none at 'no-such.yaml'"),
         (["train"], 1, "dataset_name: expected a hub id or a local file, got none"),
         (["tran"], 2, "expected one of train, sft, pairs, inspect, compare, demo, got 'tran'"),
-        (["pairs", "--source", "no-such.jsonl", "--out", "x.jsonl"], 1, "no-such.jsonl"),
+        (["pairs", "build", "metamath", "--source", "no-such.jsonl", "--out", "x.jsonl"], 1, "no-such.jsonl"),
+        (["pairs", "bild"], 2, "expected one of build, inspect, got 'bild'"),
     ],
 )
 def test_bad_usage_is_named(capsys, argv, code, message):
@@ -178,6 +179,11 @@ def test_sft_learns_the_chosen_answers(setting):
     assert lines[-2]["mean_token_accuracy"] > 0.9
 
 
+def test_pairs_alone_shows_its_commands(capsys):
+    assert main(["pairs"]) == 0
+    assert "from-samples" in capsys.readouterr().out
+
+
 def test_pairs_from_other_fields(tmp_path, capsys):
     record = {
         "query": "A box has 3 rows of 4. How many?",
@@ -187,7 +193,8 @@ def test_pairs_from_other_fields(tmp_path, capsys):
         json.dumps(record) + "\n" + json.dumps({**record, "response": "#### 1"}) + "\n"
     )
     fields = ["--question_field", "query", "--answer_field", "response"]
-    assert main(["pairs", "--source", str(tmp_path / "meta.jsonl"), "--out", str(tmp_path / "p.jsonl"), *fields]) == 0
+    files = ["--source", str(tmp_path / "meta.jsonl"), "--out", str(tmp_path / "p.jsonl")]
+    assert main(["pairs", "build", "metamath", *files, *fields]) == 0
     assert capsys.readouterr().out.startswith("1 pairs built; 1 skipped")
     (pair,) = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert pair["chosen"].endswith("#### 13")

@@ -5,14 +5,13 @@ import random
 import re
 
 import pytest
+from dpop_trainer.pairs.counts import PairCounts
 from dpop_trainer.pairs.metamath import (
     NO_RESULT,
-    PairCounts,
     build_pairs,
     corrupt_intermediate_result,
     final_answer,
     strip_calculator_marks,
-    write_pairs,
 )
 
 MARKED = "She sold 48/2 = <<48/2=24>>24 clips.\nTogether 48+24 = <<48+24=72>>72 clips.\n#### 72"
@@ -150,53 +149,15 @@ def test_malformed_records_are_named(record, message):
         list(build_pairs([RECORD, record], seed=0))
 
 
-def test_write_pairs(tmp_path):
-    source, out = tmp_path / "problems.jsonl", tmp_path / "new" / "pairs.jsonl"
-    records = [RECORD, {**RECORD, "answer": "#### 5"}, {**RECORD, "question": "Wie viele\u2028für 5 €?"}]
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    source.write_bytes("\ufeff{}\n\n{}\n{}\n".format(*lines).encode())  # byte order mark, blank line
-    counts = write_pairs(source, out, seed=3)
-    assert (counts.built, counts.skipped) == (2, {NO_RESULT: 1})
-    written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert written == list(build_pairs(records, seed=3))
-    assert [path.name for path in out.parent.iterdir()] == ["pairs.jsonl"]
-
-    counts = write_pairs(str(source), str(out), 3, limit=2)  # of records read, not of pairs built
-    assert (counts.built, counts.skipped) == (1, {NO_RESULT: 1})
-    assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == written[:1]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"{'question'", r"problems\.jsonl: line 2: expected a JSON object, got Expecting property name"),
-        (b"[1]", r"problems\.jsonl: line 2: expected a JSON object, got list"),
-        (b'{"question": "\xff"}', r"problems\.jsonl: line 2: expected a JSON object, got .*can't decode byte"),
-        (b'{"question": "q"}', r"problems\.jsonl: records\[1\]\['answer'\]: expected a non-empty string"),
-    ],
-)
-def test_a_broken_file_is_named_and_leaves_no_output(tmp_path, line, message):
-    source, out = tmp_path / "problems.jsonl", tmp_path / "pairs.jsonl"
-    source.write_bytes(json.dumps(RECORD).encode() + b"\n" + line + b"\n")
-    with pytest.raises(ValueError, match=message):
-        write_pairs(source, out, seed=0)
-    assert list(tmp_path.iterdir()) == [source]
-
-
-def test_a_limit_below_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="limit: expected a number >= 1 or None, got 0"):
-        write_pairs(tmp_path / "absent.jsonl", tmp_path / "out.jsonl", 0, limit=0)
-
-
-def test_gsm8k(shared_data, tmp_path):
+def test_gsm8k(shared_data):
     source = shared_data / "gsm8k" / "train.jsonl"
     records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    counts = write_pairs(source, tmp_path / "pairs.jsonl", seed=0)
+    counts = PairCounts()
+    pairs = list(build_pairs(records, seed=0, counts=counts))
     assert counts.built + counts.skipped.total() == len(records)
     # GSM8K's own marks show which solutions compute anything; a few write "equals" for "="
     assert counts.built >= 0.99 * sum("<<" in record["answer"] for record in records)
-    for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
-        pair = json.loads(line)
+    for pair in pairs:
         chosen, rejected = pair["chosen"], pair["rejected"]
         assert "<<" not in chosen
         assert len(chosen) == len(rejected)

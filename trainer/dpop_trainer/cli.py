@@ -14,13 +14,14 @@ USAGE = """usage: dpop COMMAND [options]
 
   train      preference fine-tuning: dpop train --config run.yaml [--any_field value]
   sft        supervised fine-tuning on the chosen answers, to start from: dpop sft --config run.yaml
-  pairs      build low-edit preference pairs from solved problems: dpop pairs --source train.jsonl --out pairs.jsonl
+  pairs      build preference pairs, or look at yours before training: dpop pairs inspect pairs.jsonl
   inspect    what training did to the chosen answers, token by token: dpop inspect RUN --pairs pairs.jsonl
   compare    several losses on the same model, data and seeds: dpop compare --config run.yaml --methods dpo dpop
   demo       DPO against DPOP on generated pairs, offline, in minutes: dpop demo
 
 `dpop COMMAND --help` lists the options of one; `dpop --version` says which version this is.
-Exit codes: 0 done, 1 the run failed and says on what, 2 wrong usage, 130 interrupted (Ctrl-C).
+Exit codes: 0 done, 1 the run failed and says on what, 2 wrong usage, 3 `pairs inspect` found something serious,
+130 interrupted (Ctrl-C).
 DPOP_DEBUG=1 in the environment shows where an error came from.
 """
 
@@ -28,7 +29,8 @@ PRINT_CONFIG = ("--print-config", "--print_config")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand -> exit code: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted.
+    """Run one subcommand -> exit code: 0 done, 1 the run failed, 2 wrong usage, 3 `pairs inspect` found something
+    serious, 130 interrupted.
 
     An error is told in a line or two on stderr. With DPOP_DEBUG set in the environment its traceback comes first.
     """
@@ -70,28 +72,9 @@ def sft(argv: list[str]) -> int:
 
 
 def pairs(argv: list[str]) -> int:
-    from dpop_trainer.pairs.metamath import write_pairs
+    from dpop_trainer.pairs.commands import run
 
-    parser = argparse.ArgumentParser(
-        "dpop pairs", description="MetaMath-style pairs: the rejected answer has one intermediate result changed."
-    )
-    parser.add_argument("--source", required=True, help="JSONL with question and answer, such as GSM8K's train.jsonl")
-    parser.add_argument("--out", required=True, help="JSONL to write: prompt, chosen, rejected")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="read the first so many problems only")
-    parser.add_argument("--question_field", default="question", help='field of the problem; MetaMathQA: "query"')
-    parser.add_argument("--answer_field", default="answer", help='field of its solution; MetaMathQA: "response"')
-    options = parser.parse_args(argv)
-    counts = write_pairs(
-        options.source,
-        options.out,
-        seed=options.seed,
-        limit=options.limit,
-        question_field=options.question_field,
-        answer_field=options.answer_field,
-    )
-    print(counts)
-    return 0
+    return run(argv)
 
 
 def inspect(argv: list[str]) -> int:

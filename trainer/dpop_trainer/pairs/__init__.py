@@ -1,1 +1,1 @@
-"""Building preference pairs that differ in a single place, from data that has only good answers."""
+"""Preference pairs: built from data that has good answers (`dpop pairs build`), by one recipe per file."""

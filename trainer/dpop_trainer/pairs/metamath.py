@@ -11,16 +11,15 @@ Works on MetaMath, GSM8K and anything else that writes its steps as equations an
 Source: Pal et al. 2024, arXiv:2402.13228 (the paper's MetaMath pairs).
 """
 
-import itertools
-import json
-import os
 import random
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+from dpop_trainer.pairs.counts import PairCounts
+from dpop_trainer.pairs.form import format_completion, format_prompt
+from dpop_trainer.pairs.recipe import BuiltPair, Edit, Scaffold, SkippedRecord, record_rng, text_field
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 # "= 12", "= $1,250.50", "= -3", "= .5": only the number itself is in the group, so sign and currency stay
@@ -53,28 +52,24 @@ class Corruption(NamedTuple):
     replacement: str
 
 
-@dataclass
-class PairCounts:
-    """What became of the records read so far."""
+@dataclass(frozen=True)
+class MetaMath:
+    """Worked solutions (GSM8K, MetaMathQA): one intermediate result wrong, everything after it untouched."""
 
-    built: int = 0
-    """Records that became a pair."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Records that did not, by reason."""
+    name: ClassVar[str] = "metamath"
+    scaffold: ClassVar[Scaffold] = "question"
 
-    def __str__(self) -> str:
-        reasons = "".join(f"; {count} skipped: {reason}" for reason, count in sorted(self.skipped.items()))
-        return f"{self.built} pairs built{reasons}"
+    question_field: str = field(default="question", metadata={"help": 'the problem; MetaMathQA: "query"'})
+    answer_field: str = field(default="answer", metadata={"help": 'its solution; MetaMathQA: "response"'})
 
-
-def format_prompt(question: str) -> str:
-    """The prompt of a problem. It ends with a colon, so no tokenizer merges it with the completion's first word."""
-    return f"Question: {question}\nAnswer:"
-
-
-def format_completion(answer: str) -> str:
-    """The completion that belongs to `format_prompt`: the answer behind one space."""
-    return f" {answer}"
+    def build(self, record: Mapping[str, Any], seed: int) -> list[BuiltPair]:
+        question = text_field(record, self.question_field)
+        answer = strip_calculator_marks(text_field(record, self.answer_field))
+        corruption = corrupt_intermediate_result(answer, record_rng(seed, question, answer))
+        if corruption is None:
+            raise SkippedRecord(NO_RESULT)
+        edit = Edit(corruption.original, corruption.replacement, corruption.start, corruption.end)
+        return [BuiltPair(question, answer, corruption.rejected, edit)]
 
 
 def final_answer(text: str) -> str | None:
@@ -118,7 +113,7 @@ def corrupt_intermediate_result(answer: str, rng: random.Random) -> Corruption |
     if not results:
         return None
     start, end = rng.choice(results[:-1] or results).span("number")
-    replacement = _change_one_digit(answer[start:end], rng)
+    replacement = change_one_digit(answer[start:end], rng)
     rejected = answer[:start] + replacement + answer[end:]
     return Corruption(rejected, start, end, answer[start:end], replacement)
 
@@ -131,7 +126,7 @@ def build_pairs(
     answer_field: str = "answer",
     counts: PairCounts | None = None,
 ) -> Iterator[dict[str, str]]:
-    """Preference pairs from solved problems, lazily and in order.
+    """Preference pairs from solved problems in memory, lazily and in order.
 
     Each record draws from its own generator, seeded by `seed` and its index: a pair does not depend on what happened
     to the records before it.
@@ -168,53 +163,7 @@ def build_pairs(
         }
 
 
-def write_pairs(
-    source_path: str | os.PathLike[str],
-    out_path: str | os.PathLike[str],
-    seed: int,
-    limit: int | None = None,
-    *,
-    question_field: str = "question",
-    answer_field: str = "answer",
-) -> PairCounts:
-    """`build_pairs` from one JSONL file to another. The output appears only when it is complete.
-
-    Args:
-        source_path: one JSON object per line; blank lines are passed over.
-        out_path: where the pairs go, replaced if it exists; missing folders are made.
-        seed: as in `build_pairs`.
-        limit: read the first so many records; None reads them all.
-        question_field: as in `build_pairs`.
-        answer_field: as in `build_pairs`.
-
-    Returns:
-        How many pairs were built and why records were skipped.
-
-    Raises:
-        ValueError: a line is not a JSON object (file and line are named), a record is malformed (file, record and
-            field are named), or limit < 1.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected a number >= 1 or None, got {limit}.")
-    source_path, out_path = Path(source_path), Path(out_path)
-    counts = PairCounts()
-    records = itertools.islice(_read_jsonl(source_path), limit)
-    pairs = build_pairs(records, seed, question_field=question_field, answer_field=answer_field, counts=counts)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = out_path.with_name(out_path.name + ".partial")
-    try:
-        with partial_path.open("w", encoding="ascii") as out:
-            for pair in pairs:
-                out.write(json.dumps(pair) + "\n")  # escaped: a raw U+2028 ends the line for some readers
-        partial_path.replace(out_path)
-    except ValueError as error:
-        raise ValueError(f"{source_path}: {error}") from error
-    finally:
-        partial_path.unlink(missing_ok=True)
-    return counts
-
-
-def _change_one_digit(number: str, rng: random.Random) -> str:
+def change_one_digit(number: str, rng: random.Random) -> str:
     """Another number of the same form: one digit differs, and a leading digit never becomes 0."""
     position = rng.choice([i for i, character in enumerate(number) if character.isdigit()])
     digits = "123456789" if position == 0 else "0123456789"
@@ -228,17 +177,3 @@ def _text_field(record: Mapping[str, Any], name: str, index: int) -> str:
         got = repr(value) if name in record else f"fields {sorted(record)}"
         raise ValueError(f"records[{index}][{name!r}]: expected a non-empty string, got {got}.")
     return value
-
-
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)  # decodes UTF-8 with or without a byte order mark
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"line {line_number}: expected a JSON object, got {error}.") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"line {line_number}: expected a JSON object, got {type(record).__name__}.")
-            yield record

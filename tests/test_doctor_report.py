@@ -1,0 +1,267 @@
+"""The doctor from the command line: files, exit codes; a page that is well-formed, escaped and needs nothing else."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from dpop_trainer.cli import main
+from dpop_trainer.doctor.charts import Axis, histogram, scatter
+from dpop_trainer.doctor.marks import Piece, differing, mark_tokens, mark_words, shortened, token_texts
+from tiny import text_pairs, tiny_llama, word_tokenizer
+from transformers import AutoTokenizer
+
+SCRIPT = "<script>alert('x')</script>&\"'"
+NASTY = [
+    {"prompt": f"{SCRIPT} 1", "chosen": f" {SCRIPT} a", "rejected": f" {SCRIPT} b", SCRIPT: SCRIPT},
+    {"prompt": "שאלה: מה בירת צרפת?", "chosen": "התשובה היא פריז.", "rejected": "התשובה היא ליון."},
+    {"prompt": "emoji 👩‍👩‍👧", "chosen": "Here 👩‍👩‍👧🎉", "rejected": "Here 👨‍👩‍👦🎈"},
+    {"prompt": "ctl\x00\x07", "chosen": "a\u202eevil\u202c b\x00", "rejected": "a\u202eevil\u202c c\x1b[31m"},
+    {"prompt": "dup", "chosen": "yes", "rejected": "no"},
+    {"prompt": "dup", "chosen": "no", "rejected": "yes"},
+    {"prompt": "same", "chosen": "x", "rejected": "x"},
+]
+
+
+class Page(HTMLParser):
+    """Checks that what is opened is closed, and gathers what a browser would show and fetch."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.marked: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "action", "data", "srcset"):
+                self.links.append(value or "")
+        if tag == "mark":
+            self.marked.append((dict(attrs)["class"], ""))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            assert "url(" not in data
+            assert "@import" not in data
+            return
+        self.text += data
+        if "mark" in self.open:
+            side, text = self.marked.pop()
+            self.marked.append((side, text + data))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A model, its tokenizer and sound pairs."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    write(tmp_path / "good.jsonl", text_pairs())
+    return tmp_path
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_sound_pairs(folder, capsys):
+    assert main(["pairs", "inspect", "good.jsonl", "--model", "model", "--max_scored", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "6 pairs (text)" in out
+    assert "Rank correlation of CHES and edit distance" in out
+    report = folder / "runs" / "doctor" / "good"
+    assert sorted(path.name for path in report.iterdir()) == ["doctor.json", "measures.parquet", "report.html"]
+    result = json.loads((report / "doctor.json").read_text())
+    assert result["num_pairs"] == 6
+    assert result["is_serious"] is False
+    # one word of three differs, the EOS not counted
+    assert result["statistics"]["token_distance"]["mean"] == pytest.approx(1 / 3)
+    assert result["model"]["num_pairs"] == 4
+    assert result["model"]["rank_correlation_ches_edit_distance"] is None  # all distances are the same
+    table = pq.read_table(report / "measures.parquet")
+    assert table.num_rows == 6
+    assert table["prefix"].to_pylist() == [1] * 6
+    assert table["ches"].null_count == 2
+    page = Page((report / "report.html").read_text(encoding="utf-8"))
+    assert page.links == []
+    assert page.tags.isdisjoint({"script", "link", "iframe", "img"})
+    assert ("chosen", " w3") in page.marked
+    assert ("rejected", " w5") in page.marked
+    assert page.text.count("w2") > 0
+
+
+@pytest.mark.parametrize("model", [[], ["--tokenizer", "gpt2"]])
+def test_nasty_pairs(folder, shared_data, capsys, model):
+    write(folder / f"{'<b>&' if not model else 'nasty'}.jsonl", NASTY)
+    if model:
+        model = ["--tokenizer", str(shared_data.parent / "tokenizers" / "gpt2")]
+    name = "<b>&" if not model else "nasty"
+    assert main(["pairs", "inspect", f"{name}.jsonl", "--out", "report", *model]) == 3
+    capsys.readouterr()
+    page = Page((folder / "report" / "report.html").read_text(encoding="utf-8"))
+    assert page.links == []
+    assert page.tags.isdisjoint({"script", "b>", "link", "iframe", "img"})
+    assert f"{SCRIPT} 1" in page.text  # shown as it is written
+    assert f"{name}.jsonl" in page.text
+    assert "פריז" in page.text
+    assert "👩‍👩‍👧" in page.text
+    # control characters are named, never written
+    assert "ctlU+0000U+0007" in page.text
+    assert "aU+202Eevil" in page.text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", page.text)
+    marked = "".join(text for side, text in page.marked if side == "chosen")
+    assert "🎉" in marked
+
+
+def test_clean_file_keeps_records_as_they_are(folder, capsys):
+    write(folder / "nasty.jsonl", NASTY)
+    argv = ["pairs", "inspect", "nasty.jsonl", "--write_clean", "clean.jsonl", "--exit_zero"]
+    assert main(argv) == 0
+    assert "clean.jsonl with 4 pairs; 3 left out" in capsys.readouterr().out
+    clean = [json.loads(line) for line in (folder / "clean.jsonl").read_text().splitlines()]
+    assert clean == NASTY[:4]
+    dropped = [json.loads(line) for line in (folder / "clean.dropped.jsonl").read_text().splitlines()]
+    assert dropped == [
+        {"row": 4, "reason": "contradictory"},
+        {"row": 5, "reason": "contradictory"},
+        {"row": 6, "reason": "identical"},
+    ]
+    # what is left has nothing more to drop; that a text holds control characters is for people to mend
+    assert main(["pairs", "inspect", "clean.jsonl", "--out", "again"]) == 3
+    result = json.loads((folder / "again" / "doctor.json").read_text())
+    assert result["num_to_drop"] == 0
+    assert [f["name"] for f in result["findings"] if f["level"] == "serious"] == ["hidden_characters"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere.jsonl"], "expected an existing file or folder, got nowhere.jsonl"),
+        (["empty.jsonl"], "expected at least one pair, got none"),
+        (["broken.jsonl"], "broken.jsonl, line 2: expected a JSON object"),
+        (["good.jsonl", "--max_length", "1"], "max_length: expected at least 2"),
+        (["good.jsonl", "--tokenizer", "./nowhere"], "expected a folder with a tokenizer, found none at './nowhere'"),
+        (["good.jsonl", "--write_clean", "clean.csv"], "write_clean: expected a file ending in .jsonl, got clean.csv"),
+        (["same.jsonl", "--write_clean", "c.jsonl"], "write_clean: expected pairs that may stay, got none"),
+        (["messages.jsonl", "--tokenizer", "model"], "expected a tokenizer with a chat template"),
+    ],
+)
+def test_what_cannot_be_examined_is_named(folder, capsys, argv, message):
+    write(folder / "empty.jsonl", [])
+    write(folder / "same.jsonl", [NASTY[-1]])
+    turns = [{"role": "user", "content": "hi"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("yes", "no")]
+    write(folder / "messages.jsonl", [{"prompt": turns, "chosen": answers[0], "rejected": answers[1]}])
+    (folder / "broken.jsonl").write_text(json.dumps(text_pairs()[0]) + '\n{"prompt": \n')
+    assert main(["pairs", "inspect", *argv]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_chat_template_from_a_file(folder):
+    write(folder / "m.jsonl", [{"chosen": turns("w2"), "rejected": turns("w3")}])
+    (folder / "template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    argv = ["pairs", "inspect", "m.jsonl", "--tokenizer", "model", "--chat_template_path", "template.jinja"]
+    assert main(argv) == 0
+    result = json.loads((folder / "runs" / "doctor" / "m" / "doctor.json").read_text())
+    assert result["statistics"]["prompt_tokens"]["max"] == 1
+
+
+def turns(answer):
+    return [{"role": "user", "content": "w1"}, {"role": "assistant", "content": answer}]
+
+
+def test_words_that_differ():
+    chosen, rejected = mark_words("We sold 24 clips, so 72.", "We sold 84 clips, so 73.")
+    assert chosen == [
+        Piece("We sold ", False),
+        Piece("24", True),
+        Piece(" clips, so ", False),
+        Piece("72", True),
+        Piece(".", False),
+    ]
+    assert [piece.text for piece in rejected if piece.differs] == ["84", "73"]
+    # an insertion marks one side alone
+    assert differing([1, 2, 3], [1, 9, 2, 3]) == ([False] * 3, [False, True, False, False])
+
+
+def test_token_texts_put_broken_characters_together(shared_data):
+    tokenizer = AutoTokenizer.from_pretrained(shared_data.parent / "tokenizers" / "gpt2")
+    text = " a 👩‍👩‍👧🎉 שלום x"
+    ids = tokenizer(text)["input_ids"]
+    texts = token_texts(ids, tokenizer)
+    assert "".join(texts) == text
+    assert len(texts) == len(ids)
+    assert "\ufffd" not in "".join(texts)
+    # two emoji that share their first bytes: both whole characters are marked
+    pair = [tokenizer(f"so {emoji}!")["input_ids"] for emoji in "🎉🎈"]
+    chosen, rejected = mark_tokens(*pair, tokenizer)
+    assert [piece.text.strip() for piece in chosen if piece.differs] == ["🎉"]
+    assert [piece.text.strip() for piece in rejected if piece.differs] == ["🎈"]
+
+
+def test_token_texts_keep_the_first_space(shared_data):
+    tokenizer = AutoTokenizer.from_pretrained(shared_data.parent / "tokenizers" / "mistral")
+    prompt, whole = tokenizer("Answer:")["input_ids"], tokenizer("Answer: yes or no")["input_ids"]
+    answer = whole[len(prompt) :]
+    assert whole[: len(prompt)] == prompt
+    assert "".join(token_texts(answer, tokenizer, before=prompt[-1:])) == " yes or no"
+
+
+def test_long_stretches_are_shortened():
+    pieces = [Piece("a" * 50, False), Piece("b" * 5, True), Piece("c" * 50, False)]
+    assert shortened(pieces, 10) == [
+        Piece(" ⋯ 40 characters ⋯ " + "a" * 10, False),
+        Piece("b" * 5, True),
+        Piece("c" * 10 + " ⋯ 40 characters ⋯ ", False),
+    ]
+    assert shortened([Piece("b" * 100, True)], 10) == [Piece("b" * 80 + " ⋯ 20 characters ⋯ ", True)]
+    assert shortened([Piece("a" * 15, False)], 10) == [Piece(" ⋯ 15 characters ⋯ ", False)]
+    short = [Piece("a" * 10, False), Piece("b", True)]
+    assert shortened(short, 10) == short
+
+
+def bars(svg):
+    return [(float(x), float(h)) for x, h in re.findall(r'class="bar" x="([\d.]+)".*?height="([\d.]+)"', svg)]
+
+
+def test_histogram():
+    svg = histogram(np.array([0.0, 0.0, 0.5, 1.0, np.nan]), Axis("share <b>", 0, 1))
+    # 40 steps of 7.65 from 44: value 0 in the first, 0.5 in the 21st, 1 in the last; the drawing is 140 high
+    expected = [(44.5, 140.0), (44.5 + 20 * 7.65, 70.0), (44.5 + 39 * 7.65, 70.0)]
+    np.testing.assert_allclose(bars(svg), expected, atol=0.051)
+    assert "share &lt;b&gt;: 4 pairs, median 0.25" in svg
+    assert 'class="median" x1="120.5"' in svg  # 44 + 0.25 * 306
+    Page(svg)
+
+
+def test_charts_of_little():
+    assert histogram(np.array([np.nan]), Axis("x")) == ""
+    assert scatter(np.array([np.nan]), np.array([1.0]), Axis("x"), "y") == ""
+    for values in ([3.0], [0.0, 0.0], [-1e-30, 1e30], [1.0, 2.0]):
+        for axis in (Axis("x"), Axis("x", 0), Axis("x", 0, 1)):
+            svg = histogram(np.array(values), axis) + scatter(np.array(values), np.array(values), axis, "y")
+            Page(svg)
+            assert "nan" not in svg
+            assert "inf" not in svg
+    assert scatter(np.arange(3), np.arange(3), Axis("x"), "y").count("<circle") == 3

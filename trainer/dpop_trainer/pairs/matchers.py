@@ -1,0 +1,110 @@
+"""Is a sample's answer right? One function per way to tell, each from two texts to a verdict."""
+
+import re
+from collections import deque
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from typing import TypeAlias
+
+Verdict: TypeAlias = bool | None
+"""Right, wrong, or None: the sample gives no answer of the kind looked for."""
+
+_NUMBER = re.compile(r"-?[$€£]?-?(?P<number>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+_ANNOUNCED = re.compile(r"####|\\boxed\{|\b(?:the (?:final )?answer is|answer:)", re.IGNORECASE)
+_LETTER = re.compile(r"\(?\b(?P<letter>[A-Z1-9])\b\)?")
+_LONE_LETTER = re.compile(r"\s*\(?(?P<letter>[A-Z1-9])(?:[).:]|\s*$|\s*\n)")
+
+
+def matches_exactly(sample: str, label: str) -> Verdict:
+    """The same text, leading, trailing and repeated white space aside."""
+    return sample.split() == label.split() if sample.strip() else None
+
+
+def matches_number(sample: str, label: str) -> Verdict:
+    """The same final number, in value: the first after the last "####", "the answer is", "answer:" or "\\boxed{".
+
+    A sample that announces no answer gives none: it may have been cut off. A label may be the number alone.
+
+    Raises:
+        ValueError: the label holds no number.
+    """
+    right = _final_number(label) if _ANNOUNCED.search(label) else _last_number(label)
+    if right is None:
+        raise ValueError(f"label: expected a number, got {label[-60:]!r}. Use another --matcher.")
+    given = _final_number(sample)
+    return None if given is None else given == right
+
+
+def matches_choice(sample: str, label: str) -> Verdict:
+    """The same option, a capital letter or a digit: announced ("the answer is (B)") or at the beginning ("B) ...").
+
+    Raises:
+        ValueError: the label names no option.
+    """
+    right = _choice(label)
+    if right is None:
+        raise ValueError(f"label: expected an option such as 'B', got {label[-60:]!r}. Use another --matcher.")
+    given = _choice(sample)
+    return None if given is None else given == right
+
+
+def regex_matcher(pattern: str) -> Callable[[str, str], Verdict]:
+    """The same text in the last match of a pattern: its first group, or the whole match where it has none.
+
+    A label in which the pattern does not match stands for itself.
+
+    Raises:
+        ValueError: the pattern does not compile.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"answer_regex: expected a regular expression, got {pattern!r} ({error}).") from error
+
+    def last(text: str) -> str | None:
+        found = _last_match(compiled, text)
+        return None if found is None else (found.group(1) if compiled.groups else found.group()) or ""
+
+    def matches(sample: str, label: str) -> Verdict:
+        given, right = last(sample), last(label)
+        return None if given is None else given.strip() == (label if right is None else right).strip()
+
+    return matches
+
+
+def _final_number(text: str) -> Decimal | None:
+    """The first number behind the last announcement."""
+    announced = _last_match(_ANNOUNCED, text)
+    match = None if announced is None else _NUMBER.search(text, announced.end())
+    return None if match is None else _value(match)
+
+
+def _last_number(text: str) -> Decimal | None:
+    match = _last_match(_NUMBER, text)
+    return None if match is None else _value(match)
+
+
+def _value(match: re.Match[str]) -> Decimal | None:
+    sign = -1 if "-" in match.group()[: match.start("number") - match.start()] else 1
+    try:
+        return sign * Decimal(match.group("number").replace(",", ""))
+    except InvalidOperation:
+        return None
+
+
+def _choice(text: str) -> str | None:
+    announced = _last_match(_ANNOUNCED, text)
+    match = _LONE_LETTER.match(text) if announced is None else _LETTER.search(text, announced.end())
+    return None if match is None else match.group("letter")
+
+
+def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
+
+
+MATCHERS: dict[str, Callable[[str, str], Verdict]] = {
+    "numeric": matches_number,
+    "exact": matches_exactly,
+    "choice": matches_choice,
+}
+"""By name; "regex" is made by `regex_matcher`. A new matcher is one function and one line here."""

@@ -1,0 +1,88 @@
+"""What a recipe is: it makes preference pairs of one record, and knows nothing of files or output formats.
+
+A recipe is a frozen dataclass in a file of its own. Its fields are its options, its docstring's first line is its help,
+`build` makes the pairs. `recipes.RECIPES` lists it, and the command line follows from that.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+Scaffold = Literal["question", "continuation", "verbatim"]
+"""What stands around prompt and answers where pairs are written as text, see `form.text_fields`."""
+
+
+class Edit(NamedTuple):
+    """What makes the rejected answer of the chosen one: chosen[start:end] becomes `replacement`."""
+
+    original: str
+    replacement: str
+    start: int
+    """First character of the replaced stretch in the chosen answer."""
+    end: int
+    """One past its last character."""
+
+
+class BuiltPair(NamedTuple):
+    """A pair as the bare texts of a prompt and two answers."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    edit: Edit
+
+
+class SkippedRecord(Exception):
+    """A sound record of which this recipe can make no pair. The message is the reason, one of few, for counting."""
+
+
+class Recipe(Protocol):
+    """Makes pairs of records, one at a time."""
+
+    name: ClassVar[str]
+    """What the command line calls it."""
+    scaffold: ClassVar[Scaffold]
+
+    def build(self, record: Mapping[str, Any], seed: int) -> list[BuiltPair]:
+        """The pairs of one record: the same for the same record and seed, whatever stands around it.
+
+        Raises:
+            ValueError: the record is not of the kind that the recipe reads; names the field.
+            SkippedRecord: it is, but no pair can be made of it.
+        """
+        ...
+
+
+def record_rng(seed: int, *texts: str) -> random.Random:
+    """A generator that depends on the seed and a record's texts alone, not on where the record stands."""
+    return random.Random("\0".join([str(seed), *texts]).encode("utf-8", "surrogatepass"))
+
+
+def edit_between(chosen: str, rejected: str) -> Edit:
+    """The smallest single stretch of the chosen answer that must change to give the rejected one."""
+    start = 0
+    while start < min(len(chosen), len(rejected)) and chosen[start] == rejected[start]:
+        start += 1
+    suffix = 0
+    while suffix < min(len(chosen), len(rejected)) - start and chosen[-1 - suffix] == rejected[-1 - suffix]:
+        suffix += 1
+    end = len(chosen) - suffix
+    return Edit(chosen[start:end], rejected[start : len(rejected) - suffix], start, end)
+
+
+def text_field(record: Mapping[str, Any], name: str) -> str:
+    """
+    Raises:
+        ValueError: the field is missing, blank or not a string.
+    """
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        got = excerpt(value) if name in record else f"the fields {sorted(map(str, record))}"
+        raise ValueError(f"{name}: expected a non-empty string, got {got}.")
+    return value
+
+
+def excerpt(value: Any) -> str:
+    """A value for a message, at most 60 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
