@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -204,6 +205,16 @@ def _check_loaded(init_kwargs: dict[str, Any], quantization_config: Any) -> None
             "model_init_kwargs: %s have no effect, the model being loaded already; pass the model by name.",
             sorted(init_kwargs),
         )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set the probability of every dropout to zero: modules, and numbers that a module hands to its attention."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def check_local_path(name_or_path: str, required_file: str) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpop_kernels.pair_loss import segment_sums
-from dpop_trainer.base import MODEL_INPUTS, HeadTrainer, check_streams, tokenise_for_training
+from dpop_trainer.base import MODEL_INPUTS, HeadTrainer
 from dpop_trainer.config import SFTConfig
 from dpop_trainer.data import SkippedRecords
 from dpop_trainer.loading import prepare_policy
+from dpop_trainer.split_preparation import check_streams, tokenise_for_training
 
 
 class SFTTrainer(HeadTrainer):

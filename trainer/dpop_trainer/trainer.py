@@ -1,10 +1,7 @@
 """DPOPTrainer: preference fine-tuning with TRL's interface, on this package's kernels."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +9,24 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import seed_worker
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpop_kernels import ScoringHead, needs_reference
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.pair_loss import pair_loss_terms
-from dpop_trainer.base import HeadTrainer, check_streams, disable_dropout, tokenise_for_training
+from dpop_trainer.budget_batches import BudgetTrainer
 from dpop_trainer.config import DPOPConfig
-from dpop_trainer.data import Budget, BudgetBatchSampler, PairCollator, SkippedRecords, plan_batches, with_lengths
+from dpop_trainer.data import PairCollator, SkippedRecords, with_lengths
 from dpop_trainer.data.shares import FILLER_KEY
-from dpop_trainer.data.stream import first_records, is_stream
+from dpop_trainer.data.stream import first_records
 from dpop_trainer.flat_attention import use_flat_attention
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out
-from dpop_trainer.loading import Policy, prepare_policy
+from dpop_trainer.loading import Policy, disable_dropout, prepare_policy
 from dpop_trainer.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
 from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
+from dpop_trainer.split_preparation import tokenise_for_training
+from dpop_trainer.trainer_checks import check_arguments, check_form, warn_of_router_loss
 from dpop_trainer.watch import ChosenWatch
 
 logger = logging.getLogger(__name__)
@@ -38,7 +35,7 @@ logger = logging.getLogger(__name__)
 NUM_PROBED_PAIRS = 2
 
 
-class DPOPTrainer(HeadTrainer):
+class DPOPTrainer(BudgetTrainer):
     """Fine-tune a causal LM on (prompt, chosen, rejected) with DPOP, any of its kin, or a weighted sum of them.
 
     The constructor is TRL's `DPOTrainer`'s.
@@ -87,7 +84,7 @@ class DPOPTrainer(HeadTrainer):
         run_config: dict[str, Any] | None = None,
     ) -> None:
         args = args if args is not None else DPOPConfig(default_output_dir(model))
-        _check_arguments(model, args, train_dataset, eval_dataset, processing_class)
+        check_arguments(model, args, train_dataset, eval_dataset, processing_class)
         if data_collator is not None and args.max_tokens_per_batch is not None:
             raise ValueError(
                 "data_collator: expected None with max_tokens_per_batch, which counts the positions of this trainer's "
@@ -187,7 +184,7 @@ class DPOPTrainer(HeadTrainer):
             if layout == "flat" and reference is not None and ref_is_copy:  # which was not probed
                 use_flat_attention(reference)
         if args.max_tokens_per_batch is not None and train_dataset is not None:
-            self._plan_batches(args.max_tokens_per_batch)
+            self.plan_batches(args.max_tokens_per_batch)
         self.reference = PairReference(
             self,
             reference,
@@ -203,30 +200,6 @@ class DPOPTrainer(HeadTrainer):
         self.add_callback(
             ChosenWatch(args.chosen_logratio_warning, loss_types=args.loss_type, dpop_lambda=args.dpop_lambda)
         )
-
-    _budget_batches: BudgetBatchSampler | None = None
-
-    def get_train_dataloader(self) -> DataLoader:
-        if self._budget_batches is None:
-            return super().get_train_dataloader()
-        args = self.args
-        loader = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=self._budget_batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
-        return self.accelerator.prepare(loader)  # which deals the batches out to the processes
-
-    def get_total_train_batch_size(self, args: Any) -> int:
-        batches = self._budget_batches
-        if batches is None:
-            return super().get_total_train_batch_size(args)
-        return round(batches.num_pairs / len(batches) * args.gradient_accumulation_steps * args.world_size)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As `transformers.Trainer.evaluate`, on pairs in any form that the constructor takes.
@@ -246,7 +219,7 @@ class DPOPTrainer(HeadTrainer):
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         if isinstance(eval_dataset, Dataset):
-            _check_form("eval_dataset", eval_dataset)
+            check_form("eval_dataset", eval_dataset)
             eval_dataset = _tokenised(eval_dataset, metric_key_prefix, self._policy, self.args, {}, self._skipped)
             if self.reference.is_needed and not (has_reference_columns(eval_dataset) or self.reference.has_model):
                 raise ValueError(
@@ -323,32 +296,6 @@ class DPOPTrainer(HeadTrainer):
     def _reference_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
         return self.reference.segment_logps(batch, model_inputs)
 
-    def _plan_batches(self, max_positions: int) -> None:
-        args, collator = self.args, self.data_collator
-        assert isinstance(collator, PairCollator)
-        if collator.layout == "auto":  # rows would need more positions than the trees that are planned for
-            collator = self.data_collator = replace(collator, layout="packed")
-        budget = Budget(max_positions, collator.layout, collator.pad_to_multiple_of)  # type: ignore[arg-type]
-        self._budget_batches = batches = plan_batches(
-            self.train_dataset,  # type: ignore[arg-type]
-            budget,
-            prefix_sharing=args.prefix_sharing,
-            group_by_prompt=args.group_by_prompt,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            num_processes=args.world_size,
-            num_epochs=None if args.max_steps > 0 else math.ceil(args.num_train_epochs),
-            num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
-        )
-        self.add_callback(_EpochOfBatches(batches))
-        logger.warning(
-            "Batches: %d per epoch, of %.1f pairs and %.0f of at most %d positions on average (layout %s).",
-            len(batches),
-            batches.num_pairs / len(batches),
-            batches.mean_positions,
-            max_positions,
-            budget.layout,
-        )
-
     def _precompute_reference(self) -> None:
         args = self.args
         precompute = self.reference.precompute
@@ -363,39 +310,10 @@ class DPOPTrainer(HeadTrainer):
         self.ref_model = None
 
 
-class _EpochOfBatches(TrainerCallback):
-    """Tells the plan its epoch. transformers does not reach it behind what skips batches on resuming and what shards
-    them."""
-
-    def __init__(self, batches: BudgetBatchSampler) -> None:
-        self._batches = batches
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self._batches.set_epoch(int(state.epoch or 0))
-
-
 def default_output_dir(model: Any) -> str:
     """Where a run goes that has no configuration: "<the model's name>-DPOP"."""
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     return f"{Path(name).name or type(model).__name__}-DPOP"
-
-
-def warn_of_router_loss(model: Any) -> None:
-    """TRL adds a mixture of experts' load-balancing loss where the model's config gives it a weight; here it is not."""
-    config = model.config.get_text_config()
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
-    router_is_trained = any("router" in name or ".gate." in name for name in _trained_names(model))
-    if coefficient and router_is_trained:
-        logger.warning(
-            "%s: its load-balancing loss (router_aux_loss_coef %g) is not added, and its router is trained. Leave the "
-            "router out of the training, as LoRA on the attention's projections does.",
-            config.model_type,
-            coefficient,
-        )
-
-
-def _trained_names(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _tokenised(
@@ -428,44 +346,6 @@ def _tokenised(
 def _ref_init_kwargs(args: DPOPConfig) -> dict[str, Any] | None:
     own: Any = args.ref_model_init_kwargs
     return {"trust_remote_code": True, **(own or {})} if args.trust_remote_code else own
-
-
-def _check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any) -> None:
-    if not isinstance(model, str | nn.Module):
-        raise ValueError(f"model: expected a causal LM, or a name or path to load one, got {type(model).__name__}.")
-    if not isinstance(args, DPOPConfig):
-        raise ValueError(f"args: expected a DPOPConfig, got {type(args).__name__}. Its fields have TRL's names.")
-    if train_dataset is None and eval_dataset is None:
-        raise ValueError("train_dataset: expected a data set (or at least an eval_dataset), got None.")
-    eval_parts = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
-    check_streams(args, train_dataset, *eval_parts)
-    if args.precompute_ref_log_probs and any(map(is_stream, (train_dataset, *eval_parts))):
-        raise ValueError(
-            "precompute_ref_log_probs: expected False with a streamed data set, got True. Load the data set whole, or "
-            "let the reference run beside the policy."
-        )
-    if isinstance(train_dataset, Mapping):
-        raise ValueError(
-            f"train_dataset: expected one data set, got several: {sorted(map(str, train_dataset))}. Pass one split."
-        )
-    if hasattr(processing_class, "tokenizer"):
-        raise ValueError(
-            f"processing_class: expected a tokenizer, got {type(processing_class).__name__}. Pass its .tokenizer; "
-            "images are not trained on."
-        )
-    _check_form("train_dataset", train_dataset)
-    _check_form("eval_dataset", eval_dataset)
-
-
-def _check_form(name: str, dataset: Any) -> None:
-    parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
-    for part in parts:
-        images = {"image", "images"} & set(getattr(part, "column_names", None) or ())
-        if images:
-            raise ValueError(
-                f"{name}: expected pairs of text, got the column {images.pop()!r}. Vision-language data is not trained "
-                "on here; remove the column, or use TRL's trainer with dpop_kernels.integrations.trl."
-            )
 
 
 def _parts(train_dataset, eval_dataset) -> list[Dataset]:
