@@ -117,7 +117,7 @@ class Page(HTMLParser):
 def test_page_escapes_everything_and_marks_tokens(tmp_path):
     hostile = "<script>alert(1)</script>&\x00\u202e\"'"
     answer = AnswerTokens([hostile, " b", " c"], [-1.0, -1.0, -1.0], [-4.0, -1.0, 0.5], EditRegions(1, 2))
-    counts = TokeniseCounts(1, 1, *[0] * 11)
+    counts = TokeniseCounts(**{**dict.fromkeys(TokeniseCounts._fields, 0), "num_pairs_in": 1, "num_pairs": 1})
     pair = PairChange(7, hostile, answer, answer)
     inspection = Inspection(hostile, hostile, hostile, counts, FALL, {}, [pair])
     write_inspection(inspection, [], tmp_path / "page.html")

@@ -158,7 +158,8 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         if self.model.training and isinstance(self.train_dataset, TokenisedStream):  # type: ignore[union-attr]
             counts = self.train_dataset.counts.as_metrics()
             metrics.update({f"train_{key}": float(count) for key, count in counts.items()})
-        super().log({**logs, **metrics}, start_time)
+        logs.update(metrics)  # in place, as transformers does with the epoch: evaluate() returns what is logged
+        super().log(logs, start_time)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         if not batch_samples:

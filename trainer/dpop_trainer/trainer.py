@@ -284,8 +284,9 @@ class DPOPTrainer(BudgetTrainer):
         self.reference.step_zero.restore(state)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        step_zero = self.reference.step_zero.pop_metrics() if self.model.training else {}  # type: ignore[union-attr]
-        super().log({**logs, **step_zero}, start_time)
+        if self.model.training:  # type: ignore[union-attr]
+            logs.update(self.reference.step_zero.pop_metrics())
+        super().log(logs, start_time)
 
     def _loss_options(self, mode: str) -> LossOptions:
         """Evaluation takes the full λ from the first step on: one objective, by which checkpoints compare."""
