@@ -322,7 +322,9 @@ def test_pytest_benchmark_shows_and_records_the_same_samples(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_pair_loss.py", "-p", "no:cacheprovider", "-n", "0"]
     command += ["--rehearse", "--benchmark-only", "--records", str(path), f"--benchmark-json={table}"]
     command += ["-q", "-k", "PyTorch or dpop-kernels"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # a worker's variables would switch pytest-benchmark off
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    environment["OMP_NUM_THREADS"] = "1"
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     recorded = {record["peer"]: record for record in records.read(path)}

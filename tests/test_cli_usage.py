@@ -175,7 +175,8 @@ def test_other_errors_are_told_without_a_traceback_unless_asked_for(monkeypatch,
 
 
 def test_usage_errors_of_other_commands_are_2(capsys):
-    assert main(["pairs"]) == 2
+    assert main(["pairs", "build"]) == 2
+    assert main(["inspect"]) == 2
     assert main(["inspect", "--help"]) == 0
     assert issubclass(UsageError, ValueError)
 

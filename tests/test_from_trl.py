@@ -28,7 +28,7 @@ TRL_CLASSES, OUR_CLASSES = (DPOConfig, DPOTrainer), (DPOPConfig, DPOPTrainer)
 MACHINE = ("_runtime", "_per_second", "total_flos")
 
 # logged here beside TRL's
-OURS = ("dpop/", "loss/", "tokens/", "num_computed_tokens")
+OURS = ("dpop/", "loss/", "tokens/", "memory/", "num_computed_tokens")
 
 # TRL's default -> ours, and why
 DELIBERATE_DEFAULTS = {

@@ -109,7 +109,7 @@ def test_full_disk_does_not_hide_a_nan(tmp_path, monkeypatch, caplog):
 
 
 def warnings_of(falls, caplog, **options):
-    watch, state = ChosenWatch(10.0, **{"loss_type": "dpo", "dpop_lambda": 0.0, **options}), TrainerState()
+    watch, state = ChosenWatch(10.0, **{"loss_types": ["dpo"], "dpop_lambda": 0.0, **options}), TrainerState()
     args = DPOPConfig(use_cpu=True)
     steps = []
     for step, fall in enumerate(falls):
@@ -125,7 +125,7 @@ def test_warns_at_the_threshold_and_when_it_doubles(caplog):
     assert "your chosen answers are losing probability: -12 nats per answer" in caplog.text
     assert "Use loss_type dpop" in caplog.text
     caplog.clear()
-    assert warnings_of([20], caplog, loss_type="dpop", dpop_lambda=50.0) == [0]
+    assert warnings_of([20], caplog, loss_types=["dpop"], dpop_lambda=50.0) == [0]
     assert "Raise dpop_lambda (now 50) or lower learning_rate (now 1e-06)" in caplog.text
 
 

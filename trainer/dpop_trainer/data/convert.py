@@ -24,6 +24,7 @@ from dpop_trainer.data.records import (
     raise_bad_records,
     read_ref_logps,
 )
+from dpop_trainer.data.sound_cache import map_or_map_anew
 
 _logger = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ def convert_pairs(
     columns = [column for column in dataset.column_names if column in form.columns or column in _SIDE_COLUMNS]
     source = dataset.select_columns(columns)
     has_nulls = "tool_calls" in str(source.features) or "tools" in columns
-    return source.map(
+    return map_or_map_anew(
+        source,
         _convert_batch,
         with_indices=True,
         batched=True,

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from dpop_trainer.reference.adapters import adapter_changes_nothing
@@ -199,7 +200,7 @@ def _differences(policy: Any, reference: Any) -> Iterator[str]:
 
 def _first_other_weight(policy: nn.Module, reference: nn.Module) -> str | None:
     """The name of a weight that one model has and the other has not, or has with other values. Weights that cannot be
-    read (offloaded, sharded) are passed over, and another dtype is not another value."""
+    read (offloaded) are passed over, and another dtype is not another value."""
     ours = {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
         for name, parameter in policy.named_parameters()
@@ -210,6 +211,8 @@ def _first_other_weight(policy: nn.Module, reference: nn.Module) -> str | None:
             return name
         if own.is_meta or theirs.is_meta:
             continue
+        if isinstance(own, DTensor):  # a part on each rank; all of them are here, having seen the same differences
+            own = own.full_tensor()
         narrow = min(own.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
         if not torch.equal(own.to(narrow), theirs.to(device=own.device, dtype=narrow)):
             return name
