@@ -9,6 +9,8 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/cpu_head.jsonl  what `python -m benchmarks.cpu_head` appends
     benchmarks/results/cpu_layouts/*.json    records of benchmarks.cpu_layouts, one per model
     benchmarks/results/cpu_tie/*.json        a record of benchmarks.cpu_tie
+    benchmarks/results/paper/gsm8k.json      compare.json of `dpop compare` (docs/paper.md)
+    benchmarks/results/paper/gradient.json   what `python -m benchmarks.paper_gradient` writes
     benchmarks/results/layout_counts.json    what `python -m benchmarks.layout_counts` writes
     benchmarks/results/levels.jsonl    what `make bench` and `python -m benchmarks.gpu` measure (docs/benchmarks.md)
 """
@@ -24,7 +26,7 @@ from typing import Any
 from dpop_trainer import scale
 from dpop_trainer.plots import plot_logratios
 
-from benchmarks import levels, plots
+from benchmarks import levels, paper, plots
 from benchmarks.levels import table
 
 ROOT = Path(__file__).parents[1]
@@ -239,6 +241,11 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "kernels.md": {"cpu_head": cpu_head},
     ROOT / "docs" / "layouts.md": {"layouts": layouts, "budgets": budgets},
     ROOT / "docs" / "reference.md": {"tie": tie},
+    ROOT / "docs" / "paper.md": {
+        "low_edit": paper.low_edit,
+        "after_edit": paper.after_edit,
+        "gradient": paper.gradient,
+    },
     ROOT / "docs" / "benchmarks.md": {
         "pictures": pictures,
         "longest": longest,
@@ -276,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     for page in stale:
         page.write_text(updated(page))
     plot_logratios(_records("demo")[0]["histories"], PICTURE)
-    drawn = [PICTURE]
+    drawn = [PICTURE, *paper.draw()]
     if levels.device_of_levels() is not None:
         for name, draw in LEVEL_PICTURES.items():
             draw(IMAGES / name)

@@ -1,14 +1,18 @@
 """`dpop compare`: what a method may be, results through JSON, words that follow the numbers, a whole run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
+from dpop_trainer.arguments import ComparisonArguments, parse_arguments
 from dpop_trainer.cli import main
 from dpop_trainer.compare.methods import parse_method, parse_methods
 from dpop_trainer.compare.report import Comparison, RunResult, read_comparison, table_rows, verdict
+from dpop_trainer.compare.run import plan_runs
+from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs
 from dpop_trainer.token_shift import mean_token_shift, token_shift_as_dict, token_shift_from_dict
@@ -183,6 +187,14 @@ def test_nothing_is_trained_before_all_is_checked(setting, capsys, flags, messag
     assert main(["compare", "--config", str(setting / "compare.yaml"), *flags]) == 1
     assert message in capsys.readouterr().err
     assert not (setting / "out").exists()
+
+
+def test_recipe_of_the_paper_is_sound():
+    recipe = Path(__file__).parents[1] / "trainer" / "recipes" / "gsm8k" / "compare.yaml"
+    arguments = parse_arguments(DPOPConfig, ["--config", str(recipe)], "dpop compare", ComparisonArguments)
+    plan = plan_runs(*arguments)
+    assert len({run.folder for run in plan}) == len(plan) == 6 * 3
+    assert {run.values["dpop_lambda"] for run in plan} == {5, 50, 500}
 
 
 def test_held_out_pairs_are_needed(setting, capsys):

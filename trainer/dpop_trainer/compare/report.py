@@ -104,8 +104,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         "versions": comparison.versions,
     }
     (folder / "compare.json").write_text(json.dumps(record, indent=2))
-    curves = {method: _band(comparison.of(method)) for method in comparison.methods}
-    plot_logratios(curves, folder / "curves.png")
+    plot_logratios(curves(comparison), folder / "curves.png")
     plot_token_shift(token_shifts(comparison), folder / "token_shift.png")
     first = comparison.results[0]
     introduction = (
@@ -139,6 +138,11 @@ def read_comparison(path: Path) -> Comparison:
     record = json.loads(path.read_text())
     results = [RunResult.from_dict(values) for values in record["results"]]
     return Comparison(record["methods"], results, record["config"], record["versions"])
+
+
+def curves(comparison: Comparison) -> dict[str, dict[str, list[float]]]:
+    """By method, what `plot_logratios` takes: mean over seeds, and their range."""
+    return {method: _band(comparison.of(method)) for method in comparison.methods}
 
 
 def token_shifts(comparison: Comparison) -> dict[str, TokenShift]:
