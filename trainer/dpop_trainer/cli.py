@@ -10,6 +10,9 @@ USAGE = """usage: dpop COMMAND [options]
   sft        supervised fine-tuning on the chosen answers, to start from: dpop sft --config run.yaml
   pairs      build low-edit preference pairs from solved problems: dpop pairs --source train.jsonl --out pairs.jsonl
   inspect    what training did to the chosen answers, token by token: dpop inspect --model RUN --pairs pairs.jsonl
+  eval       benchmarks before and after training, one table: dpop eval --models BASE RUN --pairs held_out.jsonl
+  mtbench    MT-Bench: dpop mtbench answer --model RUN ..., then dpop mtbench judge --endpoint URL ...
+  export     merge a run's adapter, write a model card: dpop export RUN --out DIR [--push_to_hub ID]
   demo       DPO against DPOP on generated pairs, offline, in minutes: dpop demo
 
 `dpop COMMAND --help` lists the options of one.
@@ -94,6 +97,24 @@ def inspect(argv: list[str]) -> int:
     return 0
 
 
+def evaluate(argv: list[str]) -> int:
+    from dpop_trainer.evaluation.cli import main as run
+
+    return run(argv)
+
+
+def mtbench(argv: list[str]) -> int:
+    from dpop_trainer.mtbench.cli import main as run
+
+    return run(argv)
+
+
+def export(argv: list[str]) -> int:
+    from dpop_trainer.delivery.cli import main as run
+
+    return run(argv)
+
+
 def demo(argv: list[str]) -> int:
     from dpop_trainer.demo.run import run_demo
 
@@ -110,5 +131,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sft": sft,
     "pairs": pairs,
     "inspect": inspect,
+    "eval": evaluate,
+    "mtbench": mtbench,
+    "export": export,
     "demo": demo,
 }
