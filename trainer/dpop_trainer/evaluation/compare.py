@@ -5,7 +5,7 @@
 Two models answer the same questions, most of them alike. The paired error leaves out how hard the questions are, and
 is often half of what the two models' own errors suggest.
 
-Source: Miller 2024, arXiv:2411.00640, section 4.2 (paired differences of evaluations).
+Source: Miller 2024, arXiv:2411.00640 (paired analysis of two models on the same questions).
 """
 
 import math
@@ -127,9 +127,7 @@ def _row(task: str, metric: str, metrics: dict[str, Metric], **facts: Any) -> di
         "metric": metric,
         **facts,
         "figures": {model: _figure(metrics[model]) for model in models},
-        "differences": {
-            model: difference(metrics[model], metrics[models[0]])._asdict() for model in models[1:]
-        },
+        "differences": {model: difference(metrics[model], metrics[models[0]])._asdict() for model in models[1:]},
     }
 
 

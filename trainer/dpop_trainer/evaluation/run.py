@@ -79,9 +79,7 @@ def run_eval(
         adapter_base(model)  # a wrong path is said before any data is fetched
     dataset = None if pairs is None else held_out.load_held_out(pairs, pairs_split, settings.limit)
     out = Path(settings.out)
-    plan = {
-        name: _plan(model, requests, pairs, dataset, settings) for name, model in zip(names, models, strict=True)
-    }
+    plan = {name: _plan(model, requests, pairs, dataset, settings) for name, model in zip(names, models, strict=True)}
     results: dict[str, dict[str, TaskResult]] = {name: {} for name in names}
     for name in names:
         for task, key in plan[name].items():
@@ -93,7 +91,10 @@ def run_eval(
     loaded_tasks = _load_tasks(wanted)
     for name, model in zip(names, models, strict=True):
         done = len(plan[name]) - len(missing[name])
-        print(f"{name}: {len(plan[name])} to evaluate on, {done} done before" + ("." if missing[name] else ": nothing to do."))
+        print(
+            f"{name}: {len(plan[name])} to evaluate on, {done} done before"
+            + ("." if missing[name] else ": nothing to do.")
+        )
         if not missing[name]:
             continue
         trained = _load(model, settings)
