@@ -1,4 +1,4 @@
-"""`dpop eval` on lm-eval: figures against plain forwards, prompts against the published format, resumption, bad input."""
+"""`dpop eval` on lm-eval: figures against plain forwards, prompts against the published ones, resumption."""
 
 import importlib.util
 import json

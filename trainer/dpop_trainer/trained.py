@@ -51,7 +51,8 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
     base = json.loads(config_file.read_text()).get("base_model_name_or_path")
     if not base:
         raise ValueError(
-            f"model: expected base_model_name_or_path in {config_file}, found none. Add the base model's hub id or folder."
+            f"model: expected base_model_name_or_path in {config_file}, found none. Add the base model's hub id or "
+            "folder."
         )
     return base
 
@@ -62,6 +63,7 @@ def load_trained(
     init_kwargs: dict[str, Any] | None = None,
     quantization_config: Any = None,
     device: str | None = None,
+    base: str | None = None,
 ) -> TrainedModel:
     """A whole model, or an adapter on its base without merging, in evaluation mode.
 
@@ -72,13 +74,15 @@ def load_trained(
         init_kwargs: for from_pretrained of the base; with `device_map` the model stays where that puts it.
         quantization_config: loads the base quantised.
         device: where to put it; by default the GPU if there is one.
+        base: puts an adapter on this model instead of the one that it names.
 
     Raises:
         ValueError: the model, the adapter or a tokenizer cannot be loaded.
     """
     init_kwargs = dict(init_kwargs or {})
     revision = init_kwargs.get("revision")
-    base = adapter_base(name_or_path, revision)
+    named_base = adapter_base(name_or_path, revision)
+    base = named_base and (base or named_base)
     tokenizer = load_trained_tokenizer(name_or_path, base)
     if base is None:
         model: Any = load_model(name_or_path, init_kwargs, quantization_config)
