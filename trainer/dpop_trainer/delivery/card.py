@@ -44,7 +44,6 @@ FIGURES = {
     "dpop/rejected_logratio": "rejected Δ, nats per answer",
     "dpop/active_fraction": "share of pairs under the penalty",
 }
-KNOWN_LICENSE = "license"
 
 
 def model_card(
@@ -128,17 +127,22 @@ def base_license(base: str | None) -> str | None:
     if not text.startswith("---"):
         return None
     front = yaml.safe_load(text.split("---", 2)[1])
-    found = front.get(KNOWN_LICENSE) if isinstance(front, dict) else None
+    found = front.get("license") if isinstance(front, dict) else None
     return found if isinstance(found, str) else None
+
+
+def shown_model(name: str) -> str:
+    """A hub id in full, of a local folder its name alone."""
+    return name if _is_hub_id(name) else Path(name).name
 
 
 def _opening(config: dict[str, Any], base: str | None, merge_note: str) -> str:
     losses = config.get("loss_type")
     losses = ", ".join(losses) if isinstance(losses, list) else losses
     what = f"preference fine-tuning (loss: {losses})" if losses else "fine-tuning"
-    start = f"`{base}`" if base else "a model that the run's records do not name"
+    start = f"`{shown_model(base)}`" if base else "a model that the run's records do not name"
     return (
-        f"Made from {start} by {what} with [dpop-kernels](https://pypi.org/project/dpop-kernels/); the loss DPOP is of "
+        f"Made from {start} by {what} with dpop-kernels; the loss DPOP is of "
         f"[arXiv:2402.13228](https://arxiv.org/abs/2402.13228).\n\n{merge_note}"
     )
 
@@ -149,7 +153,10 @@ def _data(config: dict[str, Any], run: Path) -> str:
     if config.get("eval_dataset_name"):
         lines.append(f"Evaluated in training on {_shown_source(config['eval_dataset_name'])}.")
     first = next((line for line in _metrics(run) if line.get("step") == 0), {})
-    rows = [(key.removeprefix("data/"), value) for key, value in first.items() if key.startswith("data/")]
+    # "train_data/num_pairs": 6 -> "train: num pairs"
+    rows = [
+        (key.replace("_data/", ": ").replace("_", " "), f"{value:,}") for key, value in first.items() if "data/" in key
+    ]
     if rows:
         lines.append("What tokenising kept, dropped and cut:\n\n" + _table(("count", "value"), rows))
     return "\n\n".join(lines)
@@ -158,7 +165,9 @@ def _data(config: dict[str, Any], run: Path) -> str:
 def _training(config: dict[str, Any], run: Path) -> str:
     if not config:
         return "No config.yaml was found with the run."
-    rows = [(name, _plain(config[name])) for name in SETTINGS if config.get(name) is not None]
+    # of the two that end a run, the one that did
+    idle = "num_train_epochs" if (config.get("max_steps") or -1) > 0 else "max_steps"
+    rows = [(name, _plain(config[name])) for name in SETTINGS if config.get(name) is not None and name != idle]
     text = "Every setting is in `training_config.yaml`. The main ones:\n\n" + _table(("setting", "value"), rows)
     logged = [line for line in _metrics(run) if "loss" in line]
     if logged:
@@ -201,7 +210,8 @@ def _evaluation(run: Path, evaluation: Path | None) -> str:
 def _license(license_id: str | None, base: str | None) -> str:
     if license_id:
         return f"`{license_id}`. The base model's terms and those of the data apply as well."
-    return f"Not stated in the run's records: the terms of the base model{f' `{base}`' if base else ''} apply."
+    named = f" `{shown_model(base)}`" if base else ""
+    return f"Not stated in the run's records: the terms of the base model{named} apply."
 
 
 def _versions() -> str:
@@ -219,13 +229,15 @@ def _run_file(run: Path, name: str) -> Path | None:
 
 
 def _is_hub_id(name: str) -> bool:
-    return not Path(name).exists() and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    is_file = Path(name).suffix in (".jsonl", ".json", ".parquet", ".arrow")
+    return not is_file and not Path(name).exists() and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
 def _shown_source(name: str) -> str:
     """A hub id in full; of a local file its name alone, which gives nothing of the machine away."""
-    is_file = bool(Path(name).suffix in (".jsonl", ".json", ".parquet", ".arrow")) or not _is_hub_id(name)
-    return f"`{Path(name).name}` (a local file)" if is_file else f"[{name}](https://huggingface.co/datasets/{name})"
+    if _is_hub_id(name):
+        return f"[{name}](https://huggingface.co/datasets/{name})"
+    return f"`{Path(name).name}` (a local file)"
 
 
 def _plain(value: Any) -> str:

@@ -6,6 +6,7 @@ A run on a 4-bit base trained its adapter against rounded weights. Merging into 
 good, so the base is loaded anew from its name, unquantised.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,11 @@ def merge_run(run: str, *, base: str | None, init_kwargs: dict[str, Any], device
     logps = probe_logps(model)
     _untie_adapted_embeddings(model)
     try:
-        merged: Any = model.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            # peft warns that tied weights are adapted, and of what was untied here for that reason
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
+            merged: Any = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise ValueError(f"run: expected an adapter that peft can merge, got {run!r}. {error}") from error
     _say_whether_tied(merged)
@@ -108,8 +113,9 @@ def _untie_adapted_embeddings(model: PeftModel) -> None:
     inner = [getattr(module, "base_layer", module) for module in (embedding, head)]
     weights = [getattr(module, "weight", None) for module in inner]
     adapted = any(hasattr(module, "base_layer") for module in (embedding, head))
-    if adapted and weights[0] is not None and weights[0] is weights[1]:
-        inner[1].weight = nn.Parameter(weights[1].detach().clone(), requires_grad=False)
+    shared = weights[1]
+    if adapted and shared is not None and weights[0] is shared:
+        inner[1].weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
 
 
 def _say_whether_tied(model: Any) -> None:

@@ -57,7 +57,8 @@ class Generator:
     """
 
     def __init__(self, trained: TrainedModel, max_new_tokens: int) -> None:
-        self._model, self._tokenizer = trained
+        self._model: Any = trained.model
+        self._tokenizer: Any = trained.tokenizer
         self._max_new_tokens = max_new_tokens
         context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self._context_length: int | None = context
@@ -84,7 +85,7 @@ class Generator:
         room = self._max_new_tokens
         if self._context_length is not None:
             room = min(room, self._context_length - length)
-        pad_token_id: Any = self._tokenizer.pad_token_id
+        pad_token_id = self._tokenizer.pad_token_id
         device = self._model.device
         input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -97,7 +98,7 @@ class Generator:
     def _config(self, temperature: float, max_new_tokens: int) -> tuple[GenerationConfig, list[int]]:
         """The model's own sampling settings, as in FastChat, but for the temperature and the length."""
         own: GenerationConfig | None = getattr(self._model, "generation_config", None)
-        ends = own.eos_token_id if own is not None and own.eos_token_id is not None else []
+        ends: Any = own.eos_token_id if own is not None and own.eos_token_id is not None else []
         eos_token_ids = {*([ends] if isinstance(ends, int) else ends), self._tokenizer.eos_token_id} - {None}
         values = {
             "max_new_tokens": max_new_tokens,

@@ -167,16 +167,19 @@ def _judgings(
 
 
 def _ask(missing: list[Judging], endpoint: Endpoint, path: Path, workers: int) -> list[str]:
-    """Ask for all; what comes is on disk before the next is waited for -> failures."""
+    """Ask for all; whoever gets a reply writes it down at once, so that no stop loses one -> failures."""
     failures: list[str] = []
-    stop = threading.Event()
+    stop, writing = threading.Event(), threading.Lock()
     num_replies = 0
 
     def ask(judging: Judging) -> str | None:
         if stop.is_set():
             return None
         messages = [{"role": "system", "content": judging.prompt.system}] if judging.prompt.system else []
-        return endpoint.chat([*messages, {"role": "user", "content": judging.user_prompt}])
+        judgment = endpoint.chat([*messages, {"role": "user", "content": judging.user_prompt}])
+        with writing:
+            append_records(path, [_record(judging, endpoint.model, judgment)])
+        return judgment
 
     def named(judging: Judging) -> str:
         return f"{judging.model}, question {judging.question.question_id}, turn {judging.turn}"
@@ -201,13 +204,9 @@ def _ask(missing: list[Judging], endpoint: Endpoint, path: Path, workers: int) -
                             f"none. The last: {error}."
                         ) from error
                     continue
-                if judgment is None:
-                    continue
                 num_replies += 1
-                rating = rating_of(judgment)
-                if rating is None:
+                if judgment is not None and rating_of(judgment) is None:
                     failures.append(f"{named(judging)}: no rating from 1 to 10 in {judgment[:80]!r}")
-                append_records(path, [_record(judging, endpoint.model, judgment, rating)])
         except BaseException:
             stop.set()
             for future in futures:
@@ -216,7 +215,8 @@ def _ask(missing: list[Judging], endpoint: Endpoint, path: Path, workers: int) -
     return failures
 
 
-def _record(judging: Judging, judge_model: str, judgment: str, rating: float | None) -> dict[str, Any]:
+def _record(judging: Judging, judge_model: str, judgment: str) -> dict[str, Any]:
+    rating = rating_of(judgment)
     return {
         "question_id": judging.question.question_id,
         "model": judging.model,
