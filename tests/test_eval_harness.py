@@ -7,8 +7,9 @@ import pytest
 import torch
 from dpop_trainer.cli import main
 from dpop_trainer.evaluation import run as eval_run
+from dpop_trainer.evaluation.harness import harness_model, run_task
 from dpop_trainer.evaluation.records import read_result
-from dpop_trainer.evaluation.tasks import load_tasks, parse_tasks
+from dpop_trainer.evaluation.tasks import TaskRequest, load_tasks, parse_tasks
 from dpop_trainer.trained import load_trained
 from peft import LoraConfig, get_peft_model
 
@@ -139,7 +140,7 @@ def contexts(task, **kwargs):
 def test_prompts_are_the_published_ones(shared_data):
     requests = parse_tasks(None, local_tasks(shared_data), None)
     tasks = load_tasks(requests)
-    arc, hellaswag, gsm8k = (tasks[request.name][0] for request in requests)
+    arc, hellaswag, gsm8k = (tasks[request.name]["tasks"][request.name] for request in requests)
     questions = records(shared_data / "arc" / "ARC-Challenge_validation.jsonl", LIMIT)
     asked = contexts(arc, num_fewshot=2)
     for question, context in zip(questions, asked, strict=True):
@@ -157,6 +158,28 @@ def test_prompts_are_the_published_ones(shared_data):
     train = {record["question"]: record["answer"] for record in records(shared_data / "gsm8k" / "train.jsonl", None)}
     asked, _, answer = example.removeprefix("Question: ").partition("\nAnswer: ")
     assert train[asked] == answer
+
+
+def test_a_group_is_the_mean_over_all_questions_of_its_tasks(tiny_llama, shared_data):
+    """As MMLU is: its 57 subjects weigh as much as they have questions."""
+    from lm_eval.tasks import TaskManager
+
+    requests = parse_tasks(None, local_tasks(shared_data)[:2], None)
+    members = [task for loaded in load_tasks(requests).values() for task in loaded["tasks"].values()]
+    manager = TaskManager(include_defaults=False)
+    group = manager.load(
+        {"group": "two", "task": [], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    )["groups"]["two"]
+    for member in members:
+        group.add(member)
+    lm = harness_model(load_trained(str(tiny_llama), device="cpu"), batch_size="8", max_length=None)
+    settings = {"limit": LIMIT, "apply_chat_template": False, "key": {}}
+    whole = run_task(lm, manager.load([group]), TaskRequest("two", 0), **settings)
+    parts = [run_task(lm, manager.load([task]), TaskRequest(task.task_name, 0), **settings) for task in members]
+    assert whole.num_questions == 2 * LIMIT
+    metric = whole.metrics["acc"]
+    assert metric.by_question == {**parts[0].metrics["acc"].by_question, **parts[1].metrics["acc"].by_question}
+    assert metric.value == pytest.approx(sum(part.metrics["acc"].value for part in parts) / 2)
 
 
 def test_tasks_without_data_are_named_before_a_model_is_loaded(tiny_llama, monkeypatch, capsys):

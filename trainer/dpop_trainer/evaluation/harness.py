@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from transformers import set_seed
 
 from dpop_trainer.evaluation.records import Metric, TaskResult
 from dpop_trainer.evaluation.tasks import TaskRequest
 from dpop_trainer.trained import TrainedModel
+
+SEED = 1234  # lm-eval's own
 
 
 def harness_model(trained: TrainedModel, *, batch_size: str, max_length: int | None) -> Any:
@@ -26,7 +29,7 @@ def harness_model(trained: TrainedModel, *, batch_size: str, max_length: int | N
 
 def run_task(
     lm: Any,
-    tasks: list[Any],
+    loaded: dict[str, Any],
     request: TaskRequest,
     *,
     limit: int | None,
@@ -37,19 +40,22 @@ def run_task(
 
     Args:
         lm: from `harness_model`.
-        tasks: the entry of `load_tasks` that belongs to the request.
+        loaded: the entry of `load_tasks` that belongs to the request.
         request: what is run.
         limit: the first so many questions of every task; None: all.
         apply_chat_template: render prompts as a conversation, the examples as its earlier turns.
         key: recorded with the result.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
 
     started = time.monotonic()
-    results: Any = simple_evaluate(
-        model=lm,
-        tasks=tasks,
-        num_fewshot=request.num_fewshot,
+    set_seed(SEED)
+    for task in loaded["tasks"].values():
+        _set_shots(task, request.num_fewshot)
+    # not simple_evaluate: it describes the machine after every task, which takes seconds
+    results: Any = evaluate(
+        lm,
+        loaded,
         limit=limit,
         apply_chat_template=apply_chat_template,
         fewshot_as_multiturn=apply_chat_template,
@@ -82,6 +88,14 @@ def run_task(
         key=key,
         notes=_notes(request, num_truncated),
     )
+
+
+def _set_shots(task: Any, num_fewshot: int | None) -> None:
+    """As lm-eval does it: a task that is defined without examples stays so; examples are the same for every model."""
+    own = task.get_config("num_fewshot")
+    if own != 0:
+        task.set_config("num_fewshot", num_fewshot if num_fewshot is not None else own or 0)
+    task.set_fewshot_seed(SEED)
 
 
 def quiet_harness() -> None:

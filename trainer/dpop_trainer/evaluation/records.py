@@ -1,11 +1,12 @@
 """Results on disk: one JSON file for each model and task, so that a finished one is not run again."""
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from dpop_trainer.atomic import write_text
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,8 @@ def read_result(path: Path, key: dict[str, Any]) -> TaskResult | None:
 
 
 def write_result(path: Path, result: TaskResult) -> None:
-    """Write it whole or not at all: an interrupted run leaves no half result."""
+    """Keep a result."""
     write_text(path, json.dumps(asdict(result), indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Put a complete file in place of what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def labels(models: list[str]) -> list[str]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from dpop_trainer.atomic import write_text
 from dpop_trainer.evaluation import held_out
 from dpop_trainer.evaluation.compare import as_markdown, compare
-from dpop_trainer.evaluation.records import TaskResult, labels, read_result, result_path, write_result, write_text
+from dpop_trainer.evaluation.records import TaskResult, labels, read_result, result_path, write_result
 from dpop_trainer.evaluation.tasks import TaskRequest, load_tasks, parse_tasks
 from dpop_trainer.trained import TrainedModel, adapter_base, fingerprint, load_trained
 from dpop_trainer.versions import versions

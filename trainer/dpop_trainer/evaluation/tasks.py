@@ -111,10 +111,10 @@ def parse_tasks(tasks: list[str] | None, local: list[str] | None, num_fewshot: i
 
 
 def load_tasks(requests: list[TaskRequest]) -> dict[str, Any]:
-    """The tasks with their data, as `lm_eval.simple_evaluate` takes them: before any model is loaded.
+    """The tasks with their data, as `lm_eval.evaluate` takes them: before any model is loaded.
 
     Returns:
-        By request name, the harness's own task or group of tasks.
+        By request name, what `TaskManager.load` returns: "tasks" and, of a group, "groups".
 
     Raises:
         ValueError: a name that lm-eval does not know (the closest are named), or data that can be had neither from the
@@ -141,8 +141,8 @@ def _load_task(request: TaskRequest, manager: Any) -> Any:
             f"({type(error).__name__}: {_first_line(error)}). Connect to the hub once (its cache serves later runs), "
             f"or give the questions as a file: --local {request.name}=FILE."
         ) from error
-    groups = loaded.get("groups", {})
-    return [groups[request.name]] if request.name in groups else list(loaded["tasks"].values())
+    # the group that a local task is loaded through has no figure of its own
+    return loaded if request.questions_file is None else {"tasks": loaded["tasks"]}
 
 
 def _local_spec(request: TaskRequest, manager: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, set_seed
 
-from dpop_trainer.evaluation.records import write_text
+from dpop_trainer.atomic import write_text
 from dpop_trainer.mtbench.files import Question, append_records, read_answers, read_questions, write_records
 from dpop_trainer.trained import TrainedModel, adapter_base, fingerprint, load_trained, load_trained_tokenizer
 

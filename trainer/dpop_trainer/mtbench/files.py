@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpop_trainer.atomic import write_text
+
 # a question in these is graded against a reference answer, where there is one
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
 
@@ -122,9 +124,7 @@ def append_records(path: Path, records: list[dict[str, Any]]) -> None:
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Put a complete file in place of what was there."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _drop_last_line(file: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from dpop_trainer.evaluation.records import write_text
+from dpop_trainer.atomic import write_text
 from dpop_trainer.mtbench.endpoint import Endpoint, EndpointError, JudgeError
 from dpop_trainer.mtbench.files import (
     REFERENCE_CATEGORIES,
