@@ -49,18 +49,22 @@ def base(tmp_path):
     return save_base(tmp_path / "base")
 
 
-@pytest.fixture
-def trained_run(base, tmp_path):
-    """A real LoRA run of three steps, with its records."""
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs()))
-    argv = ["train", "--model_name_or_path", str(base), "--dataset_name", str(tmp_path / "pairs.jsonl")]
-    argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--learning_rate", "0.05", "--use_peft", "true"]
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    """A real LoRA run of three steps, with its records, beside its base and its pairs."""
+    folder = tmp_path_factory.mktemp("trained")
+    base = save_base(folder / "base")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# Base")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs()))
+    argv = ["train", "--model_name_or_path", str(base), "--dataset_name", str(folder / "pairs.jsonl")]
+    argv += ["--output_dir", str(folder / "run"), "--max_steps", "3", "--learning_rate", "0.05", "--use_peft", "true"]
     argv += ["--gradient_checkpointing", "false", "--logging_steps", "1", "--report_to", "none", "--use_cpu", "true"]
     assert main([*argv, "--save_strategy", "steps", "--save_steps", "2"]) == 0
-    return tmp_path / "run"
+    return folder / "run"
 
 
-def test_merged_model_is_the_run(trained_run, base, tmp_path, capsys):
+def test_merged_model_is_the_run(trained_run, tmp_path, capsys):
+    base = trained_run.parent / "base"
     assert main(["export", str(trained_run), "--out", str(tmp_path / "out")]) == 0
     expected = logits(load_trained(str(trained_run), device="cpu").model)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -82,9 +86,9 @@ def test_merged_model_is_the_run(trained_run, base, tmp_path, capsys):
 
 
 def test_card_is_the_runs_records(trained_run, tmp_path):
-    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n# Base")
-    assert main(["inspect", "--model", str(trained_run), "--pairs", str(tmp_path / "pairs.jsonl")]) == 0
-    argv = ["eval", "--models", str(tmp_path / "base"), str(trained_run), "--pairs", str(tmp_path / "pairs.jsonl")]
+    base, pairs = trained_run.parent / "base", trained_run.parent / "pairs.jsonl"
+    assert main(["inspect", "--model", str(trained_run), "--pairs", str(pairs)]) == 0
+    argv = ["eval", "--models", str(base), str(trained_run), "--pairs", str(pairs)]
     assert main([*argv, "--out", str(tmp_path / "eval")]) == 0
     argv = ["export", str(trained_run), "--out", str(tmp_path / "out"), "--name", "Tiny-DPOP"]
     assert main([*argv, "--evaluation", str(tmp_path / "eval")]) == 0
