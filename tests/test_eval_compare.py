@@ -142,6 +142,14 @@ def test_pairs_from_the_command_line_and_again(base_and_run, pairs_file, tmp_pat
         main(argv)
 
 
+def test_a_model_that_did_not_move_is_said_to(base_and_run):
+    base, run = (load_trained(str(folder)) for folder in base_and_run)
+    pairs = Dataset.from_list(text_pairs())
+    scored = [{"pairs": score_pairs(trained, pairs, batch_size=4, max_length=None)} for trained in (base, base, run)]
+    notes = compare(dict(zip(("base", "copy", "run"), scored, strict=True)))["notes"]
+    assert notes == ["copy, pairs: no answer moved by 0.01 nats: reward accuracy is that of rounding."]
+
+
 def test_padding_rows_of_the_vocabulary_stay(base_and_run):
     base, run = (load_trained(str(folder)) for folder in base_and_run)
     assert len(run.tokenizer) == 61
@@ -210,6 +218,8 @@ def test_missing_models_are_named(tmp_path, pairs_file, capsys):
     assert "expected a folder with config.json or adapter_config.json" in capsys.readouterr().err
     assert main(["eval", "--models", "./nowhere", "--pairs", str(pairs_file)]) == 1
     assert "expected an existing folder or a hub id, found nothing at './nowhere'" in capsys.readouterr().err
+    assert main(["eval", "--models", "nobody/nothing", "--pairs", str(pairs_file)]) == 1
+    assert "hub id that the hub or its cache knows, got 'nobody/nothing'" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(pairs_file, monkeypatch):

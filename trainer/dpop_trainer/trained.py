@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
@@ -26,7 +27,8 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
     """The base model that an adapter names, by folder or hub id; None where `name_or_path` is a whole model.
 
     Raises:
-        ValueError: a local path with neither a model nor an adapter, or an adapter that names no base.
+        ValueError: a local path with neither a model nor an adapter, a hub id that cannot be had, or an adapter that
+            names no base.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -46,6 +48,12 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
             )
         found = find_adapter_config_file(name_or_path, revision=revision)
         if found is None:
+            try:
+                cached_file(name_or_path, "config.json", revision=revision)
+            except OSError as error:
+                raise ValueError(
+                    f"model: expected a folder, or a hub id that the hub or its cache knows, got {name_or_path!r}. {error}"
+                ) from error
             return None
         config_file = Path(found)
     base = json.loads(config_file.read_text()).get("base_model_name_or_path")

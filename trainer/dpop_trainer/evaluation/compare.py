@@ -21,6 +21,9 @@ from dpop_trainer.evaluation.tasks import LEADERBOARD
 # these are shown as they are, in nats per answer; everything else is a share, shown in percent
 IN_NATS = ("chosen_logps", "rejected_logps", "chosen Δ", "rejected Δ")
 
+# nats; two ways of computing the same model's answer differ by less
+ROUNDING = 0.01
+
 
 class Difference(NamedTuple):
     """One model's figure less the first model's."""
@@ -56,7 +59,7 @@ def compare(results: dict[str, dict[str, TaskResult]]) -> dict[str, Any]:
     """
     models = list(results)
     before = results[models[0]]
-    rows = []
+    rows, unmoved = [], []
     for task, result in before.items():
         rows.append(
             _row(
@@ -69,6 +72,7 @@ def compare(results: dict[str, dict[str, TaskResult]]) -> dict[str, Any]:
         )
         if task == PAIRS and len(models) > 1:
             against = {model: compare_with_reference(results[model][PAIRS], result) for model in models[1:]}
+            unmoved += [model for model, metrics in against.items() if _hardly_moved(metrics)]
             rows += [
                 {
                     "task": PAIRS,
@@ -87,6 +91,10 @@ def compare(results: dict[str, dict[str, TaskResult]]) -> dict[str, Any]:
         for model in models
         for task, result in results[model].items()
         for note in result.notes
+    ]
+    notes += [
+        f"{model}, {PAIRS}: no answer moved by {ROUNDING} nats: reward accuracy is that of rounding."
+        for model in unmoved
     ]
     return {"models": models, "rows": rows, "notes": notes}
 
@@ -151,6 +159,11 @@ def _average(rows: list[dict[str, Any]], models: list[str]) -> dict[str, Any]:
         "figures": {model: mean([row["figures"][model] for row in rows]) for model in models},
         "differences": {model: mean([row["differences"][model] for row in rows]) for model in models[1:]},
     }
+
+
+def _hardly_moved(metrics: dict[str, Metric]) -> bool:
+    changes = [metrics[name].by_question or {} for name in ("chosen Δ", "rejected Δ")]
+    return all(abs(change) < ROUNDING for by_pair in changes for change in by_pair.values())
 
 
 def _figure(metric: Metric) -> dict[str, Any]:
