@@ -52,7 +52,8 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
                 cached_file(name_or_path, "config.json", revision=revision)
             except OSError as error:
                 raise ValueError(
-                    f"model: expected a folder, or a hub id that the hub or its cache knows, got {name_or_path!r}. {error}"
+                    f"model: expected a folder, or a hub id that the hub or its cache knows, got {name_or_path!r}. "
+                    f"{error}"
                 ) from error
             return None
         config_file = Path(found)

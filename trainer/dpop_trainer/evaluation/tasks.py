@@ -131,6 +131,7 @@ def _load_task(request: TaskRequest, manager: Any) -> Any:
         close = difflib.get_close_matches(request.name, [*manager.all_tasks, SUITE], n=3)
         hint = f"Did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them."
         raise ValueError(f"tasks: expected names that lm-eval knows, got {request.name!r}. {hint}")
+    example = request.name if request.name in manager.all_subtasks else "NAME"  # a group has no questions of its own
     spec: Any = request.name if request.questions_file is None else _local_spec(request, manager)
     try:
         loaded = manager.load([spec])
@@ -139,7 +140,7 @@ def _load_task(request: TaskRequest, manager: Any) -> Any:
         raise ValueError(
             f"tasks: expected the data of {request.name!r} from {_named_source(request)}, could not load it "
             f"({type(error).__name__}: {_first_line(error)}). Connect to the hub once (its cache serves later runs), "
-            f"or give the questions as a file: --local {request.name}=FILE."
+            f"or give the questions as a file: --local {example}=FILE."
         ) from error
     # the group that a local task is loaded through has no figure of its own
     return loaded if request.questions_file is None else {"tasks": loaded["tasks"]}

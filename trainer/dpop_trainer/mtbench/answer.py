@@ -249,9 +249,9 @@ def _deciding(settings: AnswerSettings) -> dict[str, Any]:
 def _check_made_with(path: Path, key: dict[str, Any]) -> None:
     """Beside the answers lies what they were made with, so that a file never mixes two models."""
     note = path.with_suffix(".made_with.json")
-    if path.exists() and note.exists():
-        found = json.loads(note.read_text())
-        different = sorted(name for name in key if found.get(name) != key[name])
+    if path.exists():
+        found = json.loads(note.read_text()) if note.exists() else {}
+        different = sorted(name for name in key if name not in found or found[name] != key[name])
         if different:
             raise ValueError(
                 f"model_id: expected answers of the same weights and settings in {str(path)!r}, which holds those of "
