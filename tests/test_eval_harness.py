@@ -177,6 +177,13 @@ def test_a_group_is_the_mean_over_all_questions_of_its_tasks(tiny_llama, shared_
     whole = run_task(lm, manager.load([group]), TaskRequest("two", 0), **settings)
     parts = [run_task(lm, manager.load([task]), TaskRequest(task.task_name, 0), **settings) for task in members]
     assert whole.num_questions == 2 * LIMIT
+    apart = manager.load({"group": "apart", "task": []})["groups"]["apart"]  # lm-eval makes no figure of this one
+    for member in members:
+        apart.add(member)
+    figures = run_task(lm, manager.load([apart]), TaskRequest("apart", 0), **settings).metrics
+    assert {name: figures[f"{name} acc"] for name in ("arc_challenge", "hellaswag")} == {
+        part.task: part.metrics["acc"] for part in parts
+    }
     metric = whole.metrics["acc"]
     assert metric.by_question == {**parts[0].metrics["acc"].by_question, **parts[1].metrics["acc"].by_question}
     assert metric.value == pytest.approx(sum(part.metrics["acc"].value for part in parts) / 2)

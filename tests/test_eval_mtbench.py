@@ -149,6 +149,16 @@ def test_a_line_cut_short_is_replaced_not_continued(tmp_path):
     assert list(read_answers(path)) == [1, 3]
 
 
+def test_any_text_survives_the_files(tmp_path):
+    path = tmp_path / "model_answer" / "m.jsonl"
+    # line separators of Unicode, half a surrogate pair as a careless server sends it, Chinese, right to left
+    turns = ["a\u2028b\x85c\x0cd", "\ud800 骰子 مرحبا\n\r\n"]
+    append_records(path, [{"question_id": 1, "choices": [{"index": 0, "turns": turns}]}])
+    assert read_answers(path)[1]["choices"][0]["turns"] == turns
+    (tmp_path / "question.jsonl").write_text('{"question_id": 1, "turns": ["a\u2028b"]}\n', encoding="utf-8")
+    assert read_questions(tmp_path / "question.jsonl")[0].turns == ["a\u2028b"]
+
+
 # --- grades
 
 

@@ -62,15 +62,11 @@ def run_task(
         bootstrap_iters=1000,
         log_samples=True,
     )
-    # of a tag, lm-eval's word for a list of tasks, there is no figure of its own: the first task's keys, one by one
-    names = [request.name] if request.name in results["results"] else list(results["samples"])
-    metrics: dict[str, Metric] = {}
-    for name in names:
-        prefix = "" if len(names) == 1 else f"{name} "
-        metrics |= {
-            prefix + metric: figure
-            for metric, figure in _metrics(results["results"][name], _samples_of(name, results)).items()
-        }
+    metrics = _metrics(results["results"].get(request.name, {}), _samples_of(request.name, results))
+    if not metrics:  # a tag, or a group that is not averaged: its tasks one by one
+        for name in results["samples"]:
+            by_task = _metrics(results["results"][name], _samples_of(name, results))
+            metrics |= {f"{name} {metric}": figure for metric, figure in by_task.items()}
     if not metrics:
         raise ValueError(f"tasks: expected figures from {request.name!r}, got none. Is it a task that only generates?")
     main = request.main_metric

@@ -90,7 +90,8 @@ def read_records(path: str | Path, name: str, *, may_end_early: bool = False) ->
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{name}: expected a JSONL file, found none at {str(path)!r}.")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # not splitlines, which also parts a text at U+2028 and its like
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -111,7 +112,7 @@ def read_records(path: str | Path, name: str, *, may_end_early: bool = False) ->
 def append_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Add lines; after this returns they outlive the process. A line cut short before is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    text = "".join(json.dumps(record) + "\n" for record in records)
     with path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -124,7 +125,7 @@ def append_records(path: Path, records: list[dict[str, Any]]) -> None:
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Put a complete file in place of what was there."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _drop_last_line(file: Any) -> None:
