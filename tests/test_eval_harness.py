@@ -114,7 +114,7 @@ def test_finished_results_are_not_run_again(evaluated, monkeypatch, capsys):
     monkeypatch.setattr(eval_run, "load_trained", None)
     assert main(argv) == 0
     assert (out / "results.md").read_text() == before
-    assert capsys.readouterr().out.count("3 done before: nothing to do") == 2
+    assert capsys.readouterr().out.count("3 of 3 done before: nothing to do.") == 2
 
 
 def test_only_the_missing_task_is_run(evaluated, tiny_llama, monkeypatch, capsys):

@@ -368,6 +368,24 @@ def test_a_judge_that_dies_halfway_loses_no_grade(answered, questions_file, star
     assert len(judge.requests) - before == 2
 
 
+def test_a_run_that_stops_does_not_wait_for_its_retries(answered, questions_file, start_judge):
+    waiting = threading.Event()
+
+    def behave(number, body):
+        if number == 1:
+            waiting.set()
+            return 429, {"Retry-After": "100"}, b""
+        waiting.wait(5)
+        return 401, {}, b"key revoked"
+
+    judge, started = start_judge(behave), time.monotonic()
+    patient = Endpoint(url=judge.url, model="gpt-x", timeout=5.0)
+    with pytest.raises(EndpointError, match="key revoked"):
+        run_judge(questions=str(questions_file), out=str(answered), models=None, endpoint=patient, workers=2)
+    assert time.monotonic() - started < 20
+    assert len(judge.requests) <= 4  # two workers with a request each, perhaps one more apiece before the stop
+
+
 def test_an_endpoint_that_never_replies_is_given_up(answered, questions_file, start_judge):
     judge = start_judge(lambda number, body: (400, {}, b"unknown field"))
     with pytest.raises(EndpointError, match="the first 3 requests got none"):

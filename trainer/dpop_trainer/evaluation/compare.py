@@ -59,7 +59,8 @@ def compare(results: dict[str, dict[str, TaskResult]]) -> dict[str, Any]:
     """
     models = list(results)
     before = results[models[0]]
-    rows, unmoved = [], []
+    rows: list[dict[str, Any]] = []
+    remarks: list[str] = []
     for task, result in before.items():
         rows.append(
             _row(
@@ -72,18 +73,8 @@ def compare(results: dict[str, dict[str, TaskResult]]) -> dict[str, Any]:
         )
         if task == PAIRS and len(models) > 1:
             against = {model: compare_with_reference(results[model][PAIRS], result) for model in models[1:]}
-            unmoved += [model for model, metrics in against.items() if _hardly_moved(metrics)]
-            rows += [
-                {
-                    "task": PAIRS,
-                    "metric": metric,
-                    "num_questions": result.num_questions,
-                    "num_fewshot": None,
-                    "figures": {model: _figure(metrics[metric]) for model, metrics in against.items()},
-                    "differences": {},
-                }
-                for metric in next(iter(against.values()))
-            ]
+            rows += _pair_rows(result, {model: metrics for model, metrics in against.items() if metrics is not None})
+            remarks += [_remark(model, models[0], metrics) for model, metrics in against.items()]
     if set(LEADERBOARD) <= set(before):
         rows.append(_average([row for row in rows if row["task"] in LEADERBOARD], models))
     notes = [
@@ -92,10 +83,7 @@ def compare(results: dict[str, dict[str, TaskResult]]) -> dict[str, Any]:
         for task, result in results[model].items()
         for note in result.notes
     ]
-    notes += [
-        f"{model}, {PAIRS}: no answer moved by {ROUNDING} nats: reward accuracy is that of rounding."
-        for model in unmoved
-    ]
+    notes += [remark for remark in remarks if remark]
     return {"models": models, "rows": rows, "notes": notes}
 
 
@@ -161,9 +149,33 @@ def _average(rows: list[dict[str, Any]], models: list[str]) -> dict[str, Any]:
     }
 
 
-def _hardly_moved(metrics: dict[str, Metric]) -> bool:
+def _pair_rows(first: TaskResult, against: dict[str, dict[str, Metric]]) -> list[dict[str, Any]]:
+    """What the pairs say of each model against the first."""
+    names = dict.fromkeys(name for metrics in against.values() for name in metrics)
+    return [
+        {
+            "task": PAIRS,
+            "metric": name,
+            "num_questions": first.num_questions,
+            "num_fewshot": None,
+            "figures": {model: _figure(metrics[name]) for model, metrics in against.items()},
+            "differences": {},
+        }
+        for name in names
+    ]
+
+
+def _remark(model: str, first: str, metrics: dict[str, Metric] | None) -> str:
+    """What a reader of a model's rows on the pairs must know; empty where nothing."""
+    if metrics is None:
+        return (
+            f"{model}, {PAIRS}: kept other pairs than {first} (another tokenizer or length): not held against it. "
+            "A larger max_length may help."
+        )
     changes = [metrics[name].by_question or {} for name in ("chosen Δ", "rejected Δ")]
-    return all(abs(change) < ROUNDING for by_pair in changes for change in by_pair.values())
+    if all(abs(change) < ROUNDING for by_pair in changes for change in by_pair.values()):
+        return f"{model}, {PAIRS}: no answer moved by {ROUNDING} nats: reward accuracy is that of rounding."
+    return ""
 
 
 def _figure(metric: Metric) -> dict[str, Any]:

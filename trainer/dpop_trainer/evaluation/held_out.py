@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,10 @@ TASK = "pairs"
 
 
 class AnswerLogps(NamedTuple):
-    """Log-probs of the two answers of every pair, in nats per answer, fp64. [P]"""
+    """Log-probs of the two answers of one pair, in nats per answer."""
 
-    chosen: np.ndarray
-    rejected: np.ndarray
+    chosen: float
+    rejected: float
 
 
 def load_held_out(source: str, split: str, limit: int | None) -> Dataset:
@@ -63,18 +64,21 @@ def score_pairs(trained: TrainedModel, pairs: Dataset, *, batch_size: int, max_l
         batch_size=batch_size,
         desc=TASK,
     )
-    # ids count the pairs that were kept: models that tokenise alike keep the same
+    pair_ids = _pair_ids(trained, dataset)
     by_answer = {
-        "chosen_logps": {f"pair {i}": float(pair.chosen.sum(dtype=np.float64)) for i, pair in enumerate(logps)},
-        "rejected_logps": {f"pair {i}": float(pair.rejected.sum(dtype=np.float64)) for i, pair in enumerate(logps)},
+        "chosen_logps": [float(pair.chosen.sum(dtype=np.float64)) for pair in logps],
+        "rejected_logps": [float(pair.rejected.sum(dtype=np.float64)) for pair in logps],
     }
-    likelier = {
-        pair: float(by_answer["chosen_logps"][pair] > by_answer["rejected_logps"][pair])
-        for pair in by_answer["chosen_logps"]
+    figures = {
+        "chosen_likelier": [
+            float(chosen > rejected)
+            for chosen, rejected in zip(by_answer["chosen_logps"], by_answer["rejected_logps"], strict=True)
+        ],
+        **by_answer,
     }
     return TaskResult(
         task=TASK,
-        metrics={name: metric_of(shares) for name, shares in {"chosen_likelier": likelier, **by_answer}.items()},
+        metrics={name: metric_of(dict(zip(pair_ids, values, strict=True))) for name, values in figures.items()},
         main_metric="chosen_likelier",
         num_questions=len(dataset),
         num_fewshot=None,
@@ -85,25 +89,21 @@ def score_pairs(trained: TrainedModel, pairs: Dataset, *, batch_size: int, max_l
     )
 
 
-def compare_with_reference(policy: TaskResult, reference: TaskResult) -> dict[str, Metric]:
+def compare_with_reference(policy: TaskResult, reference: TaskResult) -> dict[str, Metric] | None:
     """A model against the one that training started from: chosen Δ, rejected Δ, reward accuracy.
 
-    Raises:
-        ValueError: the two kept different pairs, so that they cannot be held against each other.
+    Returns:
+        None where the two kept different pairs: their tokenizers cut or drop others.
     """
     ours, theirs = _answer_logps(policy), _answer_logps(reference)
-    if len(ours.chosen) != len(theirs.chosen):
-        raise ValueError(
-            f"pairs: expected every model to keep the same pairs, got {len(ours.chosen)} and {len(theirs.chosen)}. "
-            "Their tokenizers cut or drop different ones; give a larger --max_length."
-        )
-    chosen, rejected = ours.chosen - theirs.chosen, ours.rejected - theirs.rejected
-    figures = {
-        "chosen Δ": chosen,
-        "rejected Δ": rejected,
-        "reward accuracy": (chosen > rejected).astype(float),
-    }
-    return {name: metric_of({str(i): float(x) for i, x in enumerate(values)}) for name, values in figures.items()}
+    if ours.keys() != theirs.keys():
+        return None
+    figures: dict[str, dict[str, float]] = {"chosen Δ": {}, "rejected Δ": {}, "reward accuracy": {}}
+    for pair, (chosen, rejected) in ours.items():
+        changes = (chosen - theirs[pair].chosen, rejected - theirs[pair].rejected)
+        figures["chosen Δ"][pair], figures["rejected Δ"][pair] = changes
+        figures["reward accuracy"][pair] = float(changes[0] > changes[1])
+    return {name: metric_of(shares) for name, shares in figures.items()}
 
 
 def metric_of(shares: dict[str, float]) -> Metric:
@@ -113,13 +113,27 @@ def metric_of(shares: dict[str, float]) -> Metric:
     return Metric(float(values.mean()), stderr, shares)
 
 
-def _answer_logps(result: TaskResult) -> AnswerLogps:
-    def values(name: str) -> np.ndarray:
-        by_pair = result.metrics[name].by_question
-        assert by_pair is not None
-        return np.array(list(by_pair.values()))
+def _pair_ids(trained: TrainedModel, dataset: Dataset) -> list[str]:
+    """A name for each pair made of its text, so that models which keep different pairs are not mixed up."""
+    records: Any = dataset
+    ids: list[str] = []
+    seen: Counter[str] = Counter()
+    for record in records:
+        texts = [
+            trained.tokenizer.decode(record[name], skip_special_tokens=True)
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        ]
+        digest = hashlib.sha256(repr(texts).encode()).hexdigest()[:12]
+        seen[digest] += 1
+        ids.append(digest if seen[digest] == 1 else f"{digest} {seen[digest]}")
+    return ids
 
-    return AnswerLogps(values("chosen_logps"), values("rejected_logps"))
+
+def _answer_logps(result: TaskResult) -> dict[str, AnswerLogps]:
+    chosen, rejected = (result.metrics[name].by_question for name in ("chosen_logps", "rejected_logps"))
+    assert chosen is not None
+    assert rejected is not None
+    return {pair: AnswerLogps(chosen[pair], rejected[pair]) for pair in chosen}
 
 
 def _notes(counts: TokeniseCounts) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -18,6 +18,9 @@ from dpop_trainer.evaluation.records import TaskResult, labels, read_result, res
 from dpop_trainer.evaluation.tasks import TaskRequest, load_tasks, parse_tasks
 from dpop_trainer.trained import TrainedModel, adapter_base, fingerprint, load_trained
 from dpop_trainer.versions import versions
+
+# of the files of results; one of another format is run again
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -80,57 +83,17 @@ def run_eval(
         adapter_base(model)  # a wrong path is said before any data is fetched
     dataset = None if pairs is None else held_out.load_held_out(pairs, pairs_split, settings.limit)
     out = Path(settings.out)
-    plan = {name: _plan(model, requests, pairs, dataset, settings) for name, model in zip(names, models, strict=True)}
-    results: dict[str, dict[str, TaskResult]] = {name: {} for name in names}
-    for name in names:
-        for task, key in plan[name].items():
-            found = read_result(result_path(out, name, task), key)
-            if found is not None:
-                results[name][task] = found
-    missing = {name: [task for task in plan[name] if task not in results[name]] for name in names}
-    wanted = [request for request in requests if any(request.name in missing[name] for name in names)]
-    loaded_tasks = _load_tasks(wanted)
-    for name, model in zip(names, models, strict=True):
-        done = len(plan[name]) - len(missing[name])
-        print(
-            f"{name}: {len(plan[name])} to evaluate on, {done} done before"
-            + ("." if missing[name] else ": nothing to do.")
-        )
-        if not missing[name]:
-            continue
-        trained = _load(model, settings)
-        lm = None
-        for number, task in enumerate(missing[name], done + 1):
-            print(f"{name}: {task} ({number} of {len(plan[name])})", flush=True)
-            key = plan[name][task]
-            if task == held_out.TASK:
-                assert dataset is not None
-                result = held_out.score_pairs(
-                    trained,
-                    dataset,
-                    batch_size=8 if settings.batch_size == "auto" else int(settings.batch_size),
-                    max_length=settings.max_length or _context_length(trained.model),
-                )
-                result = replace(result, key=key)
-            else:
-                from dpop_trainer.evaluation.harness import harness_model, run_task
-
-                lm = lm or harness_model(trained, batch_size=settings.batch_size, max_length=settings.max_length)
-                (request,) = [request for request in requests if request.name == task]
-                result = run_task(
-                    lm,
-                    loaded_tasks[task],
-                    request,
-                    limit=settings.limit,
-                    apply_chat_template=settings.apply_chat_template,
-                    key=key,
-                )
-            write_result(result_path(out, name, task), result)
-            results[name][task] = result
-        del lm, trained
-        _release()
-    in_order = {name: {task: results[name][task] for task in plan[name]} for name in names}
-    comparison = compare(in_order)
+    jobs = [
+        _Job(name, model, _plan(model, requests, pairs, dataset, settings), {})
+        for name, model in zip(names, models, strict=True)
+    ]
+    for job in jobs:
+        job.find_results(out)
+    wanted = [request for request in requests if any(request.name in job.missing() for job in jobs)]
+    data = _Data({request.name: request for request in requests}, _load_tasks(wanted), dataset)
+    for job in jobs:
+        _run_job(job, data, settings, out)
+    comparison = compare({job.name: {task: job.results[task] for task in job.plan} for job in jobs})
     if settings.limit is not None:
         comparison["notes"].insert(0, f"Trial: the first {settings.limit} questions of every task only.")
     comparison["settings"] = {**settings.key(), "models": dict(zip(names, models, strict=True))}
@@ -140,13 +103,79 @@ def run_eval(
     return comparison
 
 
+class _Data(NamedTuple):
+    """What models are evaluated on."""
+
+    requests: dict[str, TaskRequest]
+    tasks: dict[str, Any]
+    pairs: Dataset | None
+
+
+class _Job(NamedTuple):
+    """One model: what it is to be run on, with all that the results depend on, and the results so far."""
+
+    name: str
+    model: str
+    plan: dict[str, dict[str, Any]]
+    results: dict[str, TaskResult]
+
+    def find_results(self, out: Path) -> None:
+        """Take up what an earlier run finished."""
+        for task, key in self.plan.items():
+            found = read_result(result_path(out, self.name, task), key)
+            if found is not None:
+                self.results[task] = found
+
+    def missing(self) -> list[str]:
+        return [task for task in self.plan if task not in self.results]
+
+
+def _run_job(job: _Job, data: _Data, settings: EvalSettings, out: Path) -> None:
+    """Run what is missing; each result is kept as soon as it is there."""
+    missing, num_done = job.missing(), len(job.results)
+    print(f"{job.name}: {num_done} of {len(job.plan)} done before{'' if missing else ': nothing to do'}.", flush=True)
+    if not missing:
+        return
+    trained = _load(job.model, settings)
+    lm = None
+    for number, task in enumerate(missing, num_done + 1):
+        print(f"{job.name}: {task} ({number} of {len(job.plan)})", flush=True)
+        if task == held_out.TASK:
+            assert data.pairs is not None
+            result = held_out.score_pairs(
+                trained,
+                data.pairs,
+                batch_size=8 if settings.batch_size == "auto" else int(settings.batch_size),
+                max_length=settings.max_length or _context_length(trained.model),
+            )
+            result = replace(result, key=job.plan[task])
+        else:
+            from dpop_trainer.evaluation.harness import harness_model, run_task
+
+            lm = lm or harness_model(trained, batch_size=settings.batch_size, max_length=settings.max_length)
+            result = run_task(
+                lm,
+                data.tasks[task],
+                data.requests[task],
+                limit=settings.limit,
+                apply_chat_template=settings.apply_chat_template,
+                key=job.plan[task],
+            )
+        write_result(result_path(out, job.name, task), result)
+        job.results[task] = result
+    del lm, trained  # before the next model is loaded
+    _release()
+
+
 def _plan(
     model: str, requests: list[TaskRequest], pairs: str | None, dataset: Dataset | None, settings: EvalSettings
 ) -> dict[str, dict[str, Any]]:
     """What is to be run on a model, each with all that its result depends on."""
-    weights = {"model": fingerprint(model), **settings.key()}
+    weights = {"format": FORMAT, "model": fingerprint(model), **settings.key()}
+    harness = {"lm-eval": _versions().get("lm-eval")}  # its prompts change from one version to the next
     plan = {
-        request.name: {**weights, "num_fewshot": request.num_fewshot, "source": request.source} for request in requests
+        request.name: {**weights, **harness, "num_fewshot": request.num_fewshot, "source": request.source}
+        for request in requests
     }
     if dataset is not None:
         assert pairs is not None

@@ -4,6 +4,7 @@ import email.utils
 import json
 import os
 import random
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -40,6 +41,7 @@ class Endpoint:
         max_attempts: tries for each request.
         first_wait: seconds before the second try; doubled before each further one.
         request_fields: added to every request, in place of ours where they have the same name; null removes ours.
+        sleep: how to wait for so many seconds, in place of the clock.
 
     Raises:
         ValueError: a value that cannot be used, or an environment variable that is not set.
@@ -52,7 +54,7 @@ class Endpoint:
     max_attempts: int = 6
     first_wait: float = 2.0
     request_fields: dict[str, Any] = field(default_factory=dict)
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], Any] | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -70,8 +72,12 @@ class Endpoint:
                 f"{self.timeout}."
             )
 
-    def chat(self, messages: list[dict[str, str]]) -> str:
+    def chat(self, messages: list[dict[str, str]], *, stop: threading.Event | None = None) -> str:
         """The reply's text.
+
+        Args:
+            messages: the conversation, by role and content.
+            stop: once it is set, nothing is waited for or tried again.
 
         Raises:
             JudgeError: no reply after all tries, or one without text; the request itself may be at fault.
@@ -94,10 +100,13 @@ class Endpoint:
                 asked_to_wait = _retry_after(error)
             except (OSError, HTTPException, _NonsenseError) as error:  # timeouts and broken connections are OSError
                 reason, asked_to_wait = f"{type(error).__name__.lstrip('_')}: {error}", None
+            if stop is not None and stop.is_set():
+                raise JudgeError(f"{reason} (stopped)")
             if attempt < self.max_attempts:
                 # spread out, so that several workers do not come back at the same moment
                 pause = asked_to_wait if asked_to_wait is not None else wait * random.uniform(0.75, 1.25)
-                self.sleep(min(pause, LONGEST_WAIT))
+                wait_for = self.sleep or (time.sleep if stop is None else stop.wait)
+                wait_for(min(pause, LONGEST_WAIT))
                 wait *= 2
         raise JudgeError(f"{reason} ({self.max_attempts} tries)")
 
