@@ -100,13 +100,13 @@ class Endpoint:
                 asked_to_wait = _retry_after(error)
             except (OSError, HTTPException, _NonsenseError) as error:  # timeouts and broken connections are OSError
                 reason, asked_to_wait = f"{type(error).__name__.lstrip('_')}: {error}", None
-            if stop is not None and stop.is_set():
-                raise JudgeError(f"{reason} (stopped)")
             if attempt < self.max_attempts:
                 # spread out, so that several workers do not come back at the same moment
                 pause = asked_to_wait if asked_to_wait is not None else wait * random.uniform(0.75, 1.25)
                 wait_for = self.sleep or (time.sleep if stop is None else stop.wait)
                 wait_for(min(pause, LONGEST_WAIT))
+                if stop is not None and stop.is_set():
+                    raise JudgeError(f"{reason} (stopped)")
                 wait *= 2
         raise JudgeError(f"{reason} ({self.max_attempts} tries)")
 

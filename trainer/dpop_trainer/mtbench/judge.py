@@ -176,7 +176,12 @@ def _ask(missing: list[Judging], endpoint: Endpoint, path: Path, workers: int) -
         if stop.is_set():
             return None
         messages = [{"role": "system", "content": judging.prompt.system}] if judging.prompt.system else []
-        judgment = endpoint.chat([*messages, {"role": "user", "content": judging.user_prompt}], stop=stop)
+        messages.append({"role": "user", "content": judging.user_prompt})
+        try:
+            judgment = endpoint.chat(messages, stop=stop)
+        except EndpointError:
+            stop.set()
+            raise
         with writing:
             append_records(path, [_record(judging, endpoint.model, judgment)])
         return judgment
