@@ -9,7 +9,7 @@ from dpop_trainer.cli import main
 from dpop_trainer.evaluation import run as eval_run
 from dpop_trainer.evaluation.harness import harness_model, run_task
 from dpop_trainer.evaluation.records import read_result
-from dpop_trainer.evaluation.tasks import TaskRequest, load_tasks, parse_tasks
+from dpop_trainer.evaluation.tasks import LEADERBOARD, TaskRequest, load_tasks, parse_tasks
 from dpop_trainer.trained import load_trained
 from peft import LoraConfig, get_peft_model
 
@@ -130,6 +130,23 @@ def test_only_the_missing_task_is_run(evaluated, tiny_llama, monkeypatch, capsys
     assert again.metrics["acc_norm"].by_question == first["metrics"]["acc_norm"]["by_question"]
 
 
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Neither the hub nor what a developer's cache may hold."""
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("the hub cannot be reached")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+
+
+@pytest.mark.parametrize("name", LEADERBOARD)
+def test_the_leaderboards_tasks_are_found_in_their_folders(name, no_hub):
+    """Their data is the hub's; a name that lm-eval does not know would be said first."""
+    with pytest.raises(ValueError, match=f"expected the data of '{name}' from the hub or its local cache"):
+        load_tasks(parse_tasks([name], None, None))
+
+
 def contexts(task, **kwargs):
     task.set_config("num_fewshot", kwargs.pop("num_fewshot"))
     task.set_fewshot_seed(1234)
@@ -189,11 +206,12 @@ def test_a_group_is_the_mean_over_all_questions_of_its_tasks(tiny_llama, shared_
     assert metric.value == pytest.approx(sum(part.metrics["acc"].value for part in parts) / 2)
 
 
-def test_tasks_without_data_are_named_before_a_model_is_loaded(tiny_llama, monkeypatch, capsys):
+def test_tasks_without_data_are_named_before_a_model_is_loaded(tiny_llama, no_hub, monkeypatch, capsys):
     monkeypatch.setattr(eval_run, "load_trained", None)
     assert main(["eval", "--models", str(tiny_llama), "--tasks", "winogrande"]) == 1
     error = capsys.readouterr().err
     assert "expected the data of 'winogrande' from the hub or its local cache" in error
+    assert "ConnectionError: the hub cannot be reached" in error
     assert "--local winogrande=FILE" in error
 
 
