@@ -5,6 +5,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
 
     benchmarks/results/demo/*.json     summary.json of `dpop demo`, one per seed
     benchmarks/results/gsm8k/*.json    inspect.json of `dpop inspect`, one per loss (docs/gsm8k.md)
+    benchmarks/results/eval/*.json     results.json of `dpop eval` (docs/evaluation.md)
     benchmarks/results/cpu_step.jsonl  what `python -m benchmarks.cpu_step` appends
     benchmarks/results/cpu_head.jsonl  what `python -m benchmarks.cpu_head` appends
     benchmarks/results/cpu_layouts/*.json    records of benchmarks.cpu_layouts, one per model
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dpop_trainer import scale
+from dpop_trainer.evaluation.compare import as_markdown
 from dpop_trainer.plots import plot_logratios
 
 from benchmarks import levels, paper, plots
@@ -144,6 +146,13 @@ def gsm8k() -> str:
     return f"{table(titles, rows)}\n\n{note}"
 
 
+def evaluation() -> str:
+    """docs/evaluation.md's table: stories260K before and after a short DPOP run, as `dpop eval` writes it."""
+    (record,) = _records("eval")
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("lm-eval", "torch"))
+    return f"{as_markdown(record).partition(chr(10) * 2)[2].strip()}\n\n{versions}."
+
+
 def cpu_head() -> str:
     """docs/kernels.md's table: the head on a CPU, each candidate against the bare products of the same run."""
     lines = (RESULTS / "cpu_head.jsonl").read_text().splitlines()
@@ -238,6 +247,7 @@ def _budget_cell(figures: dict[str, float]) -> str:
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "step": step},
     ROOT / "docs" / "gsm8k.md": {"gsm8k": gsm8k},
+    ROOT / "docs" / "evaluation.md": {"eval": evaluation},
     ROOT / "docs" / "kernels.md": {"cpu_head": cpu_head},
     ROOT / "docs" / "layouts.md": {"layouts": layouts, "budgets": budgets},
     ROOT / "docs" / "reference.md": {"tie": tie},

@@ -152,6 +152,19 @@ def test_doctor_trains_nothing():
                 assert not module.startswith("dpop_trainer.") or module.split(".", 1)[1].startswith(allowed), module
 
 
+def test_what_comes_after_training_is_known_to_the_command_line_alone():
+    package = ROOT / "trainer" / "dpop_trainer"
+    after = ("evaluation", "mtbench", "delivery")
+    for path in package.rglob("*.py"):
+        relative = path.relative_to(package)
+        for module in imported_modules(path):
+            part = module.removeprefix("dpop_trainer.").partition(".")[0]
+            if module.startswith("dpop_trainer.") and part in after:
+                # the card shows an evaluation's table
+                allowed = relative.parts[0] == part or (relative.parts[0], part) == ("delivery", "evaluation")
+                assert allowed or relative.name == "cli.py", f"{relative} imports {module}"
+
+
 def test_import_needs_neither_triton_nor_transformers():
     code = """
 import sys

@@ -17,6 +17,9 @@ USAGE = """usage: dpop COMMAND [options]
   pairs      build preference pairs, or look at yours before training: dpop pairs inspect pairs.jsonl
   inspect    what training did to the chosen answers, token by token: dpop inspect RUN --pairs pairs.jsonl
   compare    several losses on the same model, data and seeds: dpop compare --config run.yaml --methods dpo dpop
+  eval       benchmarks before and after training, one table: dpop eval --models BASE RUN --pairs held_out.jsonl
+  mtbench    MT-Bench: dpop mtbench answer --model RUN ..., then dpop mtbench judge --endpoint URL ...
+  export     merge a run's adapter, write a model card: dpop export RUN --out DIR [--push_to_hub ID]
   demo       DPO against DPOP on generated pairs, offline, in minutes: dpop demo
 
 `dpop COMMAND --help` lists the options of one; `dpop --version` says which version this is.
@@ -109,6 +112,24 @@ def compare(argv: list[str]) -> int:
     return 0
 
 
+def evaluate(argv: list[str]) -> int:
+    from dpop_trainer.evaluation.cli import main as run
+
+    return run(argv)
+
+
+def mtbench(argv: list[str]) -> int:
+    from dpop_trainer.mtbench.cli import main as run
+
+    return run(argv)
+
+
+def export(argv: list[str]) -> int:
+    from dpop_trainer.delivery.cli import main as run
+
+    return run(argv)
+
+
 def demo(argv: list[str]) -> int:
     from dpop_trainer.demo.run import run_demo
 
@@ -167,5 +188,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pairs": pairs,
     "inspect": inspect,
     "compare": compare,
+    "eval": evaluate,
+    "mtbench": mtbench,
+    "export": export,
     "demo": demo,
 }

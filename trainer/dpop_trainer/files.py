@@ -8,7 +8,9 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a run that is killed meanwhile, finds the old content or the new."""
+    """Write a file so that a reader, or a run that is killed meanwhile, finds the old content or the new; makes its
+    folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)

@@ -18,9 +18,9 @@ from dpop_trainer.data import read_pairs, tokenise_pairs
 from dpop_trainer.edits import edit_regions
 from dpop_trainer.evaluate import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
 from dpop_trainer.inspect_report import AnswerTokens, Inspection, PairChange, format_inspection, write_inspection
-from dpop_trainer.loading import is_adapter, load_for_scoring, load_tokenizer, prepare_tokenizer
 from dpop_trainer.plots import plot_checkpoints, plot_token_shift
 from dpop_trainer.token_text import token_texts
+from dpop_trainer.trained import adapter_base, load_trained
 from dpop_trainer.versions import versions
 
 CONFIG_FILE = "config.yaml"
@@ -53,7 +53,7 @@ def subject_of(model: str, ref_model: str | None = None) -> Subject:
     folder = Path(model).expanduser()
     config = read_yaml(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     reference = ref_model or config.get("ref_model_name_or_path") or config.get("model_name_or_path")
-    if reference is None and not is_adapter(model):
+    if reference is None and adapter_base(model) is None:
         raise ValueError(
             f"ref_model: expected the model that training started from, got None, and {model!r} has no {CONFIG_FILE} "
             "that says. Pass --ref_model."
@@ -103,8 +103,7 @@ def run_inspect(
     folder = Path(out or model).expanduser()
     if out is None and not folder.is_dir():
         raise ValueError(f"out: expected a folder for the results of a model from the hub, got None for {model!r}.")
-    tokenizer = load_tokenizer(model)
-    prepare_tokenizer(tokenizer)
+    policy, tokenizer = load_trained(model)
     dataset = read_pairs(pairs)
     dataset, counts = tokenise_pairs(
         dataset.select(range(min(limit, len(dataset)))),
@@ -115,20 +114,19 @@ def run_inspect(
     print(counts.summary())
 
     score: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "batch_size": batch_size}
-    policy = load_for_scoring(model)
     policy_logps = pair_token_logps(policy, dataset, desc="Policy", **score)
     if subject.reference is None:
         policy = policy.unload()  # the base model
     else:
         del policy
         gc.collect()
-        policy = load_for_scoring(subject.reference)
+        policy = load_trained(subject.reference).model
     ref_logps = pair_token_logps(policy, dataset, desc="Reference", **score)
     del policy
     history = {}
     for step, path in subject.checkpoints if checkpoints else []:
         gc.collect()
-        logps = pair_token_logps(load_for_scoring(path), dataset, desc=f"Checkpoint {step}", **score)
+        logps = pair_token_logps(load_trained(path).model, dataset, desc=f"Checkpoint {step}", **score)
         history[step] = evaluate_pairs(logps, ref_logps, dataset)
 
     inspection = Inspection(

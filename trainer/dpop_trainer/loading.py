@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -98,24 +98,6 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     except OSError as error:
         raise ValueError(f"model: expected a hub id or a folder with a model, got {name_or_path!r}. {error}") from error
-
-
-def load_for_scoring(name_or_path: str) -> Any:
-    """A causal LM, or an adapter on its base model, on the GPU where there is one.
-
-    Raises:
-        ValueError: nothing can be loaded from there.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if is_adapter(name_or_path):
-        model: Any = AutoPeftModelForCausalLM.from_pretrained(name_or_path)
-        return model.to(device)
-    return load_model(name_or_path).to(device)  # type: ignore[arg-type]
-
-
-def is_adapter(name_or_path: str) -> bool:
-    """Whether a local folder holds a peft adapter rather than a whole model."""
-    return (Path(name_or_path).expanduser() / "adapter_config.json").exists()
 
 
 def load_tokenizer(

@@ -18,9 +18,9 @@ from dpop_trainer.compare.report import Comparison, RunResult, format_comparison
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs, pair_token_logps
-from dpop_trainer.loading import load_for_scoring, load_tokenizer, prepare_tokenizer
 from dpop_trainer.run_files import read_metrics
 from dpop_trainer.runs import first_pairs, load_eval_data, run_train
+from dpop_trainer.trained import load_trained
 from dpop_trainer.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class _Reference:
     def logps(self, run: PlannedRun, dataset: datasets.Dataset, **score: Any) -> list[PairTokenLogps]:
         if self._logps is None:
             name = run.values["ref_model_name_or_path"] or run.values["model_name_or_path"]
-            self._logps = pair_token_logps(load_for_scoring(name), dataset, desc="Scoring the reference", **score)
+            self._logps = pair_token_logps(load_trained(name).model, dataset, desc="Scoring the reference", **score)
         return self._logps
 
 
@@ -134,8 +134,7 @@ def _train_and_measure(run: PlannedRun, reference: _Reference, comparison: Compa
     gc.collect()
     # from what the run left, so that one that was finished but not measured is not trained again
     _, data_arguments, config = arguments_of(run.values, DPOPConfig)
-    tokenizer: Any = load_tokenizer(str(run.folder))
-    prepare_tokenizer(tokenizer)
+    model, tokenizer = load_trained(str(run.folder))
     dataset, _ = tokenise_pairs(
         first_pairs(load_eval_data(data_arguments, config), comparison.max_eval_pairs),
         tokenizer,
@@ -143,7 +142,7 @@ def _train_and_measure(run: PlannedRun, reference: _Reference, comparison: Compa
         truncation_mode=config.truncation_mode,  # type: ignore[arg-type]
     )
     score = {"pad_token_id": tokenizer.pad_token_id, "batch_size": config.per_device_eval_batch_size}
-    logps = pair_token_logps(load_for_scoring(str(run.folder)), dataset, desc="Scoring", **score)
+    logps = pair_token_logps(model, dataset, desc="Scoring", **score)
     lines = read_metrics(run.folder)
     evaluated = [line for line in lines if "eval_dpop/chosen_logratio" in line]
     history = {

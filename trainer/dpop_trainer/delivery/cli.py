@@ -1,0 +1,33 @@
+"""The options of `dpop export`."""
+
+import argparse
+
+
+def main(argv: list[str]) -> int:
+    """Parse and export."""
+    from dpop_trainer.delivery.export import run_export
+
+    options = vars(_parser().parse_args(argv))
+    run_export(options.pop("run"), **options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "dpop export",
+        description="A run as a folder that anyone can load: the adapter merged into its base in full precision, "
+        "safetensors, tokenizer, chat template, and a model card from the run's records.",
+    )
+    parser.add_argument("run", help="output_dir of a run, a checkpoint in it, or a hub id")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--base", help="merge into this model; default: the base that the adapter names")
+    parser.add_argument("--dtype", help="dtype to merge and save in; default: that of the base's checkpoint")
+    parser.add_argument("--license", dest="license_id", help="the hub's id of the licence; default: the base's")
+    parser.add_argument("--name", help="the model's name on its card; default: the folder's")
+    parser.add_argument("--evaluation", help="results.json of `dpop eval`, or its folder, for the card")
+    parser.add_argument("--device", help="where to merge (default cpu)")
+    parser.add_argument("--max_shard_size", default="5GB")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
+    parser.add_argument("--push_to_hub", metavar="ID", help="upload the folder there; without this nothing is sent")
+    parser.add_argument("--private", action="store_true", help="make that repository private")
+    return parser
