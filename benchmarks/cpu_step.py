@@ -38,7 +38,7 @@ BETA = 0.1
 LARGEST_LOSS_DIFFERENCE = 1e-4
 VOCAB_SIZE = 50257
 """GPT-2's; of the random words too."""
-CANDIDATES = (*(name for name in get_args(Layout) if name not in ("auto", "flat")), "trl")
+CANDIDATES = (*(name for name in get_args(Layout) if name != "auto"), "trl")
 """Our layouts that train on a CPU, and TRL."""
 
 

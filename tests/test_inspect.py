@@ -142,9 +142,10 @@ def test_what_is_held_against_what(tmp_path):
     run = tmp_path / "run"
     for name in ("checkpoint-20", "checkpoint-100", "checkpoint-3"):
         (run / name).mkdir(parents=True)
+    (run / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"ref_model: expected the model that training started from.*--ref_model"):
         subject_of(str(run))
-    (run / "adapter_config.json").write_text("{}")
+    (run / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     assert subject_of(str(run)).reference is None  # the base model under the adapter
     (run / "config.yaml").write_text(yaml.safe_dump({"model_name_or_path": "start", "max_length": 77}))
     subject = subject_of(str(run))

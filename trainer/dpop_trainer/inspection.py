@@ -103,8 +103,8 @@ def run_inspect(
     folder = Path(out or model).expanduser()
     if out is None and not folder.is_dir():
         raise ValueError(f"out: expected a folder for the results of a model from the hub, got None for {model!r}.")
-    policy, tokenizer = load_trained(model)
     dataset = read_pairs(pairs)
+    policy, tokenizer = load_trained(model)
     dataset, counts = tokenise_pairs(
         dataset.select(range(min(limit, len(dataset)))),
         tokenizer,
