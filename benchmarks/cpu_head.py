@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -24,6 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from benchmarks.measure import peak_resident_bytes
 
 NUM_RUNS = 3
 WARM_UPS = 1
@@ -129,7 +130,7 @@ def measure(candidate: str, trainable: bool, shape: Shape) -> dict[str, Any]:
             step(function, inputs, trainable)
 
         step(function, make_inputs(REHEARSAL), trainable)  # libraries loaded, threads started
-    before = _peak_bytes()
+    before = peak_resident_bytes()
     times = []
     for _ in range(WARM_UPS + NUM_RUNS):
         start = time.perf_counter()
@@ -137,7 +138,7 @@ def measure(candidate: str, trainable: bool, shape: Shape) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
     record |= {"seconds": min(times[WARM_UPS:]), "all_seconds": times[WARM_UPS:]}
     if candidate != "products":
-        record["peak_mib"] = (_peak_bytes() - before) / 2**20
+        record["peak_mib"] = (peak_resident_bytes() - before) / 2**20
         record |= errors(function, inputs)
         if not record["logp_error_nats"] <= LARGEST_ERROR:
             record |= {"seconds": None, "all_seconds": None, "refused": "wrong result"}
@@ -188,10 +189,6 @@ def machine() -> dict[str, Any]:
         "commit": git.stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from dpop_trainer.data.layouts import Layout
 from transformers import TrainerCallback
 
 from benchmarks.cpu_head import machine
+from benchmarks.measure import peak_resident_bytes
 from benchmarks.shapes import METAMATH, make_pairs
 
 NUM_STEPS = 4
@@ -143,14 +143,14 @@ def measure(candidate: str, pairs_path: str | None, tokenizer_path: str | None) 
 
             layout = {} if candidate == "auto" else {"layout": candidate}
             trainer = DPOPTrainer(args=DPOPConfig(**settings, loss_type="dpo", **layout), **arguments)
-        base = _peak_mib()
+        base = peak_resident_bytes() / 2**20
         trainer.train()
     return {
         "candidate": candidate,
         "seconds_per_step": min(times.seconds[1:]),
         "all_seconds": times.seconds,
         "losses": times.losses,
-        "peak_mib": _peak_mib(),
+        "peak_mib": peak_resident_bytes() / 2**20,
         "base_mib": base,
     }
 
@@ -208,10 +208,6 @@ def main(argv: list[str] | None = None) -> int:
                 f"{record['candidate']:10} {record['seconds_per_step']:6.2f} s/step  {record['peak_mib']:6.0f} MiB peak"
             )
     return 0
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

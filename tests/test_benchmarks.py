@@ -334,3 +334,10 @@ def test_pytest_benchmark_shows_and_records_the_same_samples(tmp_path):
         record = recorded[each["params"]["peer"]]
         assert each["stats"]["median"] == pytest.approx(record["median_s"], rel=1e-6)
         assert each["extra_info"]["errors"] == record["errors"]
+
+
+def test_peak_is_of_this_process_and_not_of_the_one_that_started_it():
+    ballast = torch.ones(256 * 2**18)  # 256 MiB here, none there
+    script = "from benchmarks.measure import peak_resident_bytes; print(peak_resident_bytes())"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(run.stdout) < measure.peak_resident_bytes() - ballast.nbytes / 2
