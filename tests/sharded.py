@@ -20,6 +20,7 @@ def run_ranks(function, *args, world_size=2):
 
 def _in_group(rank, world_size, port, function, args):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate warns where it has to choose
     os.environ.setdefault("TRITON_INTERPRET", "1")  # gloo's tensors are on the CPU, also where there is a GPU
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60))

@@ -204,8 +204,16 @@ def test_ctrl_c_in_a_real_run(setting, tmp_path):
         deadline = time.monotonic() + 120
         while not (tmp_path / "checkpoint-5").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        for _ in range(3):  # Python loses an interrupt that falls into a finalizer; whoever waits presses again
+            process.send_signal(signal.SIGINT)
+            try:
+                _, error = process.communicate(timeout=40)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        else:
+            process.kill()
+            pytest.fail("three interrupts did not end the run")
     assert process.returncode == 130, error[-2000:]
     assert "interrupted. The same command goes on from" in error
     assert "Traceback" not in error

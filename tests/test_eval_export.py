@@ -87,7 +87,7 @@ def test_merged_model_is_the_run(trained_run, tmp_path, capsys):
 
 def test_card_is_the_runs_records(trained_run, tmp_path):
     base, pairs = trained_run.parent / "base", trained_run.parent / "pairs.jsonl"
-    assert main(["inspect", "--model", str(trained_run), "--pairs", str(pairs)]) == 0
+    assert main(["inspect", str(trained_run), "--pairs", str(pairs)]) == 0
     argv = ["eval", "--models", str(base), str(trained_run), "--pairs", str(pairs)]
     assert main([*argv, "--out", str(tmp_path / "eval")]) == 0
     argv = ["export", str(trained_run), "--out", str(tmp_path / "out"), "--name", "Tiny-DPOP"]
@@ -99,7 +99,7 @@ def test_card_is_the_runs_records(trained_run, tmp_path):
     assert "# Tiny-DPOP" in text
     for line in ("| dpop_lambda | 50.0 |", "| beta | 0.3 |", "| learning_rate | 0.05 |", "| train: num pairs | 6 |"):
         assert line in text
-    shift = json.loads((trained_run / "shift.json").read_text())
+    shift = json.loads((trained_run / "inspect.json").read_text())
     assert f"chosen answers {shift['chosen_logratio']:+.2f} nats" in text
     assert "| pairs | chosen_likelier |" in text
     logged = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]

@@ -415,8 +415,8 @@ def test_the_key_goes_to_the_endpoint_alone(answered, questions_file, start_judg
 
 def test_nothing_is_sent_without_an_endpoint(answered, questions_file, monkeypatch, capsys):
     monkeypatch.setattr(Endpoint, "_post", None)
-    with pytest.raises(SystemExit):
-        main(["mtbench", "judge", "--judge_model", "gpt-4", "--questions", str(questions_file), "--out", str(answered)])
+    argv = ["mtbench", "judge", "--judge_model", "gpt-4", "--questions", str(questions_file), "--out", str(answered)]
+    assert main(argv) == 2
     assert "--endpoint" in capsys.readouterr().err
     assert not (answered / "model_judgment").exists()
 

@@ -58,7 +58,7 @@ def model_card(
     """The text of README.md.
 
     Args:
-        run: the run's folder: config.yaml, metrics.jsonl and shift.json are read where they are there.
+        run: the run's folder: config.yaml, metrics.jsonl and inspect.json are read where they are there.
         name: the model's name.
         base: what it was trained from.
         license_id: the hub's id of its licence; None: the base's, where it says one.
@@ -184,7 +184,7 @@ def _training(config: dict[str, Any], run: Path) -> str:
 
 def _evaluation(run: Path, evaluation: Path | None) -> str:
     parts = []
-    shift = _run_file(run, "shift.json")
+    shift = _run_file(run, "inspect.json")
     if shift is not None:
         record = json.loads(shift.read_text())
         parts.append(
