@@ -273,12 +273,20 @@ def test_nothing_is_trained_before_all_is_checked(setting, capsys, flags, messag
     assert not (setting / "out").exists()
 
 
-def test_recipe_of_the_paper_is_sound():
-    recipe = Path(__file__).parents[1] / "trainer" / "recipes" / "gsm8k" / "compare.yaml"
-    arguments = parse_arguments(DPOPConfig, ["--config", str(recipe)], "dpop compare", ComparisonArguments)
-    plan = plan_runs(*arguments)
-    assert len({run.folder for run in plan}) == len(plan) == 6 * 3
-    assert {run.values["dpop_lambda"] for run in plan} == {5, 50, 500}
+@pytest.mark.parametrize(
+    ("name", "num_methods", "lambdas", "flags"),
+    [
+        ("gsm8k/compare", 12, {5, 50, 500}, []),
+        ("high_edit/compare", 6, {5, 50, 500}, ["--model_name_or_path", "m", "--dataset_name", "d"]),
+        ("demo/guidance", 9, {0.5, 5, 50, 500}, []),
+    ],
+)
+def test_recipes_of_the_paper_are_sound(name, num_methods, lambdas, flags):
+    recipe = Path(__file__).parents[1] / "trainer" / "recipes" / f"{name}.yaml"
+    argv = ["--config", str(recipe), *flags, "--eval_dataset_name", "e", "--output_dir", "o"]
+    plan = plan_runs(*parse_arguments(DPOPConfig, argv, "dpop compare", ComparisonArguments))
+    assert len({run.folder for run in plan}) == len(plan) == num_methods * 3
+    assert {run.values["dpop_lambda"] for run in plan} == lambdas
 
 
 def test_held_out_pairs_are_needed(setting, capsys):
