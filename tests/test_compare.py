@@ -130,6 +130,8 @@ def test_verdict_follows_the_numbers():
     )
     other = verdict(Comparison(["A", "B"], [result("A", 0, -1.0, -9.0), result("B", 0, 1.0, 0.0)], {}, {}))
     assert other.endswith("B keeps them highest (+1.00 nats) and A sets the two answers furthest apart (8.00 nats).")
+    worse = verdict(Comparison(["A", "B"], [result("A", 0, -9.0, -1.0), result("B", 0, 1.0, 1.0)], {}, {}))
+    assert worse.endswith("and none sets the chosen answers further above the rejected ones.")
 
 
 def test_right_answers_stand_in_table_and_verdict():
@@ -278,7 +280,7 @@ def test_nothing_is_trained_before_all_is_checked(setting, capsys, flags, messag
     [
         ("gsm8k/compare", 12, {5, 50, 500}, []),
         ("high_edit/compare", 6, {5, 50, 500}, ["--model_name_or_path", "m", "--dataset_name", "d"]),
-        ("demo/guidance", 9, {0.5, 5, 50, 500}, []),
+        ("demo/guidance", 10, {0.5, 5, 50, 500}, []),
     ],
 )
 def test_recipes_of_the_paper_are_sound(name, num_methods, lambdas, flags):

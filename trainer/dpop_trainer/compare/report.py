@@ -248,10 +248,12 @@ def _best(comparison: Comparison) -> str:
 
     kept, chosen = best(_COLUMNS[0].value)
     parted, margin = best(lambda run: run.evaluation.chosen_logratio - run.evaluation.rejected_logratio)
-    both = "also sets" if parted == kept else f"{parted} sets"
-    text = (
-        f"{kept} keeps them highest ({chosen:+.2f} nats) and {both} the two answers furthest apart ({margin:.2f} nats)."
-    )
+    if margin > 0:
+        both = "also sets" if parted == kept else f"{parted} sets"
+        apart = f"and {both} the two answers furthest apart ({margin:.2f} nats)"
+    else:
+        apart = "and none sets the chosen answers further above the rejected ones"
+    text = f"{kept} keeps them highest ({chosen:+.2f} nats) {apart}."
     if _RIGHT in _columns(comparison):
         solver, share = best(_RIGHT.value)
         before = _share_right(comparison.results[0].ref_answers)
