@@ -19,6 +19,7 @@ from dpop_kernels import ScoringHead
 from dpop_trainer.base import MODEL_INPUTS
 from dpop_trainer.data import Layout, PairCollator, trie_mask
 from dpop_trainer.flat_attention import BLOCK_SIZE, FLAT_ATTENTION, flat_mask, use_flat_attention
+from dpop_trainer.quantised import computed_in
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +273,10 @@ def _mask_dtype(model: Any) -> torch.dtype:
 
 def _tolerance(model: Any) -> float:
     base = _base_model(model)
+    widest = max(_TOLERANCES.values())
     if base.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return _TF32_TOLERANCE
-    return _TOLERANCES.get(base.dtype, max(_TOLERANCES.values()))
+        found = _TF32_TOLERANCE
+    else:
+        found = _TOLERANCES.get(base.dtype, widest)
+    # quantised layers may compute in fewer bits than the others
+    return max([found, *(_TOLERANCES.get(dtype, widest) for dtype in computed_in(base))])
