@@ -194,7 +194,7 @@ def test_log_probs_are_kept_apart_by_rounding(base, tmp_path, caplog):
 
 
 def test_a_4_bit_reference_by_name(base, tmp_path, caplog):
-    """In the policy's dtype and nf4; its log-probs are the rounded model's, and the step-0 report says why they differ."""
+    """In the policy's dtype and nf4; its log-probs are the rounded model's, and step 0 says why they differ."""
     built = trainer(
         tmp_path,
         base,

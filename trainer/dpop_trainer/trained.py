@@ -145,7 +145,7 @@ def read_run_config(run: Path) -> dict[str, Any]:
 
 
 def run_file(run: Path, name: str) -> Path | None:
-    """A file that a run left in its folder; of one of its checkpoints, in the folder above. None where there is none."""
+    """A file that a run left in its folder; for a checkpoint of it, in the folder above. None where there is none."""
     folders = [run, run.parent] if run.name.startswith("checkpoint-") else [run]
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 

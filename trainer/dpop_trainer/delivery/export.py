@@ -159,8 +159,8 @@ def _merge_note(merged: Merged, run_config: dict[str, Any], dtype: torch.dtype, 
     elif run_config.get("load_in_4bit") or run_config.get("load_in_8bit"):
         bits = 4 if run_config.get("load_in_4bit") else 8
         note += (
-            f" Training saw this base rounded to {bits} bits; the merge is into its full-precision weights, so that answers "
-            "differ from those in training by that rounding."
+            f" Training saw this base rounded to {bits} bits; the merge is into its full-precision weights, so that "
+            "answers differ from those in training by that rounding."
         )
     return note
 

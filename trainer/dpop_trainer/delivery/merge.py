@@ -2,9 +2,9 @@
 
     W_merged = W + (alpha / r) · B A            in full precision, whatever precision the run kept W in
 
-A run on a 4-bit base trained its adapter against rounded weights. Merging into those as they lie, in 4 bits, would round
-the sum once more, and most of the update away. So the base is loaded anew from its name: unquantised, or rounded as
-training saw it and then widened, which gives the very policy that was trained.
+A run on a 4-bit base trained its adapter against rounded weights. Merging into those as they lie, in 4 bits, would
+round the sum once more, and part of the update away. So the base is loaded anew from its name: rounded as training saw
+it and then widened, which gives the very policy that was trained; or unquantised.
 """
 
 import warnings
