@@ -50,6 +50,9 @@ SHAPES = {
 
 CANDIDATES = ("rows", "trl", "tree")
 """Two rows per pair, TRL, and the pair as one tree: the most telling first."""
+NAMES = {"rows": "DPOP, rows", "tree": "DPOP, tree", "trl": "TRL"}
+TABLE = (("qwen-72b", 1024), ("qwen-72b", 8192), ("yi-34b", 8192), ("llama-3-8b", 8192))
+"""What the report shows: shape and tokens of each answer with its prompt."""
 GIB = 1 << 30
 
 

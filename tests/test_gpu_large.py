@@ -207,6 +207,17 @@ def test_a_process_that_fails_says_why(monkeypatch):
         gpu_large.in_a_process("rows", gpu_large.Plan(), 100.0)
 
 
+def test_the_report_shows_what_was_measured(tmp_path, monkeypatch):
+    from benchmarks import report
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.large().count("–") == 3 * len(gpu_large.TABLE)
+    compared(tmp_path, monkeypatch, {"rows": {}, "trl": RuntimeError("torch.OutOfMemoryError: ..."), "tree": {}})
+    first = [cell.strip() for cell in report.large().splitlines()[2].strip("|").split("|")]
+    assert first[:2] == ["qwen-72b", "1,024 tokens"]
+    assert first[3::2] == ["55.0 GiB, 3.00 s", "55.0 GiB, 3.00 s", "out of memory"]  # rows, tree, TRL
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the script would measure it")
 def test_refuses_to_measure_without_a_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
