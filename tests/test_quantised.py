@@ -340,6 +340,7 @@ def test_a_recipe_in_4_bits_runs_in_4_bits(name, base, tmp_path):
     argv = ["train", "--config", str(recipe), "--model_name_or_path", base, "--output_dir", str(tmp_path / "run")]
     argv += ["--dataset_mixture", pairs, "--eval_datasets", pairs, "--use_cpu", "true", "--max_steps", "1"]
     argv += ["--bf16", "false", "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true"]
+    argv += ["--chat_template_path", str(recipe.parent / "chatml.jinja")]
     assert main([*argv, "--gradient_accumulation_steps", "2"]) == 0
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (written["load_in_4bit"], written["use_bnb_nested_quant"], written["dtype"]) == (True, True, "bfloat16")
