@@ -89,11 +89,8 @@ def compute_dtype(dtype: str | None, run: Any = None) -> torch.dtype:
 
 def computed_in(model: nn.Module) -> set[torch.dtype]:
     """The dtypes that quantised layers of a model compute in; empty where none is quantised."""
-    return {
-        module.compute_dtype
-        for module in model.modules()
-        if isinstance(getattr(module, "compute_dtype", None), torch.dtype)
-    }
+    dtypes = (getattr(module, "compute_dtype", None) for module in model.modules())
+    return {dtype for dtype in dtypes if isinstance(dtype, torch.dtype)}
 
 
 def widened(model: Any) -> Any:
