@@ -11,7 +11,15 @@ from dpop_trainer import DPOPConfig, DPOPTrainer, quantised
 from dpop_trainer.cli import main
 from dpop_trainer.delivery.merge import largest_change, probe_logps
 from dpop_trainer.loading import load_model
-from dpop_trainer.quantised import as_trained, compute_dtype, computed_in, four_bit_config, make_trainable, widened
+from dpop_trainer.quantised import (
+    as_arguments,
+    as_trained,
+    compute_dtype,
+    computed_in,
+    four_bit_config,
+    make_trainable,
+    widened,
+)
 from dpop_trainer.reference.keys import weights_digest
 from dpop_trainer.trained import load_trained, read_run_config
 from peft import LoraConfig, get_peft_model
@@ -278,6 +286,20 @@ def test_export_gives_the_policy_that_was_trained(run, base, tmp_path, capsys):
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     assert largest_change(trained, probe_logps(full)) > 1e-2
     assert "Training saw this base rounded to 4 bits" in (tmp_path / "full" / "README.md").read_text()
+
+
+def test_a_run_from_python_knows_how_its_base_was_rounded(base, tmp_path):
+    built = trainer(tmp_path / "run", base, quantization_config=FP32, max_steps=2)
+    built.train()
+    built.save_model()
+    written = read_run_config(tmp_path / "run")
+    assert (written["load_in_4bit"], written["bnb_4bit_quant_type"]) == (True, "nf4")
+    assert (written["use_bnb_nested_quant"], written["dtype"]) == (True, "float32")
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    built.model.eval()
+    assert largest_change(probe_logps(built.model), probe_logps(merged)) < 1e-5
+    assert as_arguments(load_model(base)) == {}
 
 
 def test_export_in_another_dtype_rounds_the_base_as_training_did(run, tmp_path):

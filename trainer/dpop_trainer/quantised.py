@@ -73,6 +73,20 @@ def as_trained(run_config: Mapping[str, Any]) -> Any:
     )
 
 
+def as_arguments(model: Any) -> dict[str, Any]:
+    """A model's 4-bit quantisation as arguments of a run, for `as_trained`; empty where it has none."""
+    config = getattr(model.config, "quantization_config", None)
+    if not getattr(model, "is_loaded_in_4bit", False) or config is None:
+        return {}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+        "use_bnb_nested_quant": config.bnb_4bit_use_double_quant,
+        "bnb_4bit_quant_storage": str(config.bnb_4bit_quant_storage).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
 def compute_dtype(dtype: str | None, run: Any = None) -> torch.dtype:
     """What products with widened weights are computed in: autocast's dtype where a run has it, else the weights'.
 
