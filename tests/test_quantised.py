@@ -322,11 +322,10 @@ def test_export_into_rounded_weights_needs_a_run_on_them(base, tmp_path, capsys)
     assert "merge_into: expected a run on a 4-bit base for 'rounded'" in capsys.readouterr().err
 
 
-def test_inspect_looks_at_the_policy_that_was_trained(run):
-    """On the rounded base, against the rounded base: Δ is what training made of it, and not the rounding."""
-    assert main(["inspect", str(run), "--pairs", str(run.parent / "pairs.jsonl")]) == 0
-    found = json.loads((run / "inspect.json").read_text())
-    rounded = rounded_run(run)
+@torch.no_grad()
+def chosen_change(run):
+    """Mean change of the chosen answers' log-probs in nats: the adapter on the rounded base against that base."""
+    model = rounded_run(run)
     records = [{key: word_tokenizer()(pair[key]).input_ids for key in pair} for pair in text_pairs()]
 
     def chosen_logps(model):
@@ -337,9 +336,21 @@ def test_inspect_looks_at_the_policy_that_was_trained(run):
             totals.append(logps[len(record["prompt"]) - 1 :].sum())
         return torch.stack(totals)
 
-    with torch.no_grad():
-        change = chosen_logps(rounded) - chosen_logps(rounded.unload())
-    assert found["chosen_logratio"] == pytest.approx(float(change.mean()), abs=1e-3)
+    return float((chosen_logps(model) - chosen_logps(model.unload())).mean())
+
+
+def test_inspect_looks_at_the_policy_that_was_trained(run):
+    """On the rounded base, against the rounded base: Δ is what training made of it, and not the rounding."""
+    assert main(["inspect", str(run), "--pairs", str(run.parent / "pairs.jsonl")]) == 0
+    found = json.loads((run / "inspect.json").read_text())
+    assert found["chosen_logratio"] == pytest.approx(chosen_change(run), abs=1e-3)
+
+
+def test_eval_rounds_every_model_as_the_run_did(run, base, tmp_path):
+    argv = ["eval", "--models", base, str(run), "--load_in_4bit", "--pairs", str(run.parent / "pairs.jsonl")]
+    assert main([*argv, "--out", str(tmp_path), "--device", "cpu"]) == 0
+    rows = {row["metric"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert rows["chosen Δ"]["figures"]["run"]["value"] == pytest.approx(chosen_change(run), abs=1e-3)
 
 
 def test_quantisation_that_cannot_be_is_refused_before_anything_is_loaded(base, tmp_path, capsys, monkeypatch):
