@@ -13,6 +13,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/paper/*.json          compare.json of `dpop compare`, four of them (docs/paper.md)
     benchmarks/results/paper/gradient.json   what `python -m benchmarks.paper_gradient` writes
     benchmarks/results/layout_counts.json    what `python -m benchmarks.layout_counts` writes
+    benchmarks/results/gpu_large.jsonl what `python -m benchmarks.gpu_large` writes (docs/benchmarks.md)
     benchmarks/results/levels.jsonl    what `make bench` and `python -m benchmarks.gpu` measure (docs/benchmarks.md)
 """
 
@@ -28,7 +29,7 @@ from dpop_trainer import scale
 from dpop_trainer.evaluation.compare import as_markdown
 from dpop_trainer.plots import plot_logratios
 
-from benchmarks import levels, paper, plots
+from benchmarks import gpu_large, levels, paper, plots
 from benchmarks.levels import table
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +130,35 @@ def longest() -> str:
         rows.append([*row, f"{measured[name] / 1000:.2g} k" if name in measured else "–"])
     titles = ["", "weights", *(f"{way}, {head}" for way in ways for head in ("our head", "from logits"))]
     return table([*titles, "tokens of a head, measured"], rows)
+
+
+def large() -> str:
+    """docs/benchmarks.md: large models on one card, on paper and, where there are records, as measured."""
+    path = RESULTS / "gpu_large.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    measured = {
+        (r["plan"]["shape"], r["plan"]["num_tokens"], r["candidate"]): r for r in map(json.loads, lines)
+    }  # the last one counts
+    titles = [
+        "",
+        "answers of",
+        *(f"{name}, {what}" for name in gpu_large.NAMES.values() for what in ("paper", "measured")),
+    ]
+    rows = []
+    for shape, num_tokens in gpu_large.TABLE:
+        plan = gpu_large.Plan(shape=shape, num_tokens=num_tokens)
+        row = [shape, f"{num_tokens:,} tokens"]
+        for candidate in gpu_large.NAMES:
+            row.append(f"{gpu_large.predict(candidate, plan)['memory_gib']['total']:.1f} GiB")
+            row.append(_large_cell(measured.get((shape, num_tokens, candidate), {})))
+        rows.append(row)
+    return table(titles, rows)
+
+
+def _large_cell(record: dict[str, Any]) -> str:
+    if "median_s" in record:
+        return f"{record['peak_gib']:.1f} GiB, {record['median_s']:.2f} s"
+    return "out of memory" if "OutOfMemory" in record.get("failed", "") else "–"
 
 
 def gsm8k() -> str:
@@ -262,6 +292,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "benchmarks.md": {
         "pictures": pictures,
         "longest": longest,
+        "large": large,
         "peers": levels.peers_table,
         "levels": levels.all_levels,
     },

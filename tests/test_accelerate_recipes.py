@@ -8,6 +8,7 @@ from ranks import RECIPES, launcher_arguments
 EXPECTED = {
     "single_gpu.yaml": {"num_processes": 1, "multi_gpu": False, "use_fsdp": False, "use_deepspeed": False},
     "ddp_8.yaml": {"num_processes": 8, "num_machines": 1, "multi_gpu": True, "use_fsdp": False},
+    "ddp_2x8.yaml": {"num_processes": 16, "num_machines": 2, "multi_gpu": True, "use_fsdp": False},
     "fsdp2_8.yaml": {"num_processes": 8, "num_machines": 1, "use_fsdp": True, "fsdp_version": 2},
     "fsdp2_2x8.yaml": {"num_processes": 16, "num_machines": 2, "use_fsdp": True, "fsdp_version": 2},
     "zero2_8.yaml": {"num_processes": 8, "use_deepspeed": True, "zero_stage": 2},

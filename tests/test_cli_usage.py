@@ -142,10 +142,12 @@ def test_adapter_from_flags_and_mapping():
 
 
 @pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit"])
-def test_quantisation_without_cuda_is_refused(name, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match=f"{name}: expected a CUDA device"):
+def test_quantisation_that_cannot_be_had_is_refused(name, monkeypatch):
+    with pytest.raises(ValueError, match=f"{name}: expected an adapter to train, got none"):
         quantization_config(parse(f"--{name}")[0])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"{name}: expected bitsandbytes, which quantises, to be installed"):
+        quantization_config(parse(f"--{name}", "--use_peft", "true")[0])
 
 
 def test_bf16_without_a_gpu_is_refused_with_the_remedy(monkeypatch, capsys):

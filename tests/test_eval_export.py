@@ -163,7 +163,7 @@ def test_sixteen_bit_base_keeps_its_dtype(tmp_path):
 def test_run_on_a_4_bit_base_is_merged_into_full_precision(base, tmp_path):
     run = save_adapter(base, tmp_path / "run")
     (run / "config.yaml").write_text("load_in_4bit: true\nloss_type: [dpop]\n")
-    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--merge_into", "full"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(merged), logits(load_trained(str(run), device="cpu").model), rtol=0, atol=1e-5)
     assert "Training saw this base rounded to 4 bits" in (tmp_path / "out" / "README.md").read_text()

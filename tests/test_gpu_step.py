@@ -23,7 +23,7 @@ def records(folder):
 def test_rehearsal_measures_every_trainer_on_the_same_numbers(tmp_path):
     assert gpu_step.main([str(tmp_path), "--rehearse"]) == 0
     found = {record["candidate"]: record for record in records(tmp_path)}
-    assert list(found) == ["rows", "tree", "packed", "flat", "trl"]
+    assert list(found) == ["rows", "trl", "packed", "flat", "tree"]
     for record in found.values():
         assert record["device"] == "cpu, interpreted"  # never to be taken for a GPU's figure
         if "skipped" not in record:
@@ -63,7 +63,7 @@ def test_wrong_results_and_failures_cost_the_others_nothing(tmp_path, monkeypatc
     }
     fake(monkeypatch, results)
     assert gpu_step.main([str(tmp_path), "--rehearse"]) == 1
-    rows, tree, packed, flat, trl = records(tmp_path)
+    rows, trl, packed, flat, tree = records(tmp_path)
     assert (rows["speed_against_first"], tree["speed_against_first"]) == (1.0, 2.0)
     assert packed["skipped"] == "losses differ by 2.0e-04"
     assert flat["skipped"] == "log-probs of the chosen answers differ by 1.0e-03 of their value"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer import DPOPConfig, DPOPTrainer, flat_attention
 from dpop_trainer.data import PairCollator, PairTree, flat_row, packed_rows, tree_rows, trie_mask
 from dpop_trainer.data.layouts import cheaper_layout, pack_pairs
 from dpop_trainer.flat_attention import FLAT_ATTENTION, Run, block_mask, runs, use_flat_attention
@@ -14,6 +14,7 @@ from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid
 from peft import LoraConfig, get_peft_model
 from tiny import UNUSED_ID, VOCAB_SIZE, tiny_llama, token_pairs, word_tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpop_kernels import ScoringHead, pair_loss
 from dpop_kernels.pair_loss import segment_sums
@@ -571,6 +572,40 @@ def test_a_model_that_takes_no_block_mask_runs_trees(caplog, monkeypatch):
     assert choose(model) == "auto"
     assert attention(model) == "sdpa"
     assert "Not flat: the model's forward does not take one (AttributeError: 'BlockMask'" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_flat_attention_without_a_backward_is_found_out(flex_without_compiler, caplog, monkeypatch):
+    """FlexAttention has none on a CPU. Its log-probs are right; training would fail at its first step."""
+    monkeypatch.setattr("dpop_trainer.layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
+    model = family("llama")
+    assert choose(model) == "auto"
+    assert attention(model) == "sdpa"
+    assert "Not flat: its attention has no backward here (" in caplog.text
+    with pytest.raises(ValueError, match=r"layout: expected models that can run 'flat'.*has no backward here.*'auto'"):
+        choose(family("llama"), "flat")
+
+
+def test_a_flat_attention_with_wrong_gradients_is_found_out(caplog, monkeypatch):
+    class WrongBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states):
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx, grad_states):
+            return grad_states * 1.01  # of queries alone, the first of the three gradients that are compared
+
+    forward = flat_attention.flat_attention_forward
+
+    def wrong(module, query, *args, **kwargs):
+        return forward(module, WrongBackward.apply(query), *args, **kwargs)
+
+    assert choose(family("llama"), "flat") == "flat"
+    monkeypatch.setattr(flat_attention, "flat_attention_forward", wrong)
+    assert choose(family("llama")) == "auto"
+    assert "Not flat: the gradients of its attention differ by 0.0" in caplog.text
+    assert ALL_ATTENTION_FUNCTIONS[FLAT_ATTENTION] is forward  # what the probe put in its place is gone
 
 
 def test_flat_rows_on_cuda_come_in_whole_blocks(monkeypatch):

@@ -110,6 +110,8 @@ def local_data(name, folder):
 def run(command, recipe, models, folder):
     values = yaml.safe_load(recipe.read_text())
     argv = [command, "--config", str(recipe), *HERE]
+    if "chat_template_path" in values:  # from the repository's root
+        argv += ["--chat_template_path", str(RECIPES.parents[1] / values["chat_template_path"])]
     argv += ["--model_name_or_path", models(values["model_name_or_path"]), "--output_dir", str(folder / "run")]
     if "dataset_mixture" in values:
         paths = [local_data(part["path"], folder) for part in values["dataset_mixture"]]

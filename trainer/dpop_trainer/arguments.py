@@ -28,8 +28,8 @@ class ModelArguments:
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reference model, where it is not the model itself before training."}
     )
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: load the base in 4 bits (bitsandbytes, CUDA)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base in 8 bits (bitsandbytes, CUDA)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: load the base in 4 bits (bitsandbytes)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base in 8 bits (bitsandbytes)."})
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4.", "choices": ["nf4", "fp4"]})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the 4-bit scales as well."})
     bnb_4bit_quant_storage: str | None = field(

@@ -24,6 +24,7 @@ from dpop_trainer.loading import disable_dropout
 from dpop_trainer.metrics import MeanMetrics
 from dpop_trainer.non_finite import MicroBatch, NonFiniteError, non_finite_message, not_finite, save_non_finite
 from dpop_trainer.progress import RunProgress
+from dpop_trainer.quantised import as_arguments
 from dpop_trainer.run_files import RunFiles
 from dpop_trainer.run_progress import load_progress, save_progress
 from dpop_trainer.speed import peak_memory_gib
@@ -68,7 +69,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         self._micro_batches: list[MicroBatch] = []  # since the last optimizer step
         self._logged_token_counts: dict[str, float] = {}
         self._token_counts: dict[str, Tensor] = {}  # since the last log line, on this process
-        self.run_config = run_config if run_config is not None else args.to_dict()
+        self.run_config = run_config if run_config is not None else args.to_dict() | as_arguments(model)
         self.add_callback(RunFiles(self.run_config, dict(data_metrics or {})))
         self.add_callback(_AroundTraining(self))
         if self.pop_callback(ProgressCallback) is not None:  # which prints every log line in full

@@ -8,21 +8,35 @@ sdpa: rows, trees, evaluation and generation work under it as they did before.
 """
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 FLAT_ATTENTION = "dpop_flat"
 """The name in `config._attn_implementation`."""
 
 BLOCK_SIZE = 128
 """Positions per block of FlexAttention's mask. Rows of a multiple of it need no kernel of their own for the rest."""
+
+
+class AttentionCall(NamedTuple):
+    """What one layer of a model gave its attention."""
+
+    module: torch.nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attention_mask: Any
+    kwargs: dict[str, Any]
 
 
 class Run(NamedTuple):
@@ -94,7 +108,7 @@ def flat_attention_forward(
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if attention_mask is None or attention_mask.dtype != torch.int64:
+    if not _is_flat(attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert query.shape[0] == 1, query.shape
     kwargs.pop("is_causal", None)
@@ -113,6 +127,59 @@ def flat_attention_forward(
         )
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
+
+
+@contextmanager
+def first_call() -> Iterator[list[AttentionCall]]:
+    """What the first layer gives the flat attention when a model runs a flat row while this lasts; else nothing."""
+    calls: list[AttentionCall] = []
+
+    def noted(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any):
+        if not calls and _is_flat(attention_mask):
+            calls.append(AttentionCall(module, query.detach(), key.detach(), value.detach(), attention_mask, kwargs))
+        return flat_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    registered = ALL_ATTENTION_FUNCTIONS[FLAT_ATTENTION]
+    AttentionInterface.register(FLAT_ATTENTION, noted)
+    try:
+        yield calls
+    finally:
+        AttentionInterface.register(FLAT_ATTENTION, registered)
+
+
+def gradient_difference(call: AttentionCall) -> float:
+    """How far the gradients of one flat attention are from those of sdpa under a mask of T x T, relative to these.
+
+    Raises whatever the attention raises where it has no backward.
+    """
+
+    def gradients(attend: Any, mask: Any) -> Tensor:
+        with torch.enable_grad():
+            leaves = [states.nan_to_num().requires_grad_() for states in (call.query, call.key, call.value)]
+            output, _ = attend(call.module, *leaves, mask, **call.kwargs)
+            # by the values, which are the same in both
+            found = torch.autograd.grad(output, leaves, output.detach())
+        return torch.cat([grad.float().flatten() for grad in found])
+
+    expected = gradients(sdpa_attention_forward, _dense(call.attention_mask))
+    return float((gradients(flat_attention_forward, call.attention_mask) - expected).norm() / expected.norm())
+
+
+def _is_flat(attention_mask: Any) -> bool:
+    return isinstance(attention_mask, BlockMask) or (
+        isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int64
+    )
+
+
+def _dense(attention_mask: Any) -> Tensor:
+    """A flat row's mask as [1, 1, T, T] bool, queries by keys."""
+    if isinstance(attention_mask, BlockMask):
+        length = attention_mask.seq_lengths[0]
+        device = str(attention_mask.kv_num_blocks.device)
+        return create_mask(attention_mask.mask_mod, 1, 1, length, length, device=device)
+    ends = attention_mask.reshape(1, 1, 1, -1)
+    columns = torch.arange(ends.shape[-1], device=ends.device)
+    return (columns <= columns[:, None]) & (columns[:, None] < ends)
 
 
 def use_flat_attention(model: PreTrainedModel) -> None:

@@ -19,8 +19,9 @@ from dpop_trainer.edits import edit_regions
 from dpop_trainer.evaluate import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
 from dpop_trainer.inspect_report import AnswerTokens, Inspection, PairChange, format_inspection, write_inspection
 from dpop_trainer.plots import plot_checkpoints, plot_token_shift
+from dpop_trainer.quantised import as_trained
 from dpop_trainer.token_text import token_texts
-from dpop_trainer.trained import adapter_base, load_trained
+from dpop_trainer.trained import adapter_base, load_trained, read_run_config
 from dpop_trainer.versions import versions
 
 CONFIG_FILE = "config.yaml"
@@ -104,7 +105,9 @@ def run_inspect(
     if out is None and not folder.is_dir():
         raise ValueError(f"out: expected a folder for the results of a model from the hub, got None for {model!r}.")
     dataset = read_pairs(pairs)
-    policy, tokenizer = load_trained(model)
+    config = read_run_config(Path(model).expanduser())
+    rounding = as_trained(config)
+    policy, tokenizer = load_trained(model, quantization_config=rounding)
     dataset, counts = tokenise_pairs(
         dataset.select(range(min(limit, len(dataset)))),
         tokenizer,
@@ -120,13 +123,16 @@ def run_inspect(
     else:
         del policy
         gc.collect()
-        policy = load_trained(subject.reference).model
+        is_start = subject.reference == config.get("model_name_or_path")  # which training saw rounded too
+        policy = load_trained(subject.reference, quantization_config=rounding if is_start else None).model
     ref_logps = pair_token_logps(policy, dataset, desc="Reference", **score)
     del policy
     history = {}
     for step, path in subject.checkpoints if checkpoints else []:
         gc.collect()
-        logps = pair_token_logps(load_trained(path).model, dataset, desc=f"Checkpoint {step}", **score)
+        logps = pair_token_logps(
+            load_trained(path, quantization_config=rounding).model, dataset, desc=f"Checkpoint {step}", **score
+        )
         history[step] = evaluate_pairs(logps, ref_logps, dataset)
 
     inspection = Inspection(

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from dpop_kernels import ScoringHead
 from dpop_trainer.base import MODEL_INPUTS
 from dpop_trainer.data import Layout, PairCollator, trie_mask
-from dpop_trainer.flat_attention import BLOCK_SIZE, FLAT_ATTENTION, flat_mask, use_flat_attention
+from dpop_trainer.flat_attention import (
+    BLOCK_SIZE,
+    FLAT_ATTENTION,
+    AttentionCall,
+    first_call,
+    flat_mask,
+    gradient_difference,
+    use_flat_attention,
+)
+from dpop_trainer.quantised import computed_in
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +243,9 @@ def _found_by_probe(
         try:
             if layout == "flat":
                 _switch_attention([scored])
-            difference = layout_difference(scored, collator, records, layout=probed)
+            with first_call() as calls:
+                difference = layout_difference(scored, collator, records, layout=probed)
+            backward = _backward_obstacle(calls, tolerance) if layout == "flat" and difference <= tolerance else None
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
             return f"the model's forward does not take one ({type(error).__name__}: {error})"
         if not difference <= tolerance:
@@ -242,6 +253,20 @@ def _found_by_probe(
                 f"the model's log-probs in one differ from those in rows by {difference:.2g} nats per token, where "
                 f"rounding explains {tolerance:g}"
             )
+        if backward is not None:
+            return backward
+    return None
+
+
+def _backward_obstacle(calls: list[AttentionCall], tolerance: float) -> str | None:
+    """The log-probs are compared without gradient; of the backward, which is another kernel, one layer's is tried."""
+    assert calls, "the model ran no flat row"
+    try:
+        difference = gradient_difference(calls[0])
+    except Exception as error:  # a compiler may raise anything
+        return f"its attention has no backward here ({type(error).__name__}: {str(error)[:300]})"
+    if not difference <= tolerance:
+        return f"the gradients of its attention differ by {difference:.2g} of theirs from those under a mask"
     return None
 
 
@@ -272,6 +297,10 @@ def _mask_dtype(model: Any) -> torch.dtype:
 
 def _tolerance(model: Any) -> float:
     base = _base_model(model)
+    widest = max(_TOLERANCES.values())
     if base.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return _TF32_TOLERANCE
-    return _TOLERANCES.get(base.dtype, max(_TOLERANCES.values()))
+        found = _TF32_TOLERANCE
+    else:
+        found = _TOLERANCES.get(base.dtype, widest)
+    # quantised layers may compute in fewer bits than the others
+    return max([found, *(_TOLERANCES.get(dtype, widest) for dtype in computed_in(base))])

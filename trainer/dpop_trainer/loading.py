@@ -9,6 +9,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpop_trainer.quantised import make_trainable
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,6 +64,7 @@ def prepare_policy(
     if chat_template_path is not None:
         tokenizer.chat_template = load_chat_template(chat_template_path)
     loaded: Any = load_model(model, kwargs, quantization_config) if isinstance(model, str) else model
+    make_trainable(loaded)
     if peft_config is not None:
         if not isinstance(peft_config, PeftConfig):
             raise ValueError(
@@ -95,9 +98,11 @@ def load_model(
         kwargs["quantization_config"] = quantization_config
     check_local_path(name_or_path, "config.json")
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     except OSError as error:
         raise ValueError(f"model: expected a hub id or a folder with a model, got {name_or_path!r}. {error}") from error
+    make_trainable(model)
+    return model
 
 
 def load_tokenizer(

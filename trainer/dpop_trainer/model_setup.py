@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dpop_trainer.arguments import ModelArguments
 from dpop_trainer.config import HeadConfig
 from dpop_trainer.loading import check_local_path, load_tokenizer
+from dpop_trainer.quantised import check_bitsandbytes, compute_dtype, four_bit_config
 from dpop_trainer.trl_fields import name_hint
 
 
@@ -47,30 +48,39 @@ def init_kwargs(arguments: ModelArguments, config: HeadConfig) -> dict[str, Any]
     return {key: value for key, value in kwargs.items() if value is not None}
 
 
-def quantization_config(arguments: ModelArguments) -> Any:
+def quantization_config(arguments: ModelArguments, config: HeadConfig | None = None) -> Any:
     """A BitsAndBytesConfig, or None for weights as they are.
 
+    Args:
+        arguments: what is asked for.
+        config: tells by its autocast in which dtype the products are computed; None: in the weights'.
+
     Raises:
-        ValueError: there is no CUDA device.
+        ValueError: there is no adapter to train on it, bitsandbytes is not installed, or 8 bits are asked for on a CPU.
     """
     if not (arguments.load_in_4bit or arguments.load_in_8bit):
         return None
-    from transformers import BitsAndBytesConfig
-
-    if not torch.cuda.is_available():
-        name = "load_in_4bit" if arguments.load_in_4bit else "load_in_8bit"
+    name = "load_in_4bit" if arguments.load_in_4bit else "load_in_8bit"
+    if not (arguments.use_peft or arguments.peft_config):
         raise ValueError(
-            f"{name}: expected a CUDA device (bitsandbytes needs one), found none. Leave it out: the base is then "
-            "loaded in `dtype`."
+            f"{name}: expected an adapter to train, got none: rounded weights take no gradient. Set use_peft to true."
         )
+    check_bitsandbytes(name)
     if arguments.load_in_8bit:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "load_in_8bit: expected a CUDA device, found none. On a CPU bitsandbytes rounds the inputs of 8-bit "
+                "layers in evaluation and not in training, so that policy and reference would differ from the start. "
+                "Use load_in_4bit."
+            )
+        from transformers import BitsAndBytesConfig
+
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=arguments.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=arguments.bnb_4bit_quant_storage,
+    return four_bit_config(
+        compute_dtype(arguments.dtype, config),
+        quant_type=arguments.bnb_4bit_quant_type,
+        nested=arguments.use_bnb_nested_quant,
+        storage=arguments.bnb_4bit_quant_storage,
     )
 
 

@@ -53,7 +53,7 @@ def run_train(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer_of(model_arguments, config),
-        quantization_config=quantization_config(model_arguments),
+        quantization_config=quantization_config(model_arguments, config),
         peft_config=lora_config(model_arguments),
         run_config=whole_config,
     )
@@ -81,7 +81,7 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer_of(model_arguments, config),
-        quantization_config=quantization_config(model_arguments),
+        quantization_config=quantization_config(model_arguments, config),
         peft_config=lora_config(model_arguments),
         run_config=whole_config,
     )

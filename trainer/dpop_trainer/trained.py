@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
+from dpop_trainer.quantised import widened
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
 
@@ -73,6 +75,7 @@ def load_trained(
     quantization_config: Any = None,
     device: str | None = None,
     base: str | None = None,
+    widen: bool = False,
 ) -> TrainedModel:
     """A whole model, or an adapter on its base without merging, in evaluation mode.
 
@@ -84,12 +87,15 @@ def load_trained(
         quantization_config: loads the base quantised.
         device: where to put it; by default the GPU if there is one.
         base: puts an adapter on this model instead of the one that it names.
+        widen: of a quantised base, keep the rounded values and store them as ordinary weights again.
 
     Raises:
         ValueError: the model, the adapter or a tokenizer cannot be loaded.
     """
     init_kwargs = dict(init_kwargs or {})
     revision = init_kwargs.get("revision")
+    if quantization_config is not None and device is not None:
+        init_kwargs.setdefault("device_map", {"": device})  # where it is rounded, and stays
     named_base = adapter_base(name_or_path, revision)
     base = named_base and (base or named_base)
     tokenizer = load_trained_tokenizer(name_or_path, base)
@@ -99,6 +105,8 @@ def load_trained(
         # a revision is the adapter's; the base's is named in the adapter's own configuration
         init_kwargs.pop("revision", None)
         model = load_model(base, init_kwargs, quantization_config)
+        if widen and quantization_config is not None:
+            model = widened(model)
         num_rows = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > num_rows:
             model.resize_token_embeddings(len(tokenizer))
@@ -119,6 +127,27 @@ def load_trained_tokenizer(name_or_path: str, base: str | None) -> PreTrainedTok
     tokenizer = load_tokenizer(base if without_own else name_or_path)
     prepare_tokenizer(tokenizer)
     return tokenizer
+
+
+def read_run_config(run: Path) -> dict[str, Any]:
+    """config.yaml of a run; of one of its checkpoints, that of the folder above. Empty where there is none.
+
+    Raises:
+        ValueError: it is not a mapping.
+    """
+    path = run_file(run, "config.yaml")
+    if path is None:
+        return {}
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of fields to values, got {type(values).__name__}.")
+    return values
+
+
+def run_file(run: Path, name: str) -> Path | None:
+    """A file that a run left in its folder; for a checkpoint of it, in the folder above. None where there is none."""
+    folders = [run, run.parent] if run.name.startswith("checkpoint-") else [run]
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def fingerprint(name_or_path: str, revision: str | None = None) -> str:

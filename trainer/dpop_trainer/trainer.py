@@ -24,6 +24,7 @@ from dpop_trainer.flat_attention import use_flat_attention
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out
 from dpop_trainer.loading import Policy, disable_dropout, prepare_policy
 from dpop_trainer.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
+from dpop_trainer.quantised import make_trainable
 from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
 from dpop_trainer.split_preparation import tokenise_for_training
 from dpop_trainer.trainer_checks import check_arguments, check_form, warn_of_router_loss
@@ -145,6 +146,7 @@ class DPOPTrainer(BudgetTrainer):
             reference = frozen_copy(policy.model)
         if reference is not None:
             reference.eval().requires_grad_(False)
+            make_trainable(reference)
             if args.disable_dropout:
                 disable_dropout(reference)
 

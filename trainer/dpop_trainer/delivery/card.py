@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from dpop_trainer.run_files import METRICS_FILE, read_metrics
+from dpop_trainer.trained import read_run_config, run_file
 from dpop_trainer.versions import versions
 
 # settings that say what was trained, in this order; the rest is in config.yaml, which goes with the card
@@ -96,21 +97,6 @@ def model_card(
     )
 
 
-def read_run_config(run: Path) -> dict[str, Any]:
-    """config.yaml of a run; of one of its checkpoints, that of the folder above. Empty where there is none.
-
-    Raises:
-        ValueError: it is not a mapping.
-    """
-    path = _run_file(run, "config.yaml")
-    if path is None:
-        return {}
-    values = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of fields to values, got {type(values).__name__}.")
-    return values
-
-
 def base_license(base: str | None) -> str | None:
     """The licence in the base's own card: in its folder or in the hub's cache. The hub is not asked."""
     if base is None:
@@ -184,7 +170,7 @@ def _training(config: dict[str, Any], run: Path) -> str:
 
 def _evaluation(run: Path, evaluation: Path | None) -> str:
     parts = []
-    shift = _run_file(run, "inspect.json")
+    shift = run_file(run, "inspect.json")
     if shift is not None:
         record = json.loads(shift.read_text())
         parts.append(
@@ -219,13 +205,8 @@ def _versions() -> str:
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    path = _run_file(run, METRICS_FILE)
+    path = run_file(run, METRICS_FILE)
     return [] if path is None else read_metrics(path.parent)
-
-
-def _run_file(run: Path, name: str) -> Path | None:
-    folders = [run, run.parent] if run.name.startswith("checkpoint-") else [run]
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def _is_hub_id(name: str) -> bool:

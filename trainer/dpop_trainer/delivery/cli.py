@@ -15,12 +15,17 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dpop export",
-        description="A run as a folder that anyone can load: the adapter merged into its base in full precision, "
+        description="A run as a folder that anyone can load: the adapter merged into its base, "
         "safetensors, tokenizer, chat template, and a model card from the run's records.",
     )
     parser.add_argument("run", help="output_dir of a run, a checkpoint in it, or a hub id")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--base", help="merge into this model; default: the base that the adapter names")
+    parser.add_argument(
+        "--merge_into",
+        choices=["rounded", "full"],
+        help="of a run on a 4-bit base: the base as training saw it, rounded (default), or its full-precision weights",
+    )
     parser.add_argument("--dtype", help="dtype to merge and save in; default: that of the base's checkpoint")
     parser.add_argument("--license", dest="license_id", help="the hub's id of the licence; default: the base's")
     parser.add_argument("--name", help="the model's name on its card; default: the folder's")

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import yaml
 
-from dpop_trainer.delivery.card import model_card, read_run_config, shown_model
+from dpop_trainer.delivery.card import model_card, shown_model
 from dpop_trainer.delivery.merge import Merged, largest_change, merge_run, probe_logps
 from dpop_trainer.loading import load_model
+from dpop_trainer.quantised import as_trained
+from dpop_trainer.trained import read_run_config
 
 # largest change of a probability between the run and what was saved, by the dtype that was saved
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -21,6 +23,7 @@ def run_export(
     *,
     out: str,
     base: str | None = None,
+    merge_into: str | None = None,
     dtype: str | None = None,
     license_id: str | None = None,
     name: str | None = None,
@@ -37,7 +40,9 @@ def run_export(
         run: the output_dir of a run, a checkpoint in it, or a hub id.
         out: the folder to write; it must not hold a model.
         base: see `merge_run`.
-        dtype: dtype to merge and save in; None: that of the base's checkpoint.
+        merge_into: of a run on a 4-bit base: "rounded", the weights that training saw, widened, which gives the policy
+            that was trained; or "full", the base's full-precision ones. None: rounded, where the base was.
+        dtype: dtype to merge and save in; None: that of the base's checkpoint, into rounded weights that of the run.
         license_id: the hub's id of the licence.
         name: the model's name on its card; None: the folder's.
         evaluation: results.json of `dpop eval`, or its folder, for the card.
@@ -58,18 +63,33 @@ def run_export(
     if (folder / "config.json").exists():
         raise ValueError(f"out: expected a folder without a model, found one in {out!r}. Give another, or remove it.")
     evaluation_file = _evaluation_file(evaluation)
+    run_config = read_run_config(Path(run))
+    if merge_into not in (None, "rounded", "full"):
+        raise ValueError(f"merge_into: expected 'rounded' or 'full', got {merge_into!r}.")
+    if merge_into == "rounded" and not run_config.get("load_in_4bit"):
+        raise ValueError(
+            f"merge_into: expected a run on a 4-bit base for 'rounded', got {run!r}, whose records tell of none. "
+            "Leave it out."
+        )
+    rounding = None if merge_into == "full" else as_trained(run_config)
     kwargs = {"dtype": dtype, "trust_remote_code": trust_remote_code or None}
     init_kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    load_kwargs = dict(init_kwargs)
+    if rounding is not None and run_config.get("dtype"):  # weights in another dtype would be rounded otherwise
+        load_kwargs["dtype"] = run_config["dtype"]
     print(f"Loading {run}", flush=True)
-    merged = merge_run(run, base=base, init_kwargs=init_kwargs, device=device)
+    merged = merge_run(run, base=base, init_kwargs=load_kwargs, device=device, quantization_config=rounding)
+    if rounding is not None and isinstance(getattr(torch, dtype or "", None), torch.dtype):
+        merged.model.to(getattr(torch, dtype or ""))
     folder.mkdir(parents=True, exist_ok=True)
     merged.model.save_pretrained(folder, max_shard_size=max_shard_size)
     merged.tokenizer.save_pretrained(folder)
     saved_dtype = next(merged.model.parameters()).dtype
     logps, base = merged.probe_logps, merged.base
-    note = _merge_note(merged, run, saved_dtype)
+    note = _merge_note(merged, run_config, saved_dtype, is_rounded=rounding is not None)
     del merged
     gc.collect()
+    init_kwargs["dtype"] = saved_dtype
     change = _check_saved(folder, logps, saved_dtype, init_kwargs, device)
     note += f" Reloaded, it gives the run's probabilities to {change:.1e} ({str(saved_dtype).removeprefix('torch.')})."
     card = model_card(
@@ -81,9 +101,8 @@ def run_export(
         evaluation=evaluation_file,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    config = read_run_config(Path(run))
-    if config:
-        (folder / "training_config.yaml").write_text(yaml.safe_dump(_shareable(config), sort_keys=True))
+    if run_config:
+        (folder / "training_config.yaml").write_text(yaml.safe_dump(_shareable(run_config), sort_keys=True))
     if evaluation_file is not None:
         shutil.copy(evaluation_file, folder / "evaluation.json")
     print(f"{note}\nWritten: {folder}")
@@ -128,15 +147,20 @@ def _check_saved(
     return change
 
 
-def _merge_note(merged: Merged, run: str, dtype: torch.dtype) -> str:
+def _merge_note(merged: Merged, run_config: dict[str, Any], dtype: torch.dtype, *, is_rounded: bool) -> str:
     name = str(dtype).removeprefix("torch.")
     if merged.base is None:
         return f"The weights are the run's, in {name}."
     note = f"The adapter is merged into `{shown_model(merged.base)}`, in {name}."
-    if read_run_config(Path(run)).get("load_in_4bit"):
+    if is_rounded:
         note += (
-            " Training saw this base rounded to 4 bits; the merge is into its full-precision weights, so that answers "
-            "differ from those in training by that rounding."
+            " The base is rounded to 4 bits, as it was in training, and stored widened: the policy that was trained."
+        )
+    elif run_config.get("load_in_4bit") or run_config.get("load_in_8bit"):
+        bits = 4 if run_config.get("load_in_4bit") else 8
+        note += (
+            f" Training saw this base rounded to {bits} bits; the merge is into its full-precision weights, so that "
+            "answers differ from those in training by that rounding."
         )
     return note
 

@@ -2,11 +2,13 @@
 
     W_merged = W + (alpha / r) · B A            in full precision, whatever precision the run kept W in
 
-A run on a 4-bit base trained its adapter against rounded weights. Merging into those would keep their rounding for
-good, so the base is loaded anew from its name, unquantised.
+A run on a 4-bit base trained its adapter against rounded weights. Merging into those as they lie, in 4 bits, would
+round the sum once more, and part of the update away. So the base is loaded anew from its name: rounded as training saw
+it and then widened, which gives the very policy that was trained; or unquantised.
 """
 
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +33,14 @@ class Merged(NamedTuple):
     """Log-probs [T, V] of the probe under the run itself, before the merge. fp32, CPU."""
 
 
-def merge_run(run: str, *, base: str | None, init_kwargs: dict[str, Any], device: str | None = None) -> Merged:
+def merge_run(
+    run: str,
+    *,
+    base: str | None,
+    init_kwargs: dict[str, Any],
+    device: str | None = None,
+    quantization_config: Any = None,
+) -> Merged:
     """Load a run and merge its adapter, if it is one.
 
     Args:
@@ -39,6 +48,7 @@ def merge_run(run: str, *, base: str | None, init_kwargs: dict[str, Any], device
         base: merge into this model instead of the one that the adapter names; for a base that was quantised for good.
         init_kwargs: for from_pretrained: dtype, revision, trust_remote_code.
         device: where to merge; by default the CPU, which holds larger models.
+        quantization_config: round the base in this way, as training did, and merge into what that leaves.
 
     Raises:
         ValueError: the run cannot be loaded, the base is stored quantised, or the adapter is of a kind that peft cannot
@@ -53,10 +63,15 @@ def merge_run(run: str, *, base: str | None, init_kwargs: dict[str, Any], device
         return Merged(trained.model, trained.tokenizer, None, probe_logps(trained.model))
     base = base or named_base
     _check_not_quantised(base, init_kwargs)
-    trained = load_trained(run, init_kwargs=init_kwargs, device=device or "cpu", base=base)
+    load = partial(load_trained, run, init_kwargs=init_kwargs, device=device or "cpu", base=base)
+    if quantization_config is None:
+        trained = load()
+        logps = probe_logps(trained.model)
+    else:
+        logps = probe_logps(load(quantization_config=quantization_config).model)
+        trained = load(quantization_config=quantization_config, widen=True)
     model = trained.model
     assert isinstance(model, PeftModel)
-    logps = probe_logps(model)
     _untie_adapted_embeddings(model)
     try:
         with warnings.catch_warnings():

@@ -4,7 +4,7 @@ import gc
 import importlib.util
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from dpop_trainer.evaluation.compare import as_markdown, compare
 from dpop_trainer.evaluation.records import TaskResult, labels, read_result, result_path, write_result
 from dpop_trainer.evaluation.tasks import TaskRequest, load_tasks, parse_tasks
 from dpop_trainer.files import write_atomically
-from dpop_trainer.trained import TrainedModel, adapter_base, fingerprint, load_trained
+from dpop_trainer.quantised import as_trained, check_bitsandbytes, compute_dtype, four_bit_config
+from dpop_trainer.trained import TrainedModel, adapter_base, fingerprint, load_trained, read_run_config
 from dpop_trainer.versions import versions
 
 # of the files of results; one of another format is run again
@@ -42,11 +43,15 @@ class EvalSettings:
     """"auto" spreads a model over all GPUs."""
     trust_remote_code: bool = False
     load_in_4bit: bool = False
+    rounded_as: dict[str, Any] = field(default_factory=dict)
+    """The configuration of the run whose base in 4 bits all models get; of the first such run among them."""
 
     def key(self) -> dict[str, Any]:
         """What a result depends on."""
         names = ("limit", "apply_chat_template", "max_length", "dtype", "load_in_4bit")
-        return {name: getattr(self, name) for name in names}
+        key = {name: getattr(self, name) for name in names}
+        rounding = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "dtype")
+        return key | ({"rounded_as": {name: self.rounded_as.get(name) for name in rounding}} if self.rounded_as else {})
 
 
 def run_eval(
@@ -75,6 +80,10 @@ def run_eval(
         ValueError: a model, a task or its data cannot be had; said before any model is loaded.
     """
     _check(models, settings)
+    if settings.load_in_4bit:
+        check_bitsandbytes("load_in_4bit")
+        configs = (read_run_config(Path(model)) for model in models)
+        settings = replace(settings, rounded_as=next((run for run in configs if run.get("load_in_4bit")), {}))
     requests = parse_tasks(tasks, local, settings.num_fewshot)
     if not requests and pairs is None:
         raise ValueError("tasks: expected something to evaluate on, got nothing. Give --tasks, --local or --pairs.")
@@ -220,12 +229,9 @@ def _load(model: str, settings: EvalSettings) -> TrainedModel:
     }
     quantization_config = None
     if settings.load_in_4bit:
-        if not torch.cuda.is_available():
-            raise ValueError("load_in_4bit: expected a CUDA device (bitsandbytes needs one), found none.")
-        from transformers import BitsAndBytesConfig
-
-        quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        # what an adapter was trained on, to the last scale; all others alike
+        quantization_config = as_trained(settings.rounded_as) or four_bit_config(
+            compute_dtype(settings.dtype or "auto")
         )
     return load_trained(
         model,

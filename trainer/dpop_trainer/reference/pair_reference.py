@@ -192,6 +192,11 @@ class PairReference:
 
     def _place(self, model: Any) -> None:
         if self._trainer.args.ref_model_offload:
+            if getattr(model, "is_loaded_in_4bit", False):
+                raise ValueError(
+                    "ref_model_offload: expected a reference whose weights can be sent layer by layer, got one in 4 "
+                    "bits, whose scales stay behind. Leave the offloading out, or load it in 8 or 16 bits."
+                )
             offload_reference(model, self._accelerator.device)
         elif getattr(model, "hf_device_map", None) is None:
             model.to(self._accelerator.device)

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from dpop_trainer.loading import load_model
+from dpop_trainer.quantised import check_bitsandbytes
 
 
 def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] | str | None = None) -> PreTrainedModel:
@@ -18,16 +19,18 @@ def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] |
         name_or_path: of a causal LM.
         policy: the model that is trained.
         init_kwargs: for from_pretrained: dtype, attn_implementation, device_map, quantization_config (also as a
-            mapping, such as {"load_in_4bit": true}), ...
+            mapping, such as {"load_in_4bit": true}: nf4, products in the policy's dtype), ...
 
     Raises:
-        ValueError: nothing can be loaded from there, or it is to be quantised by bitsandbytes without a CUDA device.
+        ValueError: nothing can be loaded from there, or it is to be quantised by bitsandbytes, which is not installed.
     """
     base: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
     own = dict(check_init_kwargs(init_kwargs) or {})
     quantization = own.get("quantization_config")
     if isinstance(quantization, dict) and quantization.keys() & {"load_in_4bit", "load_in_8bit"}:
-        own["quantization_config"] = {"quant_method": "bitsandbytes", **quantization}
+        # nf4 is made for weights; bitsandbytes' own defaults are fp4 and products in fp32
+        defaults = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": base.dtype}
+        own["quantization_config"] = {"quant_method": "bitsandbytes", **defaults, **quantization}
     attention = base.config.get_text_config()._attn_implementation
     kwargs = {"dtype": base.dtype, "attn_implementation": attention, **own}
     return load_model(name_or_path, kwargs).eval().requires_grad_(False)
@@ -36,7 +39,7 @@ def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] |
 def check_init_kwargs(init_kwargs: Any) -> dict[str, Any] | None:
     """
     Raises:
-        ValueError: neither a mapping nor None; or bitsandbytes is asked for without a CUDA device.
+        ValueError: neither a mapping nor None; or bitsandbytes is asked for and not installed.
     """
     if init_kwargs is None:
         return None
@@ -47,13 +50,8 @@ def check_init_kwargs(init_kwargs: Any) -> dict[str, Any] | None:
         )
     quantization = init_kwargs.get("quantization_config")
     asked = quantization if isinstance(quantization, dict) else getattr(quantization, "to_dict", dict)()
-    is_bitsandbytes = any(asked.get(key) or init_kwargs.get(key) for key in ("load_in_4bit", "load_in_8bit"))
-    if is_bitsandbytes and not torch.cuda.is_available():
-        raise ValueError(
-            "ref_model_init_kwargs: expected no bitsandbytes quantisation without a CUDA device, whose kernels it is, "
-            "got load_in_4bit or load_in_8bit. Load the reference in bfloat16, or compute its log-probs once "
-            "(precompute_ref_log_probs) where there is a GPU: the cache can be copied."
-        )
+    if any(asked.get(key) or init_kwargs.get(key) for key in ("load_in_4bit", "load_in_8bit")):
+        check_bitsandbytes("ref_model_init_kwargs")
     return init_kwargs
 
 
