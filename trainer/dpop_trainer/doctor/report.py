@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpop_trainer.data.records import TOKEN_COLUMNS
 from dpop_trainer.doctor.charts import Axis, histogram, scatter
 from dpop_trainer.doctor.examine import Examination
 from dpop_trainer.doctor.findings import SERIOUS_SHARE
@@ -320,12 +319,11 @@ def _pair(examination: Examination, example: _Example, tokenizer: "PreTrainedTok
 def _marked(
     examination: Examination, row: int, chosen: str, rejected: str, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> tuple[list[Piece], list[Piece]]:
-    tokenised, measures = examination.tokenised, examination.measures
+    measures = examination.measures
     longest = max(measures.chosen_tokens[row], measures.rejected_tokens[row])
-    if tokenizer is None or tokenised is None or not 0 <= longest <= _MARKED_TOKENS:
+    if tokenizer is None or not 0 <= longest <= _MARKED_TOKENS:
         return mark_words(chosen[: 8 * _MARKED_TOKENS], rejected[: 8 * _MARKED_TOKENS])
-    record: dict[str, Any] = tokenised[int(np.searchsorted(np.asarray(tokenised["pair_id"]), row))]
-    prompt_ids, chosen_ids, rejected_ids = (record[column] for column in TOKEN_COLUMNS)
+    prompt_ids, chosen_ids, rejected_ids = examination.token_ids(row)
     eos: Any = tokenizer.eos_token_id
     return mark_tokens(without_eos(chosen_ids, eos), without_eos(rejected_ids, eos), tokenizer, before=prompt_ids[-1:])
 
