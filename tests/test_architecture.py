@@ -144,7 +144,7 @@ def test_recipes_know_nothing_of_training():
 
 def test_doctor_trains_nothing():
     """Pairs are examined without the trainer; only the model's view of them needs the kernels."""
-    allowed = ("data", "doctor", "edits", "pairs.write", "loading", "versions")
+    allowed = ("data", "doctor", "edits", "graphemes", "loading", "pairs.write", "token_text", "versions")
     for path in (ROOT / "trainer" / "dpop_trainer" / "doctor").glob("*.py"):
         for module in imported_modules(path):
             if path.name != "ches.py":

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dpop_trainer import html_page
 from dpop_trainer.evaluate import LOST_NATS, PairEvaluation, Ranking
+from dpop_trainer.graphemes import columns, pad, pad_left
 from dpop_trainer.plots import plot_logratios, plot_token_shift
 from dpop_trainer.token_shift import TokenShift, mean_token_shift, token_shift_as_dict, token_shift_from_dict
 
@@ -165,9 +166,9 @@ def format_comparison(comparison: Comparison) -> str:
     """For the terminal: the table, then the verdict."""
     titles = ["", *(f"{column.title}, {column.unit}".removesuffix(", ") for column in _COLUMNS)]
     rows = [titles, *table_rows(comparison)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
+    widths = [max(columns(row[column]) for row in rows) for column in range(len(titles))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join([pad(row[0], widths[0]), *(pad_left(cell, w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
     return "\n".join([*lines, "", verdict(comparison)])

@@ -325,7 +325,7 @@ def _marked(
         return mark_words(chosen[: 8 * _MARKED_TOKENS], rejected[: 8 * _MARKED_TOKENS])
     prompt_ids, chosen_ids, rejected_ids = examination.token_ids(row)
     eos: Any = tokenizer.eos_token_id
-    return mark_tokens(without_eos(chosen_ids, eos), without_eos(rejected_ids, eos), tokenizer, before=prompt_ids[-1:])
+    return mark_tokens(without_eos(chosen_ids, eos), without_eos(rejected_ids, eos), tokenizer, before=prompt_ids)
 
 
 def _pieces(pieces: Sequence[Piece], side: str) -> str:
