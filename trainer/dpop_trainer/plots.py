@@ -20,6 +20,7 @@ from dpop_trainer.token_shift import TokenShift
 _ZERO_LINE: dict[str, Any] = {"color": "0.35", "linewidth": 0.8}
 _GRID: dict[str, Any] = {"color": "0.9", "linewidth": 0.6}
 _FEW_TOKENS = 0.1
+_MOST_ACROSS = 3  # methods whose numbers fit side by side over their bars
 
 
 class _Style(NamedTuple):
@@ -147,10 +148,11 @@ def _plot_regions(axes: Axes, shifts: Mapping[str, TokenShift]) -> None:
             edgecolor="white",
             zorder=2,
         )
-        axes.bar_label(bars, fmt=_bar_text, padding=2, fontsize=6.5)
+        many = len(shifts) > _MOST_ACROSS
+        axes.bar_label(bars, fmt=_bar_text, padding=2, fontsize=6 if many else 6.5, rotation=90 if many else 0)
     axes.axhline(0, zorder=3, **_ZERO_LINE)
     axes.set_xticks(range(3), ["before", "at", "after"])
-    axes.margins(y=0.15)  # room for the numbers
+    axes.margins(y=0.2 if len(shifts) > _MOST_ACROSS else 0.15)  # room for the numbers
     _finish(axes, "Around the edit", "chosen answer's tokens, relative to the edit", "mean change (nats per token)")
     axes.grid(visible=False, axis="x")
 

@@ -24,10 +24,11 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], context:
         context: ids before them; a few are enough.
     """
 
-    def decode(begin: int, end: int) -> str:
-        return str(tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)) if begin < end else ""
+    all_ids, first = [*context, *ids], len(context)
 
-    ids, first = [*context, *ids], len(context)
+    def decode(begin: int, end: int) -> str:
+        return str(tokenizer.decode(all_ids[begin:end], clean_up_tokenization_spaces=False)) if begin < end else ""
+
     # Decoding a window and not all text before it, or a long answer would cost the square of its length. It begins
     # where a character does: where bytes fall back to tokens, one without its beginning spoils all that follow.
     earliest = max(0, first - _WINDOW)
@@ -41,13 +42,13 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], context:
     )
     texts: list[str] = []
     boundaries = [begin]  # tokens before which all text is written
-    for end in range(begin + 1, len(ids) + 1):
+    for end in range(begin + 1, len(all_ids) + 1):
         texts.append("")
         while boundaries[-1] < end:
             start, pending = boundaries[max(0, len(boundaries) - 1 - _WINDOW)], boundaries[-1]
             before, text = decode(start, pending), decode(start, end)
             piece = text[len(before) :] if text.startswith(before) else decode(pending, end)
-            if not piece.endswith(_REPLACEMENT) or end == len(ids):
+            if not piece.endswith(_REPLACEMENT) or end == len(all_ids):
                 texts[-1] = piece
                 boundaries.append(end)
             elif end - pending < _MOST_BYTES:

@@ -113,6 +113,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         f"{comparison.config['dataset_name']}, with {_seeds(len(comparison.of(first.method)))} each, measured on "
         f"{first.num_pairs:,} held-out pairs."
     )
+    settings = {key: value for key, value in comparison.config.items() if value not in (None, [], {})}
     sections = [
         html_page.paragraph(introduction),
         html_page.paragraph(verdict(comparison), "verdict"),
@@ -127,7 +128,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
             "Change per token of the chosen answers around the edit, mean over seeds", folder / "token_shift.png"
         ),
         html_page.heading("Configuration"),
-        html_page.facts({key: value for key, value in comparison.config.items() if value not in (None, [], {})}),
+        html_page.folded(f"All {len(settings)} settings", html_page.facts(settings)),
         html_page.heading("Versions"),
         html_page.facts(comparison.versions),
     ]
