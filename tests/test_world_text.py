@@ -223,7 +223,6 @@ PAIRS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", PAIRS)
 def test_training_and_reports(tmp_path, tiny_llama, script, capsys):
     records = PAIRS[script]
@@ -270,10 +269,18 @@ def test_training_and_reports(tmp_path, tiny_llama, script, capsys):
     assert main(["pairs", "inspect", str(pairs), "--model", str(run), "--out", str(folder / "doctor")]) == 0
     page = (folder / "doctor" / "report.html").read_text(encoding="utf-8")
     assert "\ufffd" not in page
-    # the sums are one apart: the same number of digits but for 4+5=9 against 10 and 9 against 8
     marks = re.findall(r'<mark class="chosen">(.*?)</mark>', page)
     assert marks
-    assert all(mark.isdecimal() for mark in marks)
+    assert all(mark.isdecimal() for mark in marks)  # the sums differ, the words do not
+
+    models = [str(tiny_llama), str(run)]
+    assert main(["eval", "--models", *models, "--pairs", str(pairs), "--out", str(folder / "评")]) == 0
+    assert main(["export", str(run), "--out", str(folder / "出"), "--evaluation", str(folder / "评")]) == 0
+    card = (folder / "出" / "README.md").read_text(encoding="utf-8")
+    assert "# 出" in card
+    assert "Trained on `数据.jsonl` (a local file)." in card
+    (shown,) = re.findall(r"chosen Δ \|.*\| ([+-][0-9.]+) ±", card)
+    assert float(shown) == pytest.approx(result["chosen_logratio"], abs=0.006)
 
 
 def answer_logps(model_folder, prompt, answer):

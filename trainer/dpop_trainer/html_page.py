@@ -40,8 +40,8 @@ img { box-sizing: border-box; max-width: 100%; height: auto; padding: .4rem; bac
 .facts { columns: 24rem; font-size: .875rem; }
 .facts div { display: flex; gap: 1rem; justify-content: space-between; break-inside: avoid; padding: .15rem 0;
              border-bottom: 1px solid var(--line); }
-.facts b { font-weight: 600; } .facts span { text-align: right; }
-.facts b, .facts span { unicode-bidi: isolate; overflow-wrap: anywhere; min-width: 4rem; }
+.facts dt { font-weight: 600; } .facts dd { margin: 0; text-align: right; }
+.facts dt, .facts dd { unicode-bidi: isolate; overflow-wrap: anywhere; min-width: 4rem; }
 summary { cursor: pointer; color: var(--soft); font-size: .875rem; margin: .4rem 0; }
 """
 
@@ -112,9 +112,9 @@ def figure(title: str, path: str | os.PathLike[str]) -> str:
 def facts(values: Mapping[str, Any]) -> str:
     """Names and values, small, in two columns where there is room for two."""
     rows = "".join(
-        f"<div><b>{visible(str(key))}</b><span>{visible(str(value))}</span></div>" for key, value in values.items()
+        f"<div><dt>{visible(str(key))}</dt><dd>{visible(str(value))}</dd></div>" for key, value in values.items()
     )
-    return f'<div class="facts">{rows}</div>'
+    return f'<dl class="facts">{rows}</dl>'
 
 
 def folded(title: str, section: str) -> str:

@@ -211,11 +211,11 @@ def _place(region: str) -> str:
 def _pair_sections(pair: PairChange) -> list[str]:
     return [
         html_page.heading(f"Pair {pair.pair_id}: chosen {pair.chosen.logratio:+.2f} nats", 3),
-        f'<pre dir="auto">{html_page.visible(pair.prompt)}</pre>',
+        f'<pre dir="auto" lang="">{html_page.visible(pair.prompt)}</pre>',
         html_page.paragraph(f"Chosen, {pair.chosen.logratio:+.2f} nats"),
-        f'<pre dir="auto">{_coloured(pair.chosen)}</pre>',
+        f'<pre dir="auto" lang="">{_coloured(pair.chosen)}</pre>',
         html_page.paragraph(f"Rejected, {pair.rejected.logratio:+.2f} nats"),
-        f'<pre dir="auto">{_coloured(pair.rejected)}</pre>',
+        f'<pre dir="auto" lang="">{_coloured(pair.rejected)}</pre>',
     ]
 
 

@@ -314,10 +314,10 @@ def _pair(examination: Examination, example: _Example, tokenizer: "PreTrainedTok
     header = " · ".join(f"<b>{_text(fact)}</b>" if not i else _text(fact) for i, fact in enumerate(facts) if fact)
     return (
         f'<div class="pair"><header>{header}</header>'
-        f'<div class="side prompt"><span>prompt</span><pre dir="auto">{_text(shown)}</pre></div>'
+        f'<div class="side prompt"><span>prompt</span><pre dir="auto" lang="">{_text(shown)}</pre></div>'
         '<div class="answers">'
-        f'<div class="side"><span>chosen</span><pre dir="auto">{_pieces(chosen, "chosen")}</pre></div>'
-        f'<div class="side"><span>rejected</span><pre dir="auto">{_pieces(rejected, "rejected")}</pre></div>'
+        f'<div class="side"><span>chosen</span><pre dir="auto" lang="">{_pieces(chosen, "chosen")}</pre></div>'
+        f'<div class="side"><span>rejected</span><pre dir="auto" lang="">{_pieces(rejected, "rejected")}</pre></div>'
         "</div></div>"
     )
 
