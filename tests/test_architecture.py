@@ -175,6 +175,21 @@ import dpop_kernels
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_pairs_are_built_without_torch(tmp_path):
+    """The command starts in a moment, and where only the data is."""
+    (tmp_path / "a.jsonl").write_text('{"question": "How many?", "answer": "1+1 = 2 and 2+2 = 4"}')
+    code = f"""
+import sys
+for name in ("torch", "transformers", "datasets", "pyarrow", "numpy"):
+    sys.modules[name] = None  # importing it raises ImportError
+from dpop_trainer.cli import main
+source, out = {str(tmp_path / "a.jsonl")!r}, {str(tmp_path / "b.jsonl")!r}
+sys.exit(main(["pairs", "build", "metamath", "--source", source, "--out", out]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert "1+1 = " in (tmp_path / "b.jsonl").read_text()
+
+
 def test_every_public_name_is_documented():
     import dpop_kernels
 

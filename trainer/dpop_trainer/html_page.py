@@ -37,10 +37,10 @@ mark { color: inherit; padding: 0 .15em; border-radius: .2em; font-weight: bold;
 mark.chosen { background: var(--good); } mark.rejected { background: var(--bad); }
 figure { margin: 1.2rem 0; }
 img { box-sizing: border-box; max-width: 100%; height: auto; padding: .4rem; background: white; }
-.facts { columns: 24rem; font-size: .875rem; }
+.facts { columns: 24rem; column-gap: 2rem; font-size: .875rem; }
 .facts div { display: flex; gap: 1rem; justify-content: space-between; break-inside: avoid; padding: .15rem 0;
              border-bottom: 1px solid var(--line); }
-.facts dt { font-weight: 600; } .facts dd { margin: 0; text-align: right; }
+.facts dt { font-weight: 600; flex: 0 0 auto; max-width: 70%; } .facts dd { margin: 0; text-align: right; }
 .facts dt, .facts dd { unicode-bidi: isolate; overflow-wrap: anywhere; min-width: 4rem; }
 summary { cursor: pointer; color: var(--soft); font-size: .875rem; margin: .4rem 0; }
 """
