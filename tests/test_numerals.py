@@ -113,7 +113,14 @@ def test_intermediate_results_in_every_script(answer, first):
         ("答案是1.5亿", "#### 150000000", True),
         ("答案是3万5千", "35000", None),  # not read, and so no mistake to learn from
         ("答案是七十二，因为48+24=72", "72", None),
+        ("答案是五，因为2+3=5", "5", None),
         ("48+24=73", "72", None),
+        ("The answer is 48+24 = 72.", "72", True),  # what the equation comes to
+        ("答：一共卖了４８＋２４＝７２（个）。", "72", True),
+        ("the answer is (48 + 24) / 2 = 36", "36", True),
+        ("The answer is 72, because 48+24 = 72 and 2*3 = 6", "72", True),
+        ("The answer is 5-10", "5", True),
+        ("回答：48÷2=24，所以…", "72", None),  # a heading, not the final answer
     ],
 )
 def test_final_numbers_in_every_script(sample, label, verdict):

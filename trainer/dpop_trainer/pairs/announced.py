@@ -2,10 +2,10 @@
 
 PHRASES = "|".join(
     (
-        r"the (?:final )?answer is",
-        "die (?:finale )?antwort (?:ist|lautet)",
-        "(?:la|a) (?:respuesta|réponse|risposta|resposta)(?: finale?)? (?:es|est|è|é)",
-        r"(?<![^\W_])ответ(?: —| –| -|:)",
+        r"\bthe (?:final )?answer is",
+        r"\bdie (?:finale )?antwort (?:ist|lautet)",
+        r"\b(?:la|a) (?:respuesta|réponse|risposta|resposta)(?: finale?)? (?:es|est|è|é)",
+        r"\bответ(?: —| –| -|:)",
         "答案(?:是|为|為)",
         "答えは",
         "(?:정답은|답은)",
@@ -15,7 +15,7 @@ PHRASES = "|".join(
         "উত্তর হল",
         "คำตอบ(?:สุดท้าย)?คือ",
         "đáp án là",
-        "jibu ni",
+        r"\bjibu ni",
     )
 )
 """A regular expression, to be matched without regard to case."""

@@ -7,15 +7,19 @@ from decimal import Decimal, InvalidOperation
 from typing import TypeAlias
 
 from dpop_trainer.pairs.announced import PHRASES
-from dpop_trainer.pairs.numerals import LETTER, in_ascii
+from dpop_trainer.pairs.numerals import HAN_NUMBER, LETTER, in_ascii
 
 Verdict: TypeAlias = bool | None
 """Right, wrong, or None: the sample gives no answer of the kind looked for."""
 
 _NUMBER = re.compile(r"-?[$€£¥₹₩]?-?(?P<number>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
-_ANNOUNCED = re.compile(rf"####|\\boxed\{{|{PHRASES}|\banswer:|答案?[:：]|الإجابة:|(?:정답|답):", re.IGNORECASE)
+_ANNOUNCED = re.compile(
+    rf"####|\\boxed\{{|{PHRASES}|\banswer:|(?<![回解问問])答案?[:：]|الإجابة:|(?:정답|답):", re.IGNORECASE
+)
+# 48+24 = 72: what is announced is what the equation comes to
+_EQUATION = re.compile(r"(?:[ )]*[-+*/×÷][ ($€£¥]*[0-9][0-9,.]*\)*)+ *(?==)")
 _MYRIADS = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
-_HAN_NUMERAL = re.compile("[一二三四五六七八九十百千零〇两兩]")
+_HAN_DIGIT = re.compile(" *[二三四五六七八九十两兩]")
 _LETTER = re.compile(rf"(?<![0-9{LETTER}])(?P<letter>[A-Z1-9])(?![0-9{LETTER}])")
 _LONE_LETTER = re.compile(r"\s*\(?(?P<letter>[A-Z1-9])(?:[).:、．：]|\s*$|\s*\n)")
 
@@ -81,12 +85,19 @@ def regex_matcher(pattern: str) -> Callable[[str, str], Verdict]:
 
 
 def _final_number(text: str) -> Decimal | None:
-    """The first number behind the last announcement."""
+    """The first number behind the last announcement, or the result of the equation that begins with it."""
     announced = _last_match(_ANNOUNCED, text)
     match = None if announced is None else _NUMBER.search(text, announced.end())
-    # 答案是七十二，因为 24+48=72: the first number is not the answer
-    if announced is None or match is None or _HAN_NUMERAL.search(text, announced.end(), match.start()):
+    if announced is None or match is None:
         return None
+    # 答案是七十二，因为 24+48=72: the first number is not the answer
+    if HAN_NUMBER.search(text, announced.end(), match.start()) or _HAN_DIGIT.match(text, announced.end()):
+        return None
+    while equation := _EQUATION.match(text, match.end()):
+        result = _NUMBER.match(text, equation.end() + len("=")) or _NUMBER.match(text, equation.end() + len("= "))
+        if result is None:
+            break
+        match = result
     return _value(match)
 
 

@@ -22,9 +22,9 @@ _DIGIT = re.compile(r"[^\D0-9]")
 _WIDE_SEPARATOR = re.compile(r"(?<=[０-９])(?:，(?=[０-９]{3}(?![０-９]))|．(?=[０-９]))")
 
 _HAN_DIGITS = "一二三四五六七八九"
-HAN_NUMBER = re.compile(
-    rf"(?<![第几幾数數上零〇两兩十百千万萬亿億{_HAN_DIGITS}])[{_HAN_DIGITS}两兩][十百千万萬亿億][{_HAN_DIGITS}零〇两兩十百千万萬亿億]*"
-)
+_HAN_POWERS = "十百千万萬亿億"
+_HAN_NUMERALS = f"{_HAN_DIGITS}{_HAN_POWERS}两兩零〇"
+HAN_NUMBER = re.compile(rf"(?<![{_HAN_NUMERALS}])[{_HAN_DIGITS}两兩][{_HAN_POWERS}][{_HAN_NUMERALS}]*")
 """A number of at least two Chinese numerals, a digit and a power of ten (二十四). A lone 一 is mostly an article."""
 
 
