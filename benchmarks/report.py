@@ -12,6 +12,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/cpu_tie/*.json        a record of benchmarks.cpu_tie
     benchmarks/results/paper/*.json          compare.json of `dpop compare`, four of them (docs/paper.md)
     benchmarks/results/paper/gradient.json   what `python -m benchmarks.paper_gradient` writes
+    benchmarks/results/pairs_scale.jsonl     what `python -m benchmarks.pairs_scale` appends (docs/pairs.md)
     benchmarks/results/layout_counts.json    what `python -m benchmarks.layout_counts` writes
     benchmarks/results/gpu_large.jsonl what `python -m benchmarks.gpu_large` writes (docs/benchmarks.md)
     benchmarks/results/levels.jsonl    what `make bench` and `python -m benchmarks.gpu` measure (docs/benchmarks.md)
@@ -254,6 +255,35 @@ def tie() -> str:
     return f"{table(titles, rows)}\n\n{note}"
 
 
+def pairs_scale() -> str:
+    """docs/pairs.md's table: seconds and memory of building and examining many pairs."""
+    lines = (RESULTS / "pairs_scale.jsonl").read_text().splitlines()
+    latest = {record["num_pairs"]: record for record in map(json.loads, lines)}  # the last one counts
+    titles = ["pairs", "file", "", "processor time", "per 1,000 pairs", "memory allocated", "with mapped files"]
+    rows = []
+    for num_pairs, record in sorted(latest.items()):
+        for command in ("build", "inspect"):
+            figures = record[command]
+            rows.append(
+                [
+                    f"{num_pairs:,}",
+                    f"{record['pairs_mb']:,.0f} MB",
+                    command,
+                    f"{figures['cpu_seconds']:,.0f} s",
+                    f"{1e6 * figures['cpu_seconds'] / num_pairs:,.0f} ms",
+                    f"{figures['anonymous_mib']:,} MiB",
+                    f"{figures['peak_mib']:,} MiB",
+                ]
+            )
+    first = next(iter(latest.values()))
+    note = (
+        f"`metamath` and `inspect --tokenizer {first['tokenizer']}`, one thread each, start of the command included "
+        f"(torch {first['versions']['torch']}). Mapped files are the `datasets` cache and the libraries: the system "
+        "takes their pages back when it needs memory."
+    )
+    return f"{table(titles, rows)}\n\n{note}"
+
+
 def budgets() -> str:
     """docs/layouts.md's table of batches filled to a budget: tokens computed, padding, and batches per epoch."""
     record = json.loads((RESULTS / "layout_counts.json").read_text())
@@ -281,6 +311,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "kernels.md": {"cpu_head": cpu_head},
     ROOT / "docs" / "layouts.md": {"layouts": layouts, "budgets": budgets},
     ROOT / "docs" / "reference.md": {"tie": tie},
+    ROOT / "docs" / "pairs.md": {"scale": pairs_scale},
     ROOT / "docs" / "paper.md": {
         "low_edit": paper.low_edit,
         "after_edit": paper.after_edit,

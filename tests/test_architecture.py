@@ -144,7 +144,7 @@ def test_recipes_know_nothing_of_training():
 
 def test_doctor_trains_nothing():
     """Pairs are examined without the trainer; only the model's view of them needs the kernels."""
-    allowed = ("data", "doctor", "edits", "pairs.write", "loading", "versions")
+    allowed = ("data", "doctor", "edits", "graphemes", "loading", "pairs.write", "token_text", "versions")
     for path in (ROOT / "trainer" / "dpop_trainer" / "doctor").glob("*.py"):
         for module in imported_modules(path):
             if path.name != "ches.py":
@@ -173,6 +173,21 @@ for name in ("triton", "transformers", "datasets", "peft", "accelerate"):
 import dpop_kernels
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_pairs_are_built_without_torch(tmp_path):
+    """The command starts in a moment, and where only the data is."""
+    (tmp_path / "a.jsonl").write_text('{"question": "How many?", "answer": "1+1 = 2 and 2+2 = 4"}')
+    code = f"""
+import sys
+for name in ("torch", "transformers", "datasets", "pyarrow", "numpy"):
+    sys.modules[name] = None  # importing it raises ImportError
+from dpop_trainer.cli import main
+source, out = {str(tmp_path / "a.jsonl")!r}, {str(tmp_path / "b.jsonl")!r}
+sys.exit(main(["pairs", "build", "metamath", "--source", source, "--out", out]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert "1+1 = " in (tmp_path / "b.jsonl").read_text()
 
 
 def test_every_public_name_is_documented():

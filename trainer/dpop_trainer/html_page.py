@@ -22,8 +22,10 @@ h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin: 2.
 .verdict { padding: .8rem 1.1rem; border-left: 4px solid #0072b2; background: var(--box); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.wide table { font-size: .875rem; } .wide th { white-space: normal; vertical-align: bottom; }
+.wide th:first-child, .wide td:first-child { position: sticky; left: 0; background: var(--page); }
 th small { display: block; font-weight: normal; color: var(--soft); }
 .note, figcaption { color: var(--soft); font-size: .875rem; }
 h3 { font-size: 1rem; margin: 1.8rem 0 .3rem; }
@@ -35,12 +37,21 @@ mark { color: inherit; padding: 0 .15em; border-radius: .2em; font-weight: bold;
 mark.chosen { background: var(--good); } mark.rejected { background: var(--bad); }
 figure { margin: 1.2rem 0; }
 img { box-sizing: border-box; max-width: 100%; height: auto; padding: .4rem; background: white; }
-.facts { columns: 2; } .facts td, .facts th { padding: .15rem .9rem .15rem 0; font-size: .875rem; }
+.facts { columns: 24rem; column-gap: 2rem; font-size: .875rem; }
+.facts div { display: flex; gap: 1rem; justify-content: space-between; break-inside: avoid; padding: .15rem 0;
+             border-bottom: 1px solid var(--line); }
+.facts dt { font-weight: 600; flex: 0 0 auto; max-width: 70%; } .facts dd { margin: 0; text-align: right; }
+.facts dt, .facts dd { unicode-bidi: isolate; overflow-wrap: anywhere; min-width: 4rem; }
+summary { cursor: pointer; color: var(--soft); font-size: .875rem; margin: .4rem 0; }
 """
 
-# control pictures for control characters but tab and newline; code points for embeddings and overrides of direction
+# control pictures for control characters but tab and newline; code points for what ends a line or changes its direction
+# without being seen
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)} | {0x7F: 0x2421}
-_VISIBLE |= {code: f"⟨U+{code:04X}⟩" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+_VISIBLE |= {
+    code: f"⟨U+{code:04X}⟩"
+    for code in (*range(0x80, 0xA0), 0x200B, *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
+}
 
 
 def write_page(title: str, sections: Iterable[str], path: str | os.PathLike[str]) -> None:
@@ -80,7 +91,11 @@ def table(titles: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> s
         titles: per column its title and its unit, which may be "".
         rows: as many cells each as there are titles; the first is aligned to the left.
     """
-    head = "".join(f"<th>{visible(title)}<small>{visible(unit) or '&nbsp;'}</small></th>" for title, unit in titles)
+    has_units = any(unit for _, unit in titles)
+    head = "".join(
+        f"<th>{visible(title)}" + (f"<small>{visible(unit) or '&nbsp;'}</small></th>" if has_units else "</th>")
+        for title, unit in titles
+    )
     body = "\n".join("<tr>" + "".join(f"<td>{visible(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
 
@@ -95,8 +110,13 @@ def figure(title: str, path: str | os.PathLike[str]) -> str:
 
 
 def facts(values: Mapping[str, Any]) -> str:
-    """Names and values, small, in two columns."""
+    """Names and values, small, in two columns where there is room for two."""
     rows = "".join(
-        f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in values.items()
+        f"<div><dt>{visible(str(key))}</dt><dd>{visible(str(value))}</dd></div>" for key, value in values.items()
     )
-    return f'<div class="facts"><table>{rows}</table></div>'
+    return f'<dl class="facts">{rows}</dl>'
+
+
+def folded(title: str, section: str) -> str:
+    """A section (HTML) that is shown when its title is clicked."""
+    return f"<details><summary>{visible(title)}</summary>{section}</details>"

@@ -13,6 +13,7 @@ from dpop_trainer import html_page
 from dpop_trainer.data import TokeniseCounts
 from dpop_trainer.edits import EditRegions
 from dpop_trainer.evaluate import LOST_NATS, PairEvaluation
+from dpop_trainer.graphemes import columns, graphemes, pad, pad_left
 from dpop_trainer.token_shift import TokenShift
 from dpop_trainer.versions import versions
 
@@ -93,9 +94,9 @@ def verdict(evaluation: PairEvaluation) -> str:
 def format_inspection(inspection: Inspection) -> str:
     """For the terminal: the regions' table, then the verdict."""
     rows = [["", *_REGIONS_TITLES], *_region_rows(inspection.evaluation)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(columns(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join([pad(row[0], widths[0]), *(pad_left(cell, w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
     return "\n".join([*lines, "", verdict(inspection.evaluation)])
@@ -155,7 +156,8 @@ _RANKING_LEGEND = (
 )
 _TOKENS_LEGEND = (
     f"Blue tokens gained, orange ones lost, the stronger the more, up to {_FULL_COLOUR_NATS:g} nats; underlined ones "
-    f"lost more than {_UNDERLINED_NATS:g} nat; the edit is framed. Point at a token for its log-probs."
+    f"lost more than {_UNDERLINED_NATS:g} nat; the edit is framed. Tokens that only together are a character are one. "
+    "Point at a token for its log-probs."
 )
 
 
@@ -209,29 +211,63 @@ def _place(region: str) -> str:
 def _pair_sections(pair: PairChange) -> list[str]:
     return [
         html_page.heading(f"Pair {pair.pair_id}: chosen {pair.chosen.logratio:+.2f} nats", 3),
-        f"<pre>{html_page.visible(pair.prompt)}</pre>",
+        f'<pre dir="auto" lang="">{html_page.visible(pair.prompt)}</pre>',
         html_page.paragraph(f"Chosen, {pair.chosen.logratio:+.2f} nats"),
-        f"<pre>{_coloured(pair.chosen)}</pre>",
+        f'<pre dir="auto" lang="">{_coloured(pair.chosen)}</pre>',
         html_page.paragraph(f"Rejected, {pair.rejected.logratio:+.2f} nats"),
-        f"<pre>{_coloured(pair.rejected)}</pre>",
+        f'<pre dir="auto" lang="">{_coloured(pair.rejected)}</pre>',
     ]
 
 
+class _Stretch(NamedTuple):
+    """Tokens that are shown as one, since only together they are characters."""
+
+    text: str
+    num_tokens: int
+    before: float
+    """Nats, of all its tokens."""
+    after: float
+    is_edit: bool
+
+
 def _coloured(answer: AnswerTokens) -> str:
-    return "".join(
-        _token(text, before, after, is_edit=answer.edit.start <= index < answer.edit.end)
-        for index, (text, before, after) in enumerate(
-            zip(answer.texts, answer.ref_logps, answer.policy_logps, strict=True)
+    return "".join(_span(stretch) for stretch in _stretches(answer))
+
+
+def _stretches(answer: AnswerTokens) -> list[_Stretch]:
+    """The answer's tokens, those put together that share a character: the bytes of 苹, the people of an emoji."""
+    ends, position = set(), 0
+    for grapheme in graphemes("".join(answer.texts)):
+        position += len(grapheme)
+        ends.add(position)
+    stretches: list[_Stretch] = []
+    position, begin = 0, 0
+    for index, text in enumerate(answer.texts):
+        position += len(text)
+        is_last = index + 1 == len(answer.texts)
+        if not is_last and (position not in ends or not text):
+            continue
+        own = slice(begin, index + 1)
+        stretches.append(
+            _Stretch(
+                "".join(answer.texts[own]),
+                index + 1 - begin,
+                sum(answer.ref_logps[own]),
+                sum(answer.policy_logps[own]),
+                is_edit=begin < answer.edit.end and answer.edit.start <= index,
+            )
         )
-    )
+        begin = index + 1
+    return stretches
 
 
-def _token(text: str, before: float, after: float, *, is_edit: bool) -> str:
-    change = after - before
-    kinds = [kind for kind, holds in (("edit", is_edit), ("fell", change < -_UNDERLINED_NATS)) if holds]
+def _span(stretch: _Stretch) -> str:
+    change = stretch.after - stretch.before
+    kinds = [kind for kind, holds in (("edit", stretch.is_edit), ("fell", change < -_UNDERLINED_NATS)) if holds]
     attributes = f' class="{" ".join(kinds)}"' if kinds else ""
     alpha = round(0.7 * min(1.0, abs(change) / _FULL_COLOUR_NATS), 2)
     if alpha:
         attributes += f' style="background: rgb({_LOST if change < 0 else _GAINED} / {alpha:g})"'
-    title = escape(f"{change:+.2f} nats: {before:.2f} → {after:.2f}")
-    return f'<span{attributes} title="{title}">{html_page.visible(text)}</span>'
+    tokens = f", {stretch.num_tokens} tokens" if stretch.num_tokens > 1 else ""
+    title = escape(f"{change:+.2f} nats: {stretch.before:.2f} → {stretch.after:.2f}{tokens}")
+    return f'<span{attributes} title="{title}">{html_page.visible(stretch.text)}</span>'

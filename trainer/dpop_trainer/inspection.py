@@ -201,9 +201,15 @@ def _worst(
         pairs.append(
             PairChange(
                 pair_id=record["pair_id"],
-                prompt=str(tokenizer.decode(record["prompt_ids"])),
+                prompt=_prompt_text(tokenizer, record["prompt_ids"]),
                 chosen=answer(chosen_ids, rejected_ids, policy[index].chosen, reference[index].chosen),
                 rejected=answer(rejected_ids, chosen_ids, policy[index].rejected, reference[index].rejected),
             )
         )
     return pairs
+
+
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> str:
+    """The prompt less the BOS, whose Latin letters would turn the direction of Arabic or Hebrew text."""
+    begins = prompt_ids[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.decode(prompt_ids[1:] if begins else prompt_ids))

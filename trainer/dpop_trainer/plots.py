@@ -14,11 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dpop_trainer.evaluate import PairEvaluation
+from dpop_trainer.figure_text import drawable, families_for
 from dpop_trainer.token_shift import TokenShift
 
 _ZERO_LINE: dict[str, Any] = {"color": "0.35", "linewidth": 0.8}
 _GRID: dict[str, Any] = {"color": "0.9", "linewidth": 0.6}
 _FEW_TOKENS = 0.1
+_MOST_ACROSS = 3  # methods whose numbers fit side by side over their bars
 
 
 class _Style(NamedTuple):
@@ -53,6 +55,7 @@ def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path:
         ValueError: there is no method, or a method's lists are missing or differ in length.
     """
     _check_methods("histories", histories)
+    families = families_for(histories)
     for name, history in histories.items():
         lengths = {key: len(history[key]) if key in history else None for key in ("step", "chosen", "rejected")}
         if None in lengths.values() or len(set(lengths.values())) > 1:
@@ -62,7 +65,7 @@ def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path:
     for axes, answer in zip(panels, ("chosen", "rejected"), strict=True):
         axes.axhline(0, **_ZERO_LINE)
         for style, (name, history) in zip(_styles(histories), histories.items(), strict=True):
-            _line(axes, history["step"], history[answer], style, name)
+            _line(axes, history["step"], history[answer], style, drawable(name, families))
             if f"{answer}_low" in history:
                 low, high = history[f"{answer}_low"], history[f"{answer}_high"]
                 axes.fill_between(history["step"], low, high, color=style.color, alpha=0.15, linewidth=0)
@@ -72,7 +75,7 @@ def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path:
             "optimizer step",
             r"$\log\,\pi - \log\,\pi_\mathrm{ref}$ (nats per answer)",
         )
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, prop={"size": 8, "family": families})
     _save(figure, path)
 
 
@@ -90,11 +93,13 @@ def plot_token_shift(shifts: Mapping[str, TokenShift], path: str | os.PathLike[s
         ValueError: there is no method.
     """
     _check_methods("shifts", shifts)
+    families = families_for(shifts)
+    shifts = {drawable(name, families): shift for name, shift in shifts.items()}
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     bars, profile = figure.subplots(1, 2, width_ratios=(2, 3))
     _plot_regions(bars, shifts)
     _plot_profile(profile, shifts)
-    profile.legend(frameon=False, fontsize=8)
+    profile.legend(frameon=False, prop={"size": 8, "family": families})
     _save(figure, path)
 
 
@@ -143,10 +148,11 @@ def _plot_regions(axes: Axes, shifts: Mapping[str, TokenShift]) -> None:
             edgecolor="white",
             zorder=2,
         )
-        axes.bar_label(bars, fmt=_bar_text, padding=2, fontsize=6.5)
+        many = len(shifts) > _MOST_ACROSS
+        axes.bar_label(bars, fmt=_bar_text, padding=2, fontsize=6 if many else 6.5, rotation=90 if many else 0)
     axes.axhline(0, zorder=3, **_ZERO_LINE)
     axes.set_xticks(range(3), ["before", "at", "after"])
-    axes.margins(y=0.15)  # room for the numbers
+    axes.margins(y=0.2 if len(shifts) > _MOST_ACROSS else 0.15)  # room for the numbers
     _finish(axes, "Around the edit", "chosen answer's tokens, relative to the edit", "mean change (nats per token)")
     axes.grid(visible=False, axis="x")
 

@@ -62,7 +62,7 @@ class RunFiles(TrainerCallback):
             return
         self._unwritten.append(json.dumps({"step": state.global_step, **logs}) + "\n")
         try:
-            with (_folder(args) / METRICS_FILE).open("a") as file:
+            with (_folder(args) / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write("".join(self._unwritten))
             self._unwritten = []
         except OSError as error:
@@ -100,7 +100,7 @@ def _folder(args: TrainingArguments) -> Path:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
     path = folder / METRICS_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     metrics = []
     for number, line in enumerate(lines, 1):
         try:

@@ -6,6 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 # what decoding leaves for bytes that are not whole characters yet
 _REPLACEMENT = "\ufffd"
+_WINDOW = 8
+_MOST_BYTES = 4
+"""Of a character in UTF-8, and so the most tokens that can stand for one."""
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], context: Sequence[int] = ()) -> list[str]:
@@ -21,22 +24,37 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], context:
         context: ids before them; a few are enough.
     """
 
-    def decode(some_ids: list[int]) -> str:
-        return str(tokenizer.decode(some_ids))
+    all_ids, first = [*context, *ids], len(context)
+
+    def decode(begin: int, end: int) -> str:
+        return str(tokenizer.decode(all_ids[begin:end], clean_up_tokenization_spaces=False)) if begin < end else ""
 
     # Decoding a window and not all text before it, or a long answer would cost the square of its length. It begins
-    # where a character does: bytes without their beginning would spoil those after them.
-    window, ids = 8, [*context, *ids]
+    # where a character does: where bytes fall back to tokens, one without its beginning spoils all that follow.
+    earliest = max(0, first - _WINDOW)
+    begin = next(
+        (
+            start
+            for start in range(earliest, max(-1, earliest - _MOST_BYTES), -1)
+            if _REPLACEMENT not in decode(start, first)
+        ),
+        first,
+    )
     texts: list[str] = []
-    begin = max(0, len(context) - window)
     boundaries = [begin]  # tokens before which all text is written
-    for end in range(begin + 1, len(ids) + 1):
-        start, pending = boundaries[max(0, len(boundaries) - 1 - window)], boundaries[-1]
-        before, text = decode(ids[start:pending]), decode(ids[start:end])
-        piece = text[len(before) :] if text.startswith(before) else decode(ids[pending:end])
-        # no character has more than four bytes: what is not whole by then never will be
-        is_whole = not piece.endswith(_REPLACEMENT) or end - pending >= 4 or end == len(ids)
-        texts.append(piece if is_whole else "")
-        if is_whole:
-            boundaries.append(end)
-    return texts[len(context) - begin :]
+    for end in range(begin + 1, len(all_ids) + 1):
+        texts.append("")
+        while boundaries[-1] < end:
+            start, pending = boundaries[max(0, len(boundaries) - 1 - _WINDOW)], boundaries[-1]
+            before, text = decode(start, pending), decode(start, end)
+            piece = text[len(before) :] if text.startswith(before) else decode(pending, end)
+            if not piece.endswith(_REPLACEMENT) or end == len(all_ids):
+                texts[-1] = piece
+                boundaries.append(end)
+            elif end - pending < _MOST_BYTES:
+                break  # the rest of the character may follow
+            else:
+                # never a character: the first byte is one by itself, the next may begin one
+                texts[pending - begin] = decode(pending, pending + 1)
+                boundaries = [pending + 1]
+    return texts[first - begin :]

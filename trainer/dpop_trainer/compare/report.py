@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dpop_trainer import html_page
 from dpop_trainer.compare.answers import Answers
 from dpop_trainer.evaluate import LOST_NATS, PairEvaluation, Ranking
+from dpop_trainer.graphemes import columns, pad, pad_left
 from dpop_trainer.plots import plot_logratios, plot_token_shift
 from dpop_trainer.token_shift import TokenShift, mean_token_shift, token_shift_as_dict, token_shift_from_dict
 
@@ -136,19 +137,20 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     (folder / "compare.json").write_text(json.dumps(record, indent=2))
     plot_logratios(curves(comparison), folder / "curves.png")
     plot_token_shift(token_shifts(comparison), folder / "token_shift.png")
-    columns = _columns(comparison)
+    shown = _columns(comparison)
     first = comparison.results[0]
     introduction = (
         f"{len(comparison.methods)} ways to train {comparison.config['model_name_or_path']} on the pairs of "
         f"{comparison.config['dataset_name']}, with {_seeds(len(comparison.of(first.method)))} each, measured on "
         f"{first.num_pairs:,} held-out pairs."
     )
+    settings = {key: value for key, value in comparison.config.items() if value not in (None, [], {})}
     sections = [
         html_page.paragraph(introduction),
         html_page.paragraph(verdict(comparison), "verdict"),
         html_page.heading("Results"),
-        html_page.table([("", ""), *((column.title, column.unit) for column in columns)], table_rows(comparison)),
-        html_page.paragraph(_LEGEND + (_RIGHT_LEGEND if _RIGHT in columns else ""), "note"),
+        html_page.table([("", ""), *((column.title, column.unit) for column in shown)], table_rows(comparison)),
+        html_page.paragraph(_LEGEND + (_RIGHT_LEGEND if _RIGHT in shown else ""), "note"),
         html_page.figure(
             "Log-ratio to the model before, on held-out pairs, over training: mean over seeds, and their range",
             folder / "curves.png",
@@ -157,7 +159,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
             "Change per token of the chosen answers around the edit, mean over seeds", folder / "token_shift.png"
         ),
         html_page.heading("Configuration"),
-        html_page.facts({key: value for key, value in comparison.config.items() if value not in (None, [], {})}),
+        html_page.folded(f"All {len(settings)} settings", html_page.facts(settings)),
         html_page.heading("Versions"),
         html_page.facts(comparison.versions),
     ]
@@ -191,22 +193,22 @@ def table_titles(comparison: Comparison) -> list[str]:
 
 def table_rows(comparison: Comparison) -> list[list[str]]:
     """Rows of text: the model before training, then every method: mean ± standard deviation over seeds."""
-    columns = _columns(comparison)
+    shown = _columns(comparison)
     start = comparison.results[0]
-    before = ["—" if column.before is None else _cell(column, [column.before(start)]) for column in columns]
+    before = ["—" if column.before is None else _cell(column, [column.before(start)]) for column in shown]
     rows = [["before training", *before]]
     for method in comparison.methods:
         runs = comparison.of(method)
-        rows.append([method, *(_cell(column, [column.value(run) for run in runs]) for column in columns)])
+        rows.append([method, *(_cell(column, [column.value(run) for run in runs]) for column in shown)])
     return rows
 
 
 def format_comparison(comparison: Comparison) -> str:
     """For the terminal: the table, then the verdict."""
     rows = [table_titles(comparison), *table_rows(comparison)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(columns(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join([pad(row[0], widths[0]), *(pad_left(cell, w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
     return "\n".join([*lines, "", verdict(comparison)])

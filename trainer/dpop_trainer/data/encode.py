@@ -78,29 +78,30 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", kinds: Iterable[Kind])
 
 
 def _encode_texts(pairs: list[Any], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedPair]:
-    texts = [(pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected) for pair in pairs]
+    threes = [(pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected) for pair in pairs]
+    texts = list(dict.fromkeys(text for three in threes for text in three))  # several pairs may share a prompt
     encoded = tokenizer(
-        [text for three in texts for text in three],
+        texts,
         return_attention_mask=False,
         return_special_tokens_mask=True,
         verbose=False,
     )
-    ids = [
-        _without_appended(text_ids, added)
-        for text_ids, added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
-    ]
-    return [_end_answers(pair, tokenizer.eos_token_id) for pair in _split_all(ids)]
+    ids = {
+        text: _without_appended(text_ids, added)
+        for text, text_ids, added in zip(texts, encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    }
+    return [_end_answers(_split(*(ids[text] for text in three)), tokenizer.eos_token_id) for three in threes]
 
 
 def _encode_messages(pairs: list[Any], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedPair | Refused]:
     rendered = [_render(pair, tokenizer) for pair in pairs]
-    texts = [text for three in rendered if not isinstance(three, Refused) for text in three]
+    texts = list(dict.fromkeys(text for three in rendered if not isinstance(three, Refused) for text in three))
     if not texts:
         return [three for three in rendered if isinstance(three, Refused)]
     # the template has written the special tokens, the turn's end among them
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    split = iter(_split_all(encoded["input_ids"]))
-    return [three if isinstance(three, Refused) else next(split) for three in rendered]
+    ids = dict(zip(texts, encoded["input_ids"], strict=True))
+    return [three if isinstance(three, Refused) else _split(*(ids[text] for text in three)) for three in rendered]
 
 
 def _render(pair: MessagesPair, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str, str] | Refused:
@@ -127,10 +128,6 @@ def _without_appended(ids: list[int], added: list[int]) -> list[int]:
         end -= 1
     # of nothing but added tokens, none is known to stand behind
     return ids[:end] or ids
-
-
-def _split_all(ids: list[list[int]]) -> list[EncodedPair]:
-    return [_split(*ids[start : start + 3]) for start in range(0, len(ids), 3)]
 
 
 def _split(prompt_ids: list[int], prompt_chosen_ids: list[int], prompt_rejected_ids: list[int]) -> EncodedPair:

@@ -44,7 +44,7 @@ def judge_outcomes(table: pa.Table, *, vocab_size: int | None, refs: bool, keep_
     problems = _vocabulary_problems(table, vocab_size) | problems
     if refs:
         problems = _ref_problems(table) | problems
-    names = np.array(table["outcome"].to_pylist(), dtype=object)
+    names = _shared_texts(table["outcome"])
     names[list(problems)] = "bad"
     identical = ("identical", "identical_after_truncation") if keep_identical else ()
     return Outcomes(names, np.isin(names, ["kept", *identical]), dict(sorted(problems.items())))
@@ -76,6 +76,15 @@ def count_outcomes(table: pa.Table, outcomes: Outcomes) -> TokeniseCounts:
         chosen_tokens=total(pc.list_value_length(table["chosen_ids"])),
         rejected_tokens=total(pc.list_value_length(table["rejected_ids"])),
     )
+
+
+def _shared_texts(column: Any) -> np.ndarray:
+    """A column of few different texts as an array that holds each of them once."""
+    encoded = pc.dictionary_encode(column).unify_dictionaries()
+    if not encoded.num_chunks:
+        return np.array([], dtype=object)
+    texts = np.array(encoded.chunk(0).dictionary.to_pylist(), dtype=object)
+    return texts[np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])]
 
 
 def _ref_problems(table: pa.Table) -> dict[int, str]:

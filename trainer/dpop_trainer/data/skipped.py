@@ -34,7 +34,7 @@ class SkippedRecords:
         new = [bad for bad in dict.fromkeys(bad_records) if (dataset, bad.place) not in self._written]
         if self._path is not None and new:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a" if self._written else "w") as file:
+            with self._path.open("a" if self._written else "w", encoding="utf-8") as file:
                 for bad in new:
                     file.write(json.dumps({"dataset": dataset, "place": bad.place, "reason": bad.reason}) + "\n")
         self._written |= {(dataset, bad.place) for bad in new}

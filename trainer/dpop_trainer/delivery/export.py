@@ -102,7 +102,9 @@ def run_export(
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     if run_config:
-        (folder / "training_config.yaml").write_text(yaml.safe_dump(_shareable(run_config), sort_keys=True))
+        (folder / "training_config.yaml").write_text(
+            yaml.safe_dump(_shareable(run_config), sort_keys=True), encoding="utf-8"
+        )
     if evaluation_file is not None:
         shutil.copy(evaluation_file, folder / "evaluation.json")
     print(f"{note}\nWritten: {folder}")

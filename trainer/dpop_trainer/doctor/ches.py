@@ -9,7 +9,8 @@ With h(x, y[<k]) the hidden state that predicts token k of answer y, that is, th
 The higher the score, the more a step that prefers y_w to y_l takes from y_w itself. Edit distance does not tell: it
 knows nothing of how alike two answers are to the model.
 
-Source: Razin et al. 2024, arXiv:2410.08847, Definition 2 (CHES) and appendix A (length-normalised).
+Source: Razin et al. 2024, arXiv:2410.08847, Definition 2 (CHES); the length-normalised score is the one by which its
+section 6 filters data.
 """
 
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ def ches_score(chosen_hidden_states: Tensor, rejected_hidden_states: Tensor) -> 
         ValueError: an answer has no token.
 
     Source:
-        Razin et al. 2024, arXiv:2410.08847, Definition 2 and appendix A.
+        Razin et al. 2024, arXiv:2410.08847, Definition 2; length-normalised: section 6.
     """
     if not len(chosen_hidden_states) or not len(rejected_hidden_states):
         raise ValueError(

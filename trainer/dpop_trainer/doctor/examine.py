@@ -1,5 +1,6 @@
 """The whole examination: load, tokenise, measure, hold against the evaluation set, ask a model, find, recommend."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,11 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.data.truncate import TruncationMode
+from dpop_trainer.data.pair_tree import PairIds
+from dpop_trainer.data.records import TOKEN_COLUMNS
+from dpop_trainer.data.truncate import TruncationMode, truncate_pair
 from dpop_trainer.doctor.findings import Evidence, Finding, find_all, rows_to_drop
-from dpop_trainer.doctor.measure import Measures, fingerprints_of, measure_pairs
+from dpop_trainer.doctor.measure import CUT, EMPTY, FITS, Measures, fingerprints_of, measure_pairs
 from dpop_trainer.doctor.pair_file import PairFile
 from dpop_trainer.doctor.recommend import Recommendation, recommend
 
@@ -46,8 +49,25 @@ class Examination:
     def is_serious(self) -> bool:
         return any(finding.level == "serious" for finding in self.findings)
 
+    def token_ids(self, row: int) -> PairIds:
+        """The pair's tokens, not truncated.
+
+        Raises:
+            ValueError: there is no tokenizer, or the pair has an answer without tokens.
+        """
+        if self.tokenised is None or self.measures.outcome[row] == EMPTY:
+            raise ValueError(f"row: expected a pair with tokens, got {row}, which has none.")
+        # those without tokens are left out of `tokenised`, the others keep their order
+        record: dict[str, Any] = self.tokenised[row - int((self.measures.outcome[:row] == EMPTY).sum())]
+        assert record["pair_id"] == row
+        return PairIds(*(record[column] for column in TOKEN_COLUMNS))
+
     def statistics(self) -> dict[str, dict[str, float]]:
         """Mean, quantiles and extremes of each measure over the pairs that have it."""
+        return self._statistics
+
+    @functools.cached_property
+    def _statistics(self) -> dict[str, dict[str, float]]:
         measures = self.measures
         length = np.where(measures.chosen_length > 0, measures.chosen_length, 1)
         columns: dict[str, NDArray[Any]] = {
@@ -175,13 +195,9 @@ def _score(
     batch_size: int,
 ) -> "ModelScores | None":
     """A model's view of pairs spread evenly over those that it would be trained on, cut as they would be."""
-    from dpop_trainer.data.pair_tree import PairIds
-    from dpop_trainer.data.records import TOKEN_COLUMNS
-    from dpop_trainer.data.truncate import truncate_pair
     from dpop_trainer.doctor.ches import score_pairs
-    from dpop_trainer.doctor.measure import CUT, FITS
 
-    rows = np.asarray(tokenised["pair_id"])
+    rows = np.flatnonzero(measures.outcome != EMPTY)  # of the pairs in `tokenised`
     usable = np.flatnonzero(np.isin(measures.outcome[rows], [FITS, CUT]) & ~measures.identical[rows])
     if not len(usable):
         return None
@@ -202,8 +218,13 @@ def _summary(column: NDArray[Any]) -> dict[str, float] | None:
     values = column[np.isfinite(column)].astype(np.float64)
     if not len(values):
         return None
-    quantiles = {name: float(np.quantile(values, quantile)) for name, quantile in _QUANTILES.items()}
-    return {"mean": float(values.mean()), **quantiles, "min": float(values.min()), "max": float(values.max())}
+    quantiles = np.quantile(values, list(_QUANTILES.values())).tolist()
+    return {
+        "mean": float(values.mean()),
+        **dict(zip(_QUANTILES, quantiles, strict=True)),
+        "min": float(values.min()),
+        "max": float(values.max()),
+    }
 
 
 def _at_least_0(column: NDArray[Any]) -> NDArray[np.float64]:

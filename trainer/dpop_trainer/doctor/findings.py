@@ -253,7 +253,7 @@ def _low_edit(evidence: Evidence) -> list[Finding]:
         evidence,
         "low_edit",
         low,
-        f"are low-edit (normalised distance up to {LOW_EDIT}), with {after:.0f} items on average after the edit that "
+        f"are low-edit (normalised distance up to {LOW_EDIT}), with {after:,.0f} items on average after the edit that "
         "both answers share",
         "Train with DPOP: on such pairs plain DPO may lower the chosen answer.",
     )

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
+from dpop_trainer.graphemes import graphemes
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
-_MAX_BYTES_OF_CHARACTER = 8
+# scripts that write no spaces between words: Thai to Tibetan, Myanmar, Khmer, Kana, Chinese characters
+_SPACELESS = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
 class Piece(NamedTuple):
@@ -21,8 +25,11 @@ class Piece(NamedTuple):
 
 
 def mark_words(chosen: str, rejected: str) -> tuple[list[Piece], list[Piece]]:
-    """The answers cut into words, marks and white space; those outside of the longest common order differ."""
-    a, b = _WORDS.findall(chosen), _WORDS.findall(rejected)
+    """The answers cut into words, marks and white space; those outside of the longest common order differ.
+
+    Where words are written without spaces, each character is one.
+    """
+    a, b = _words(chosen), _words(rejected)
     differs_a, differs_b = differing(a, b)
     return _merged(a, differs_a), _merged(b, differs_b)
 
@@ -58,18 +65,9 @@ def mark_tokens(
 
 def token_texts(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", *, before: Sequence[int] = ()) -> list[str]:
     """Each token's part of the decoded text. Of a character that spans tokens, the last has it and the others ""."""
-    ids = [*before, *ids]
-    start, read = 0, len(before)
-    texts = []
-    for end in range(len(before) + 1, len(ids) + 1):
-        context = _decode(ids[start:read], tokenizer)
-        text = _decode(ids[start:end], tokenizer)
-        if text.endswith("\ufffd") and end < len(ids) and end - read < _MAX_BYTES_OF_CHARACTER:
-            texts.append("")
-            continue
-        texts.append(text[len(context) :])
-        start, read = read, end
-    return texts
+    from dpop_trainer import token_text
+
+    return token_text.token_texts(tokenizer, ids, before)
 
 
 def differing(a: Sequence[object], b: Sequence[object]) -> tuple[list[bool], list[bool]]:
@@ -98,15 +96,32 @@ def shortened(pieces: Sequence[Piece], context: int) -> list[Piece]:
     return short
 
 
-def _decode(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+def _words(text: str) -> list[str]:
+    words: list[str] = []
+    kind_before = ""
+    for grapheme in graphemes(text):
+        first = grapheme[0]
+        kind = "space" if first.isspace() else "word" if first == "_" or first.isalnum() else ""
+        if kind == "word" and _SPACELESS.match(first):
+            kind = ""
+        if kind and kind == kind_before:
+            words[-1] += grapheme
+        else:
+            words.append(grapheme)
+        kind_before = kind
+    return words
 
 
 def _merged(texts: Sequence[str], differs: Sequence[bool]) -> list[Piece]:
+    """Neighbours of one kind as one piece. What a reader takes for one character is not divided."""
+    flags = [flag for text, flag in zip(texts, differs, strict=True) for _ in text]
     pieces: list[Piece] = []
-    for text, flag in zip(texts, differs, strict=True):
+    position = 0
+    for grapheme in graphemes("".join(texts)):
+        flag = any(flags[position : position + len(grapheme)])
+        position += len(grapheme)
         if pieces and pieces[-1].differs == flag:
-            pieces[-1] = Piece(pieces[-1].text + text, flag)
-        elif text:
-            pieces.append(Piece(text, flag))
+            pieces[-1] = Piece(pieces[-1].text + grapheme, flag)
+        else:
+            pieces.append(Piece(grapheme, flag))
     return pieces

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpop_trainer.data.records import TOKEN_COLUMNS
 from dpop_trainer.doctor.charts import Axis, histogram, scatter
 from dpop_trainer.doctor.examine import Examination
 from dpop_trainer.doctor.findings import SERIOUS_SHARE
@@ -40,7 +39,8 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; } h3 { font-size: 1rem; margin: 
 .soft, .note { color: var(--soft); } .note { font-size: .875rem; max-width: 54rem; }
 .verdict { padding: .8rem 1.1rem; border-left: 4px solid var(--blue); background: var(--box); }
 .verdict.serious { border-color: var(--serious); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem; margin: 1.2rem 0; }
+.tiles { display: grid; gap: .75rem; margin: 1.2rem 0;
+         grid-template-columns: repeat(auto-fit, minmax(min(13rem, 45%), 1fr)); }
 .tile { background: var(--box); padding: .6rem .9rem; border-radius: .4rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; line-height: 1.3; }
 .tile span { color: var(--soft); font-size: .8rem; }
@@ -51,6 +51,10 @@ th { font-weight: 600; font-size: .875rem; color: var(--soft); }
 td.n, th.n { text-align: right; white-space: nowrap; }
 .level { font-weight: 600; white-space: nowrap; }
 .level.serious { color: var(--serious); } .level.warning { color: var(--warning); } .level.note { color: var(--note); }
+@media (max-width: 44rem) {
+  .stack tr, .stack td { display: block; } .stack tr:first-child { display: none; }
+  .stack tr { padding: .5rem 0; border-bottom: 1px solid var(--line); } .stack td { border: 0; padding: .1rem 0; }
+  .stack td.n { text-align: left; white-space: normal; color: var(--soft); } .stack td.n::before { content: "rows "; } }
 code { font: .875em ui-monospace, monospace; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem; }
 figure { margin: 0; background: var(--box); border-radius: .4rem; padding: .5rem .6rem .2rem; }
@@ -126,7 +130,7 @@ def _text(text: str) -> str:
     """Text as HTML: escaped, and what does not show made visible."""
     parts = []
     for character in text.replace("\r\n", "\n"):
-        if HIDDEN.match(character) or character == "\r" or "\ud800" <= character <= "\udfff":
+        if HIDDEN.match(character) or character in "\r\u200b\u2028\u2029" or "\ud800" <= character <= "\udfff":
             parts.append(f'<span class="hidden">U+{ord(character):04X}</span>')
         else:
             parts.append(escape(character))
@@ -194,7 +198,8 @@ def _findings(examination: Examination) -> str:
         f"{name.replace('_', ' ')} {f'{share:.1%}' if share else 'any'}" for name, share in SERIOUS_SHARE.items()
     )
     return (
-        f'<div class="wide"><table><tr><th>level</th><th>finding</th><th>what to do</th><th class=n>rows</th></tr>'
+        '<div class="wide stack"><table>'
+        "<tr><th>level</th><th>finding</th><th>what to do</th><th class=n>rows</th></tr>"
         f'{rows}</table></div><p class="note">Serious from a share of: {_text(thresholds)}. Rows count from 0.</p>'
     )
 
@@ -209,7 +214,7 @@ def _recommendations(examination: Examination) -> str:
         f"<tr><td><code>{_text(item.setting)}</code></td><td><b>{_text(item.value)}</b></td><td>{_text(item.why)}</td></tr>"
         for item in examination.recommendations
     )
-    return f'<div class="wide"><table><tr><th>setting</th><th>value</th><th>why</th></tr>{rows}</table></div>'
+    return f'<div class="wide stack"><table><tr><th>setting</th><th>value</th><th>why</th></tr>{rows}</table></div>'
 
 
 def _charts(examination: Examination) -> str:
@@ -309,10 +314,10 @@ def _pair(examination: Examination, example: _Example, tokenizer: "PreTrainedTok
     header = " · ".join(f"<b>{_text(fact)}</b>" if not i else _text(fact) for i, fact in enumerate(facts) if fact)
     return (
         f'<div class="pair"><header>{header}</header>'
-        f'<div class="side prompt"><span>prompt</span><pre dir="auto">{_text(shown)}</pre></div>'
+        f'<div class="side prompt"><span>prompt</span><pre dir="auto" lang="">{_text(shown)}</pre></div>'
         '<div class="answers">'
-        f'<div class="side"><span>chosen</span><pre dir="auto">{_pieces(chosen, "chosen")}</pre></div>'
-        f'<div class="side"><span>rejected</span><pre dir="auto">{_pieces(rejected, "rejected")}</pre></div>'
+        f'<div class="side"><span>chosen</span><pre dir="auto" lang="">{_pieces(chosen, "chosen")}</pre></div>'
+        f'<div class="side"><span>rejected</span><pre dir="auto" lang="">{_pieces(rejected, "rejected")}</pre></div>'
         "</div></div>"
     )
 
@@ -320,14 +325,13 @@ def _pair(examination: Examination, example: _Example, tokenizer: "PreTrainedTok
 def _marked(
     examination: Examination, row: int, chosen: str, rejected: str, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> tuple[list[Piece], list[Piece]]:
-    tokenised, measures = examination.tokenised, examination.measures
+    measures = examination.measures
     longest = max(measures.chosen_tokens[row], measures.rejected_tokens[row])
-    if tokenizer is None or tokenised is None or not 0 <= longest <= _MARKED_TOKENS:
+    if tokenizer is None or not 0 <= longest <= _MARKED_TOKENS:
         return mark_words(chosen[: 8 * _MARKED_TOKENS], rejected[: 8 * _MARKED_TOKENS])
-    record: dict[str, Any] = tokenised[int(np.searchsorted(np.asarray(tokenised["pair_id"]), row))]
-    prompt_ids, chosen_ids, rejected_ids = (record[column] for column in TOKEN_COLUMNS)
+    prompt_ids, chosen_ids, rejected_ids = examination.token_ids(row)
     eos: Any = tokenizer.eos_token_id
-    return mark_tokens(without_eos(chosen_ids, eos), without_eos(rejected_ids, eos), tokenizer, before=prompt_ids[-1:])
+    return mark_tokens(without_eos(chosen_ids, eos), without_eos(rejected_ids, eos), tokenizer, before=prompt_ids)
 
 
 def _pieces(pieces: Sequence[Piece], side: str) -> str:

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
         what["tasks"] = [SUITE]
     settings = EvalSettings(**options)
     run_eval(what.pop("models"), settings, **what)
-    print("\n" + (Path(settings.out) / "results.md").read_text())
+    print("\n" + (Path(settings.out) / "results.md").read_text(encoding="utf-8"))
     print(f"Written: {settings.out}/results.md, {settings.out}/results.json")
     return 0
 

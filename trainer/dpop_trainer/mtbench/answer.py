@@ -232,7 +232,7 @@ def _with_chat_template(tokenizer: Any, settings: AnswerSettings) -> None:
         file = Path(settings.chat_template).expanduser()
         if not file.is_file():
             raise ValueError(f"chat_template: expected a Jinja file, found none at {settings.chat_template!r}.")
-        tokenizer.chat_template = file.read_text()
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         raise ValueError(
             "chat_template: expected a tokenizer with a chat template, got one without: MT-Bench is a conversation. "
@@ -243,7 +243,10 @@ def _with_chat_template(tokenizer: Any, settings: AnswerSettings) -> None:
 def _deciding(settings: AnswerSettings) -> dict[str, Any]:
     values = {name: asdict(settings)[name] for name in ("max_new_tokens", "num_choices", "dtype")}
     template = settings.chat_template
-    return {**values, "chat_template": None if template is None else Path(template).expanduser().read_text()}
+    return {
+        **values,
+        "chat_template": None if template is None else Path(template).expanduser().read_text(encoding="utf-8"),
+    }
 
 
 def _check_made_with(path: Path, key: dict[str, Any]) -> None:

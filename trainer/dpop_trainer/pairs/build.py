@@ -123,7 +123,7 @@ def _read(source: Source, limit: int | None, counts: PairCounts, show_progress: 
             yield item
             bar.update(item.consumed - bar.n)
             if counts.read % 1000 == 0:
-                bar.set_postfix(pairs=counts.built, refresh=False)
+                bar.set_postfix_str(f"{counts.built:,} pairs", refresh=False)
 
 
 def _pairs_of(item: SourceRecord, recipe: Recipe, seed: int, counts: PairCounts) -> list[BuiltPair]:

@@ -1,7 +1,7 @@
 """Low-edit pairs from any good answers: a rule makes the rejected answer wrong in one place.
 
     number   one digit of one number is another      48/2 = 24 clips      ->  48/2 = 26 clips
-    word     one word becomes its opposite           The price increased  ->  The price decreased
+    word     one English word becomes its opposite   The price increased  ->  The price decreased
     code     one operator or constant is another     while i < n:         ->  while i <= n:
 
 Each rule draws one place uniformly from all that it could change.
@@ -13,11 +13,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from dpop_trainer.pairs.metamath import change_one_digit
+from dpop_trainer.pairs.numerals import HAN_NUMBER, LETTER, change_one_digit, change_one_numeral, in_ascii
 from dpop_trainer.pairs.recipe import BuiltPair, Edit, Scaffold, SkippedRecord, record_rng, text_field
 
 # digits that are part of no longer word or number: neither x1 nor 1.2.3 nor 3rd
-_NUMBER = re.compile(r"(?<![\w.,])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?![\w]|[.,][0-9])")
+_NUMBER = re.compile(
+    rf"""(?<![0-9{LETTER}.,])
+         (?: [0-9]{{1,3}}(?:,[0-9]{{3}})+ | [0-9]{{1,2}}(?:,[0-9]{{2}})+,[0-9]{{3}} | [0-9]+ ) (?:\.[0-9]+)?
+         (?![0-9{LETTER}] | [.,][0-9])""",
+    re.VERBOSE,
+)
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _FENCE = re.compile(r"```[^\n`]*\n(?P<code>.*?)(?:```|\Z)", re.DOTALL)
 # strings and comments come first, so that nothing inside them is found
@@ -130,13 +135,16 @@ def corrupt(text: str, rule: str, rng: random.Random) -> Edit | None:
 
 
 def number_places(text: str, rng: random.Random) -> Iterable[Place]:
-    """Every number: whole, with decimals or thousands commas, part of no longer word."""
-    for match in _NUMBER.finditer(text):
-        yield Place(*match.span(), [change_one_digit(match.group(), rng)])
+    """Every number: whole, with decimals or thousands commas, part of no word; also Chinese numerals (二十四)."""
+    for match in _NUMBER.finditer(in_ascii(text)):
+        start, end = match.span()
+        yield Place(start, end, [change_one_digit(text[start:end], rng)])
+    for match in HAN_NUMBER.finditer(text):
+        yield Place(*match.span(), [change_one_numeral(match.group(), rng)])
 
 
 def word_places(text: str, rng: random.Random) -> Iterable[Place]:
-    """Every word with a known opposite, in its own case."""
+    """Every English word with a known opposite, in its own case."""
     for match in _WORD.finditer(text):
         word = match.group()
         opposite = OPPOSITES.get(word.lower())

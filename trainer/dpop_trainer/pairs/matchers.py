@@ -6,13 +6,22 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import TypeAlias
 
+from dpop_trainer.pairs.announced import PHRASES
+from dpop_trainer.pairs.numerals import HAN_NUMBER, LETTER, in_ascii
+
 Verdict: TypeAlias = bool | None
 """Right, wrong, or None: the sample gives no answer of the kind looked for."""
 
-_NUMBER = re.compile(r"-?[$€£]?-?(?P<number>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
-_ANNOUNCED = re.compile(r"####|\\boxed\{|\b(?:the (?:final )?answer is|answer:)", re.IGNORECASE)
-_LETTER = re.compile(r"\(?\b(?P<letter>[A-Z1-9])\b\)?")
-_LONE_LETTER = re.compile(r"\s*\(?(?P<letter>[A-Z1-9])(?:[).:]|\s*$|\s*\n)")
+_NUMBER = re.compile(r"-?[$€£¥₹₩]?-?(?P<number>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+_ANNOUNCED = re.compile(
+    rf"####|\\boxed\{{|{PHRASES}|\banswer:|(?<![回解问問])答案?[:：]|الإجابة:|(?:정답|답):", re.IGNORECASE
+)
+# 48+24 = 72: what is announced is what the equation comes to
+_EQUATION = re.compile(r"(?:[ )]*[-+*/×÷][ ($€£¥]*[0-9][0-9,.]*\)*)+ *(?==)")
+_MYRIADS = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
+_HAN_DIGIT = re.compile(" *[二三四五六七八九十两兩]")
+_LETTER = re.compile(rf"(?<![0-9{LETTER}])(?P<letter>[A-Z1-9])(?![0-9{LETTER}])")
+_LONE_LETTER = re.compile(r"\s*\(?(?P<letter>[A-Z1-9])(?:[).:、．：]|\s*$|\s*\n)")
 
 
 def matches_exactly(sample: str, label: str) -> Verdict:
@@ -23,11 +32,13 @@ def matches_exactly(sample: str, label: str) -> Verdict:
 def matches_number(sample: str, label: str) -> Verdict:
     """The same final number, in value: the first after the last "####", "the answer is", "answer:" or "\\boxed{".
 
-    A sample that announces no answer gives none: it may have been cut off. A label may be the number alone.
+    A sample that announces no answer gives none: it may have been cut off. A label may be the number alone. Digits of
+    any script count, and 万 and 亿 behind them; an answer in Chinese numerals is not read.
 
     Raises:
         ValueError: the label holds no number.
     """
+    label, sample = in_ascii(label), in_ascii(sample)
     right = _final_number(label) if _ANNOUNCED.search(label) else _last_number(label)
     if right is None:
         raise ValueError(f"label: expected a number, got {label[-60:]!r}. Use another --matcher.")
@@ -41,6 +52,7 @@ def matches_choice(sample: str, label: str) -> Verdict:
     Raises:
         ValueError: the label names no option.
     """
+    label, sample = in_ascii(label), in_ascii(sample)
     right = _choice(label)
     if right is None:
         raise ValueError(f"label: expected an option such as 'B', got {label[-60:]!r}. Use another --matcher.")
@@ -73,10 +85,20 @@ def regex_matcher(pattern: str) -> Callable[[str, str], Verdict]:
 
 
 def _final_number(text: str) -> Decimal | None:
-    """The first number behind the last announcement."""
+    """The first number behind the last announcement, or the result of the equation that begins with it."""
     announced = _last_match(_ANNOUNCED, text)
     match = None if announced is None else _NUMBER.search(text, announced.end())
-    return None if match is None else _value(match)
+    if announced is None or match is None:
+        return None
+    # 答案是七十二，因为 24+48=72: the first number is not the answer
+    if HAN_NUMBER.search(text, announced.end(), match.start()) or _HAN_DIGIT.match(text, announced.end()):
+        return None
+    while equation := _EQUATION.match(text, match.end()):
+        result = _NUMBER.match(text, equation.end() + len("=")) or _NUMBER.match(text, equation.end() + len("= "))
+        if result is None:
+            break
+        match = result
+    return _value(match)
 
 
 def _last_number(text: str) -> Decimal | None:
@@ -86,8 +108,12 @@ def _last_number(text: str) -> Decimal | None:
 
 def _value(match: re.Match[str]) -> Decimal | None:
     sign = -1 if "-" in match.group()[: match.start("number") - match.start()] else 1
+    behind = match.string[match.end() : match.end() + 3].lstrip(" ")
+    myriad = _MYRIADS.get(behind[:1], 1)
+    if myriad > 1 and re.match(r"[0-9千百]|" + "|".join(_MYRIADS), behind[1:]):  # 3万5千, 2万亿
+        return None
     try:
-        return sign * Decimal(match.group("number").replace(",", ""))
+        return sign * myriad * Decimal(match.group("number").replace(",", ""))
     except InvalidOperation:
         return None
 

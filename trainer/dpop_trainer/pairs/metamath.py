@@ -6,7 +6,8 @@
 Everything after the wrong number stays as it was, the final answer too. Such pairs are where plain DPO lowers the
 chosen answer: its tokens after the edit are the rejected answer's tokens as well.
 
-Works on MetaMath, GSM8K and anything else that writes its steps as equations and its final answer after "####".
+Works on MetaMath, GSM8K and anything else that writes its steps as equations and its final answer after "####" or a
+phrase of `announced`, in digits of any script.
 
 Source: Pal et al. 2024, arXiv:2402.13228 (the paper's MetaMath pairs).
 """
@@ -17,25 +18,29 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from dpop_trainer.pairs.announced import PHRASES
 from dpop_trainer.pairs.counts import PairCounts
 from dpop_trainer.pairs.form import format_completion, format_prompt
+from dpop_trainer.pairs.numerals import change_one_digit, in_ascii
 from dpop_trainer.pairs.recipe import BuiltPair, Edit, Scaffold, SkippedRecord, record_rng, text_field
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 # "= 12", "= $1,250.50", "= -3", "= .5": only the number itself is in the group, so sign and currency stay
-_RESULT = re.compile(r"= *-?[$€£]? ?-?(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+_RESULT = re.compile(
+    r"= *-?[$€£¥₹₩]? ?-?(?P<number>(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3})(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+)
 # What follows a number that is not a result but part of something longer.
 _GOES_ON = re.compile(
     r"""  [\d.,:]*\d                      # 1,00000   3:15
         | [A-Za-z_](?![A-Za-z])           # 3x, but not 3km
-        | [ ]*\(                          # 3(x + 1)
+        | [ ]*\((?![^\x00-\x7f])          # 3(x + 1), but not 24(个)
         | [ ]+\d+/\d                      # 5 1/2
         | %?[ ]*(?:[-+*/×÷·^]|x(?=[ ]*[$\d(]))                    # 48/2   24 + 3   3 x 4
           [ ]*(?:[-$€£(.\\\d]|[A-Za-z](?![A-Za-z]))               #   but neither $5/hour nor "12 - which"
     """,
     re.VERBOSE,
 )
-_FINAL_ANSWER = re.compile(r"####|the (?:final )?answer is", re.IGNORECASE)
+_FINAL_ANSWER = re.compile(f"####|{PHRASES}", re.IGNORECASE)
 
 NO_RESULT = "no equation with a numeric result before the final answer"
 
@@ -107,8 +112,9 @@ def corrupt_intermediate_result(answer: str, rng: random.Random) -> Corruption |
     """
     if _CALCULATOR_MARK.search(answer):
         raise ValueError("answer: expected no calculator marks, got <<...>>. Call strip_calculator_marks on it first.")
-    final = _FINAL_ANSWER.search(answer)
-    steps = answer[: final.start()] if final else answer
+    steps = in_ascii(answer)
+    final = _FINAL_ANSWER.search(steps)
+    steps = steps[: final.start()] if final else steps
     results = [match for match in _RESULT.finditer(steps) if not _GOES_ON.match(steps, match.end())]
     if not results:
         return None
@@ -161,14 +167,6 @@ def build_pairs(
             "edit_original": corruption.original,
             "edit_replacement": corruption.replacement,
         }
-
-
-def change_one_digit(number: str, rng: random.Random) -> str:
-    """Another number of the same form: one digit differs, and a leading digit never becomes 0."""
-    position = rng.choice([i for i, character in enumerate(number) if character.isdigit()])
-    digits = "123456789" if position == 0 else "0123456789"
-    digit = rng.choice(digits.replace(number[position], ""))
-    return number[:position] + digit + number[position + 1 :]
 
 
 def _text_field(record: Mapping[str, Any], name: str, index: int) -> str:
