@@ -18,6 +18,7 @@ from dpop_trainer.compare.report import Comparison, RunResult, format_comparison
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs, pair_token_logps
+from dpop_trainer.quantised import as_trained
 from dpop_trainer.run_files import read_metrics
 from dpop_trainer.runs import first_pairs, load_eval_data, run_train
 from dpop_trainer.trained import load_trained
@@ -119,8 +120,10 @@ class _Reference:
 
     def logps(self, run: PlannedRun, dataset: datasets.Dataset, **score: Any) -> list[PairTokenLogps]:
         if self._logps is None:
-            name = run.values["ref_model_name_or_path"] or run.values["model_name_or_path"]
-            self._logps = pair_token_logps(load_trained(name).model, dataset, desc="Scoring the reference", **score)
+            own = run.values["ref_model_name_or_path"]
+            rounding = None if own else as_trained(run.values)
+            reference = load_trained(own or run.values["model_name_or_path"], quantization_config=rounding).model
+            self._logps = pair_token_logps(reference, dataset, desc="Scoring the reference", **score)
         return self._logps
 
 
@@ -134,7 +137,7 @@ def _train_and_measure(run: PlannedRun, reference: _Reference, comparison: Compa
     gc.collect()
     # from what the run left, so that one that was finished but not measured is not trained again
     _, data_arguments, config = arguments_of(run.values, DPOPConfig)
-    model, tokenizer = load_trained(str(run.folder))
+    model, tokenizer = load_trained(str(run.folder), quantization_config=as_trained(run.values))
     dataset, _ = tokenise_pairs(
         first_pairs(load_eval_data(data_arguments, config), comparison.max_eval_pairs),
         tokenizer,
