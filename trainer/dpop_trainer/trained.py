@@ -138,7 +138,7 @@ def read_run_config(run: Path) -> dict[str, Any]:
     path = run_file(run, "config.yaml")
     if path is None:
         return {}
-    values = yaml.safe_load(path.read_text())
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of fields to values, got {type(values).__name__}.")
     return values
