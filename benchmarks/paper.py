@@ -1,10 +1,20 @@
 """docs/paper.md's parts: what `dpop compare` and `benchmarks.paper_gradient` have recorded of the paper's claims."""
 
 import json
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpop_trainer.compare.report import Comparison, read_comparison, table_rows, token_shifts, verdict
+from dpop_trainer.compare.report import (
+    Comparison,
+    RunResult,
+    read_comparison,
+    table_rows,
+    table_titles,
+    token_shifts,
+    verdict,
+)
 from dpop_trainer.compare.report import curves as curves_of
 from dpop_trainer.plots import plot_logratios, plot_token_shift
 
@@ -14,31 +24,72 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
 IMAGES = ROOT / "docs" / "images"
 
+LOSSES = ["DPO", "IPO", "SLIC", "DPOP"]
+LAMBDAS = ["DPOP, λ = 5", "DPOP, λ = 500"]
+BETAS = ["DPO, β = 0.1", "DPO", "DPO, β = 1.0", "DPOP, β = 0.1", "DPOP", "DPOP, β = 1.0"]
+_FIRST_STEPS = range(2, 11)
+"""Without the first: the policy still is the reference, and no method's hinge is active."""
+
 
 def low_edit() -> str:
     """The table and the verdict of the comparison on GSM8K pairs."""
-    comparison = _gsm8k()
-    first, config = comparison.results[0], comparison.config
-    num_seeds = len(comparison.of(first.method))
-    titles = ["", "chosen Δ, nats", "rejected Δ, nats", "after the edit, nats/token", "tokens that lost"]
-    titles += ["reward accuracy", "ranking accuracy"]
-    note = (
-        f"{first.num_pairs} held-out pairs, mean ± standard deviation of {num_seeds} seeds; {config['max_steps']} "
-        f"steps of {config['per_device_train_batch_size']} pairs, lr {config['learning_rate']:g}, "
-        f"β {config['beta']:g}, λ {config['dpop_lambda']:g} where nothing else is said "
-        f"(torch {comparison.versions['torch']})."
-    )
-    said = verdict(comparison)
-    return f"{table(titles, table_rows(comparison))}\n\n{note}\n\n> {said}"
+    return _results("gsm8k", [*LOSSES, *LAMBDAS])
+
+
+def high_edit() -> str:
+    """The same on pairs of two different answers."""
+    parts = [f"**{title}**\n\n{_results(name, [*LOSSES, *LAMBDAS])}" for title, name in _HIGH_EDIT.items()]
+    return "\n\n".join(parts)
+
+
+_HIGH_EDIT = {"ARC": "arc", "HellaSwag": "hellaswag"}
 
 
 def after_edit() -> str:
     """Mean log-prob of the chosen answers' tokens after the edit: figure 4 of the paper in numbers."""
-    shifts = token_shifts(_gsm8k())
+    shifts = token_shifts(_comparison("gsm8k", [*LOSSES, *LAMBDAS]))
     ref = next(iter(shifts.values())).after.ref_mean
     rows = [["before training", f"{ref:.2f}"]]
     rows += [[name, f"{shift.after.policy_mean:.2f}"] for name, shift in shifts.items()]
     return table(["", "mean log-prob after the edit, nats per token"], rows)
+
+
+def beta() -> str:
+    """DPO and DPOP under three values of β, on GSM8K pairs."""
+    comparison = _comparison("gsm8k", BETAS)
+    columns: dict[str, Callable[[RunResult], float]] = {
+        "chosen Δ, nats": lambda run: run.evaluation.chosen_logratio,
+        "Δ apart, nats": lambda run: run.evaluation.chosen_logratio - run.evaluation.rejected_logratio,
+        "after the edit, nats/token": lambda run: run.evaluation.shift.after.mean_change,
+    }
+    default = comparison.config["beta"]
+    rows = []
+    for method in BETAS:
+        name = method if "β" in method else f"{method}, β = {default:g}"
+        rows.append([name, *(_spread([value(run) for run in comparison.of(method)]) for value in columns.values())])
+    return table(["", *columns], rows)
+
+
+def guidance() -> str:
+    """What λ, its warm-up and the dead zone do: the demo's problems solved, and the gradients of the first steps."""
+    comparison = read_comparison(RESULTS / "guidance.json")
+    titles = table_titles(comparison)
+    kept = [titles.index(title) for title in ("", "chosen Δ, nats", "rejected Δ, nats", "answers right")]
+    rows = [[row[column] for column in kept] for row in table_rows(comparison)]
+    rows[0] += ["—", "—"]
+    for row, method in zip(rows[1:], comparison.methods, strict=True):
+        runs = comparison.of(method)
+        row += [f"{statistics.fmean(norm(run) for run in runs):.3g}" for norm in (_first_norm, _last_norm)]
+    titles = [titles[column] for column in kept]
+    steps = f"{_FIRST_STEPS.start} to {_FIRST_STEPS.stop - 1}"
+    titles += [f"gradient norm, steps {steps}", "last steps"]
+    answers = comparison.results[0].answers
+    assert answers is not None
+    note = (
+        f"{_setting(comparison)}; {answers.num_prompts} held-out problems answered greedily. Gradient norms are "
+        "medians before clipping, means of the seeds."
+    )
+    return f"{table(titles, rows)}\n\n{note}"
 
 
 def gradient() -> str:
@@ -61,14 +112,50 @@ def gradient() -> str:
 
 def draw() -> list[Path]:
     """Write the page's pictures -> their paths."""
-    comparison = _gsm8k()
-    curves, shift = IMAGES / "paper_curves.png", IMAGES / "paper_token_shift.png"
-    # the three values of λ lie on each other
-    shown = [method for method in comparison.methods if "λ" not in method]
-    plot_logratios({method: curves_of(comparison)[method] for method in shown}, curves)
-    plot_token_shift({method: token_shifts(comparison)[method] for method in shown}, shift)
-    return [curves, shift]
+    paths = []
+    for name in ("gsm8k", *_HIGH_EDIT.values()):
+        comparison = _comparison(name, LOSSES)  # the values of λ would lie on each other
+        paths.append(IMAGES / f"paper_curves_{name}.png")
+        plot_logratios(curves_of(comparison), paths[-1])
+    paths.append(IMAGES / "paper_token_shift.png")
+    plot_token_shift(token_shifts(_comparison("gsm8k", LOSSES)), paths[-1])
+    return paths
 
 
-def _gsm8k() -> Comparison:
-    return read_comparison(RESULTS / "gsm8k.json")
+def _results(name: str, methods: list[str]) -> str:
+    comparison = _comparison(name, methods)
+    titles, rows = table_titles(comparison), table_rows(comparison)
+    return f"{table(titles, rows)}\n\n{_setting(comparison)}.\n\n> {verdict(comparison)}"
+
+
+def _setting(comparison: Comparison) -> str:
+    first, config = comparison.results[0], comparison.config
+    num_seeds = len(comparison.of(first.method))
+    return (
+        f"{first.num_pairs} held-out pairs, mean ± standard deviation of {num_seeds} seeds; "
+        f"{config['max_steps']} steps of {config['per_device_train_batch_size']} pairs, "
+        f"lr {config['learning_rate']:g}, β {config['beta']:g}, λ {config['dpop_lambda']:g} where nothing else is said "
+        f"(torch {comparison.versions['torch']})"
+    )
+
+
+def _comparison(name: str, methods: list[str]) -> Comparison:
+    """Some methods of a recorded comparison."""
+    recorded = read_comparison(RESULTS / f"{name}.json")
+    return recorded._replace(methods=methods, results=[run for run in recorded.results if run.method in methods])
+
+
+def _first_norm(run: RunResult) -> float:
+    return statistics.median(_norms(run)[step] for step in _FIRST_STEPS)
+
+
+def _last_norm(run: RunResult) -> float:
+    return statistics.median(list(_norms(run).values())[-len(_FIRST_STEPS) :])
+
+
+def _norms(run: RunResult) -> dict[float, float]:
+    return dict(zip(run.gradients["step"], run.gradients["grad_norm"], strict=True))
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values):+.2f} ± {statistics.stdev(values):.2f}"

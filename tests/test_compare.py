@@ -9,13 +9,16 @@ import yaml
 from datasets import Dataset
 from dpop_trainer.arguments import ComparisonArguments, parse_arguments
 from dpop_trainer.cli import main
+from dpop_trainer.compare import answers as compare_answers
+from dpop_trainer.compare.answers import Answers, Grading, Problem, grade_answers, problems_of
 from dpop_trainer.compare.methods import parse_method, parse_methods
-from dpop_trainer.compare.report import Comparison, RunResult, read_comparison, table_rows, verdict
+from dpop_trainer.compare.report import Comparison, RunResult, read_comparison, table_rows, table_titles, verdict
 from dpop_trainer.compare.run import plan_runs
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs
 from dpop_trainer.token_shift import mean_token_shift, token_shift_as_dict, token_shift_from_dict
+from dpop_trainer.trained import TrainedModel
 from tiny import text_pairs, tiny_llama, word_tokenizer
 
 
@@ -72,7 +75,8 @@ def result(method, seed, chosen, rejected=0.0):
     before = [PairTokenLogps(np.full(4, -2.0), np.full(4, -3.0))]
     after = [PairTokenLogps(np.array([-2, -2, -2, chosen - 2]), np.array([rejected - 3, -3, -3, -3]))]
     history = {"step": [0, 5], "chosen": [0.0, chosen], "rejected": [0.0, rejected]}
-    return RunResult(method, seed, 1, evaluate_pairs(after, before, dataset), history, 1.5)
+    gradients = {"step": [5], "grad_norm": [2.5]}
+    return RunResult(method, seed, 1, evaluate_pairs(after, before, dataset), history, 1.5, gradients)
 
 
 def comparison(**changes):
@@ -86,6 +90,8 @@ def test_results_survive_json():
     after = RunResult.from_dict(json.loads(json.dumps(before.as_dict(), allow_nan=False)))
     assert after.as_dict() == before.as_dict()
     assert np.isnan(after.evaluation.chosen_logratio_error)  # of a single pair
+    graded = before._replace(answers=Answers(3, 1, 8), ref_answers=Answers(4, 0, 8))
+    assert RunResult.from_dict(json.loads(json.dumps(graded.as_dict()))).answers == Answers(3, 1, 8)
     assert after.evaluation.shift.after == before.evaluation.shift.after
     np.testing.assert_array_equal(after.evaluation.shift.profile.mean_change, before.evaluation.shift.profile[1])
     # a region without tokens has no mean, and JSON no NaN
@@ -105,7 +111,9 @@ def test_mean_shift_by_hand():
 
 
 def test_table_by_hand():
-    rows = table_rows(comparison(DPO=[-1.0, -3.0], DPOP=[0.5, 0.5]))
+    before, *rows = table_rows(comparison(DPO=[-1.0, -3.0], DPOP=[0.5, 0.5]))
+    # changes have no value before; the chosen answer's -8 nats were more than the rejected one's -12
+    assert before == ["before training", *["—"] * 5, "100.0 %"]
     # standard deviation of -1 and -3 is √2
     assert rows[0][:4] == ["DPO", "-2.00 ± 1.41", "+0.00 ± 0.00", "-1.000 ± 0.707"]
     assert rows[1][:2] == ["DPOP", "+0.50 ± 0.00"]
@@ -122,6 +130,48 @@ def test_verdict_follows_the_numbers():
     )
     other = verdict(Comparison(["A", "B"], [result("A", 0, -1.0, -9.0), result("B", 0, 1.0, 0.0)], {}, {}))
     assert other.endswith("B keeps them highest (+1.00 nats) and A sets the two answers furthest apart (8.00 nats).")
+    worse = verdict(Comparison(["A", "B"], [result("A", 0, -9.0, -1.0), result("B", 0, 1.0, 1.0)], {}, {}))
+    assert worse.endswith("and none sets the chosen answers further above the rejected ones.")
+
+
+def test_right_answers_stand_in_table_and_verdict():
+    runs = comparison(DPO=[-1.0, -3.0], DPOP=[0.5, 0.5])
+    right = {"DPO": [2, 4], "DPOP": [6, 6]}
+    results = [
+        run._replace(answers=Answers(right[run.method][run.seed], 1, 8), ref_answers=Answers(5, 0, 8))
+        for run in runs.results
+    ]
+    runs = runs._replace(results=results)
+    assert table_titles(runs)[-1] == "answers right"
+    # of eight: five before; two and four, whose shares 0.25 and 0.5 have a standard deviation of 0.1768; six and six
+    assert [row[-1] for row in table_rows(runs)] == ["62.5 %", "37.5 % ± 17.7 %", "75.0 % ± 0.0 %"]
+    assert verdict(runs).endswith("DPOP answers most held-out problems rightly (75.0 %; 62.5 % before).")
+
+
+def test_every_prompt_is_a_problem_once():
+    tokenizer = word_tokenizer()
+    pairs = [{"prompt": "w1 w2", "chosen": f" w{i}", "rejected": " w9"} for i in (3, 4)]
+    pairs += [
+        {"prompt": "w5", "chosen": " w6 w7", "rejected": " w8"},
+        {"prompt": "w6", "chosen": " w1", "rejected": " w2"},
+    ]
+    dataset, _ = tokenise_pairs(Dataset.from_list(pairs), tokenizer)
+    problems = problems_of(dataset, tokenizer, Grading("exact", max_answers=2))
+    assert [problem.label for problem in problems] == ["w3", "w6 w7"]
+    assert problems[1].prompt_ids == tokenizer("w5")["input_ids"]
+    with pytest.raises(ValueError, match="held-out pair 0: expected a chosen answer that matcher 'regex' can grade"):
+        problems_of(dataset, tokenizer, Grading("regex", answer_regex="z(.)"))
+
+
+def test_answers_are_counted_by_verdict(monkeypatch):
+    texts = {3: "I add. #### 7", 4: "#### 8", 5: "I add, and then I", 6: "the answer is 1,000"}
+    monkeypatch.setattr(
+        compare_answers, "generate_completions", lambda model, tokenizer, prompts, **_: [texts[p[0]] for p in prompts]
+    )
+    problems = [Problem([3], "#### 7"), Problem([4], "#### 7"), Problem([5], "#### 7"), Problem([6], "#### 1000")]
+    graded = grade_answers(TrainedModel(None, None), problems, Grading("numeric"), desc="")  # type: ignore[arg-type]
+    assert graded == Answers(num_right=2, num_without_answer=1, num_prompts=4)
+    assert graded.right_share == 0.5
 
 
 @pytest.fixture
@@ -136,6 +186,7 @@ def setting(tmp_path):
         "eval_dataset_name": str(tmp_path / "test.jsonl"),
         "output_dir": str(tmp_path / "out"),
         "max_steps": 8,
+        "logging_steps": 1,
         "per_device_train_batch_size": 2,
         "learning_rate": 3.0e-3,
         "gradient_checkpointing": False,
@@ -159,6 +210,9 @@ def test_whole_comparison_and_its_second_start(setting, capsys):
     assert [(run.method, run.seed) for run in written.results] == [(m, s) for m in written.methods for s in (0, 1)]
     assert all(run.history["step"] == list(range(9)) for run in written.results)
     for run in written.results:
+        assert run.gradients["step"] == list(range(1, 9))
+        assert all(norm > 0 for norm in run.gradients["grad_norm"])
+        assert run.answers is None
         # the last evaluation of the run and the measurement after it are of the same model
         assert run.history["chosen"][-1] == pytest.approx(run.evaluation.chosen_logratio, abs=1e-4)
     assert not list(out.rglob("*.safetensors"))
@@ -174,12 +228,44 @@ def test_whole_comparison_and_its_second_start(setting, capsys):
     assert "got one with other values of learning_rate" in capsys.readouterr().err
 
 
+def test_models_answer_the_held_out_prompts(setting, capsys):
+    argv = [
+        "compare",
+        "--config",
+        str(setting / "compare.yaml"),
+        "--methods",
+        "dpop",
+        "--seeds",
+        "0",
+        "--max_steps",
+        "2",
+    ]
+    assert main([*argv, "--matcher", "exact", "--max_new_tokens", "5"]) == 0
+    (run,) = read_comparison(setting / "out" / "compare.json").results
+    assert run.answers is not None
+    assert run.ref_answers is not None
+    assert run.answers.num_prompts == run.ref_answers.num_prompts == 3
+    assert "answers right" in (setting / "out" / "compare.html").read_text()
+    assert main(argv) == 1  # the same runs without answers would be another comparison
+    assert "other values of matcher, max_answers, max_new_tokens" in capsys.readouterr().err
+
+
+def test_runs_that_cut_differently_have_their_own_reference(setting):
+    argv = ["compare", "--config", str(setting / "compare.yaml"), "--seeds", "0", "--max_steps", "1"]
+    assert main([*argv, "--methods", "dpo", "dpo:max_length=5", "--learning_rate", "0"]) == 0
+    for run in read_comparison(setting / "out" / "compare.json").results:
+        assert run.evaluation.chosen_logratio == run.evaluation.rejected_logratio == 0.0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--methods", "dpop:beta=-1"], "beta: expected a finite value > 0, got -1"),
         (["--methods", "dpoop"], "loss_type: expected one of"),
         (["--seeds", "1", "1"], "seeds: expected at least one, each once, got [1, 1]"),
+        (["--matcher", "numerical"], "matcher: expected one of numeric, exact, choice or regex, got 'numerical'"),
+        (["--matcher", "regex"], "answer_regex: expected a pattern with matcher 'regex'"),
+        (["--matcher", "choice"], "held-out pair 0: expected a chosen answer that matcher 'choice' can grade against"),
         (["--max_eval_pairs", "0"], "max_eval_pairs: expected at least 1, got 0"),
     ],
 )
@@ -189,12 +275,20 @@ def test_nothing_is_trained_before_all_is_checked(setting, capsys, flags, messag
     assert not (setting / "out").exists()
 
 
-def test_recipe_of_the_paper_is_sound():
-    recipe = Path(__file__).parents[1] / "trainer" / "recipes" / "gsm8k" / "compare.yaml"
-    arguments = parse_arguments(DPOPConfig, ["--config", str(recipe)], "dpop compare", ComparisonArguments)
-    plan = plan_runs(*arguments)
-    assert len({run.folder for run in plan}) == len(plan) == 6 * 3
-    assert {run.values["dpop_lambda"] for run in plan} == {5, 50, 500}
+@pytest.mark.parametrize(
+    ("name", "num_methods", "lambdas", "flags"),
+    [
+        ("gsm8k/compare", 12, {5, 50, 500}, []),
+        ("high_edit/compare", 6, {5, 50, 500}, ["--model_name_or_path", "m", "--dataset_name", "d"]),
+        ("demo/guidance", 10, {0.5, 5, 50, 500}, []),
+    ],
+)
+def test_recipes_of_the_paper_are_sound(name, num_methods, lambdas, flags):
+    recipe = Path(__file__).parents[1] / "trainer" / "recipes" / f"{name}.yaml"
+    argv = ["--config", str(recipe), *flags, "--eval_dataset_name", "e", "--output_dir", "o"]
+    plan = plan_runs(*parse_arguments(DPOPConfig, argv, "dpop compare", ComparisonArguments))
+    assert len({run.folder for run in plan}) == len(plan) == num_methods * 3
+    assert {run.values["dpop_lambda"] for run in plan} == lambdas
 
 
 def test_held_out_pairs_are_needed(setting, capsys):

@@ -121,6 +121,18 @@ class ComparisonArguments:
         default_factory=lambda: [0, 1, 2], metadata={"help": "Each method runs once with each seed."}
     )
     max_eval_pairs: int = field(default=256, metadata={"help": "Measure on the first so many held-out pairs."})
+    matcher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Let every model answer held-out prompts, and grade the answers against the chosen ones: numeric "
+            "(the number after the last '####' or the like), choice, exact, regex."
+        },
+    )
+    answer_regex: str | None = field(
+        default=None, metadata={"help": "For --matcher regex: its first group (or whole match) is the answer."}
+    )
+    max_answers: int = field(default=128, metadata={"help": "Answer the first so many held-out prompts."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
     keep_models: bool = field(
         default=False, metadata={"help": "Keep the trained weights; by default only what was measured is kept."}
     )

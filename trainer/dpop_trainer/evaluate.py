@@ -152,7 +152,7 @@ def _ranking(logps: Sequence[PairTokenLogps]) -> Ranking:
 def generate_completions(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[list[int]],
     *,
     max_new_tokens: int,
     batch_size: int = 64,
@@ -160,7 +160,13 @@ def generate_completions(
 ) -> list[str]:
     """Greedy completions of the prompts by a Hugging Face causal LM, in order.
 
-    Prompts are tokenised as in training, and padded on the left.
+    Args:
+        model: the model.
+        tokenizer: text prompts are tokenised as in training.
+        prompts: texts, or token ids; padded on the left, those of like length together.
+        max_new_tokens: longest completion.
+        batch_size: prompts that are continued together.
+        desc: label of the progress bar; None shows none.
     """
     device = next(model.parameters()).device
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -170,13 +176,18 @@ def generate_completions(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad_token_id,
     )
-    completions: list[str] = []
-    starts = range(0, len(prompts), batch_size)
-    for start in tqdm(starts, desc=desc, disable=desc is None, leave=False):
-        rows = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + batch_size]]
-        length = max(len(row) for row in rows)  # type: ignore[arg-type]
-        input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], device=device)  # type: ignore
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)  # type: ignore
+    rows: list[list[int]] = [
+        list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)  # type: ignore[arg-type]
+        for prompt in prompts
+    ]
+    completions = [""] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in tqdm(range(0, len(rows), batch_size), desc=desc, disable=desc is None, leave=False):
+        chunk = by_length[start : start + batch_size]
+        length = len(rows[chunk[-1]])
+        input_ids = torch.tensor([[pad_token_id] * (length - len(rows[i])) + rows[i] for i in chunk], device=device)
+        mask = torch.tensor([[0] * (length - len(rows[i])) + [1] * len(rows[i]) for i in chunk], device=device)
         output = model.generate(input_ids, attention_mask=mask, generation_config=config)
-        completions += tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        for i, text in zip(chunk, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True):
+            completions[i] = text
     return completions

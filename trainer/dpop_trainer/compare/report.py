@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpop_trainer import html_page
+from dpop_trainer.compare.answers import Answers
 from dpop_trainer.evaluate import LOST_NATS, PairEvaluation, Ranking
 from dpop_trainer.plots import plot_logratios, plot_token_shift
 from dpop_trainer.token_shift import TokenShift, mean_token_shift, token_shift_as_dict, token_shift_from_dict
@@ -27,6 +28,11 @@ class RunResult(NamedTuple):
     """Equally long: "step", and the mean log-ratios of "chosen" and "rejected" answers, in nats per answer."""
     seconds: float
     """Of training, evaluations on the way included."""
+    gradients: dict[str, list[float]]
+    """Equally long: "step", and "grad_norm" before clipping, as they were logged."""
+    answers: Answers | None = None
+    """Held-out problems that the trained model solves; None where none were graded."""
+    ref_answers: Answers | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: NaN becomes None."""
@@ -36,7 +42,11 @@ class RunResult(NamedTuple):
             evaluation[shift] = token_shift_as_dict(evaluation[shift])
         for ranking in ("ranking", "ref_ranking"):
             evaluation[ranking] = evaluation[ranking]._asdict()
-        return {**self._asdict(), "evaluation": evaluation}
+        graded = {name: answers and answers._asdict() for name, answers in self._answers().items()}
+        return {**self._asdict(), "evaluation": evaluation, **graded}
+
+    def _answers(self) -> dict[str, Answers | None]:
+        return {"answers": self.answers, "ref_answers": self.ref_answers}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunResult":
@@ -48,7 +58,8 @@ class RunResult(NamedTuple):
             evaluation[shift] = token_shift_from_dict(evaluation[shift])
         for ranking in ("ranking", "ref_ranking"):
             evaluation[ranking] = Ranking(**evaluation[ranking])
-        return cls(**{**values, "evaluation": PairEvaluation(**evaluation)})
+        graded = {name: Answers(**values[name]) if values[name] else None for name in ("answers", "ref_answers")}
+        return cls(**{**values, "evaluation": PairEvaluation(**evaluation), **graded})
 
 
 class Comparison(NamedTuple):
@@ -67,7 +78,9 @@ class Comparison(NamedTuple):
 class _Column(NamedTuple):
     title: str
     unit: str
-    value: Callable[[PairEvaluation], float]
+    value: Callable[[RunResult], float]
+    before: Callable[[RunResult], float] | None
+    """The same of the model before training, where it is no change."""
     text: Callable[[float], str]
     spread: Callable[[float], str]
 
@@ -76,13 +89,29 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def _share_right(answers: Answers | None) -> float:
+    return math.nan if answers is None else answers.right_share
+
+
+_SIGNED = ("{:+.2f}".format, "{:.2f}".format)
+_SIGNED_PER_TOKEN = ("{:+.3f}".format, "{:.3f}".format)
+_SHARE = (_percent, _percent)
 _COLUMNS = (
-    _Column("chosen Δ", "nats", lambda e: e.chosen_logratio, "{:+.2f}".format, "{:.2f}".format),
-    _Column("rejected Δ", "nats", lambda e: e.rejected_logratio, "{:+.2f}".format, "{:.2f}".format),
-    _Column("after edit Δ", "nats/token", lambda e: e.shift.after.mean_change, "{:+.3f}".format, "{:.3f}".format),
-    _Column("tokens that lost", "", lambda e: e.lost_share, _percent, _percent),
-    _Column("reward accuracy", "", lambda e: e.reward_accuracy, _percent, _percent),
-    _Column("ranking accuracy", "", lambda e: e.ranking.accuracy, _percent, _percent),
+    _Column("chosen Δ", "nats", lambda run: run.evaluation.chosen_logratio, None, *_SIGNED),
+    _Column("rejected Δ", "nats", lambda run: run.evaluation.rejected_logratio, None, *_SIGNED),
+    _Column("after edit Δ", "nats/token", lambda run: run.evaluation.shift.after.mean_change, None, *_SIGNED_PER_TOKEN),
+    _Column("tokens that lost", "", lambda run: run.evaluation.lost_share, None, *_SHARE),
+    _Column("reward accuracy", "", lambda run: run.evaluation.reward_accuracy, None, *_SHARE),
+    _Column(
+        "ranking accuracy",
+        "",
+        lambda run: run.evaluation.ranking.accuracy,
+        lambda run: run.evaluation.ref_ranking.accuracy,
+        *_SHARE,
+    ),
+)
+_RIGHT = _Column(
+    "answers right", "", lambda run: _share_right(run.answers), lambda run: _share_right(run.ref_answers), *_SHARE
 )
 _LEGEND = (
     "Δ is the log-prob under the trained model minus the log-prob under the model before, on held-out pairs: a mean "
@@ -91,6 +120,7 @@ _LEGEND = (
     "than the rejected one. Ranking accuracy: pairs whose chosen answer is the likelier one. Mean ± standard deviation "
     "over seeds."
 )
+_RIGHT_LEGEND = " Answers right: held-out problems that the model itself answers rightly, one greedy answer each."
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
@@ -106,6 +136,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     (folder / "compare.json").write_text(json.dumps(record, indent=2))
     plot_logratios(curves(comparison), folder / "curves.png")
     plot_token_shift(token_shifts(comparison), folder / "token_shift.png")
+    columns = _columns(comparison)
     first = comparison.results[0]
     introduction = (
         f"{len(comparison.methods)} ways to train {comparison.config['model_name_or_path']} on the pairs of "
@@ -116,8 +147,8 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         html_page.paragraph(introduction),
         html_page.paragraph(verdict(comparison), "verdict"),
         html_page.heading("Results"),
-        html_page.table([("", ""), *((column.title, column.unit) for column in _COLUMNS)], table_rows(comparison)),
-        html_page.paragraph(_LEGEND, "note"),
+        html_page.table([("", ""), *((column.title, column.unit) for column in columns)], table_rows(comparison)),
+        html_page.paragraph(_LEGEND + (_RIGHT_LEGEND if _RIGHT in columns else ""), "note"),
         html_page.figure(
             "Log-ratio to the model before, on held-out pairs, over training: mean over seeds, and their range",
             folder / "curves.png",
@@ -153,19 +184,27 @@ def token_shifts(comparison: Comparison) -> dict[str, TokenShift]:
     }
 
 
+def table_titles(comparison: Comparison) -> list[str]:
+    """One title per column of `table_rows`, with its unit."""
+    return ["", *(f"{column.title}, {column.unit}".removesuffix(", ") for column in _columns(comparison))]
+
+
 def table_rows(comparison: Comparison) -> list[list[str]]:
-    """One row of text per method: its name, then mean ± standard deviation over seeds for every column."""
-    return [
-        [method, *(_cell(column, [run.evaluation for run in comparison.of(method)]) for column in _COLUMNS)]
-        for method in comparison.methods
-    ]
+    """Rows of text: the model before training, then every method: mean ± standard deviation over seeds."""
+    columns = _columns(comparison)
+    start = comparison.results[0]
+    before = ["—" if column.before is None else _cell(column, [column.before(start)]) for column in columns]
+    rows = [["before training", *before]]
+    for method in comparison.methods:
+        runs = comparison.of(method)
+        rows.append([method, *(_cell(column, [column.value(run) for run in runs]) for column in columns)])
+    return rows
 
 
 def format_comparison(comparison: Comparison) -> str:
     """For the terminal: the table, then the verdict."""
-    titles = ["", *(f"{column.title}, {column.unit}".removesuffix(", ") for column in _COLUMNS)]
-    rows = [titles, *table_rows(comparison)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
+    rows = [table_titles(comparison), *table_rows(comparison)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
@@ -202,20 +241,29 @@ _ROSE = "raised the chosen answers"
 
 
 def _best(comparison: Comparison) -> str:
-    def best(value: Callable[[PairEvaluation], float]) -> tuple[str, float]:
-        means = {
-            method: statistics.fmean(value(run.evaluation) for run in comparison.of(method))
-            for method in comparison.methods
-        }
+    def best(value: Callable[[RunResult], float]) -> tuple[str, float]:
+        means = {method: statistics.fmean(map(value, comparison.of(method))) for method in comparison.methods}
         name = max(means, key=means.__getitem__)
         return name, means[name]
 
-    kept, chosen = best(lambda e: e.chosen_logratio)
-    parted, margin = best(lambda e: e.chosen_logratio - e.rejected_logratio)
-    both = "also sets" if parted == kept else f"{parted} sets"
-    return (
-        f"{kept} keeps them highest ({chosen:+.2f} nats) and {both} the two answers furthest apart ({margin:.2f} nats)."
-    )
+    kept, chosen = best(_COLUMNS[0].value)
+    parted, margin = best(lambda run: run.evaluation.chosen_logratio - run.evaluation.rejected_logratio)
+    if margin > 0:
+        both = "also sets" if parted == kept else f"{parted} sets"
+        apart = f"and {both} the two answers furthest apart ({margin:.2f} nats)"
+    else:
+        apart = "and none sets the chosen answers further above the rejected ones"
+    text = f"{kept} keeps them highest ({chosen:+.2f} nats) {apart}."
+    if _RIGHT in _columns(comparison):
+        solver, share = best(_RIGHT.value)
+        before = _share_right(comparison.results[0].ref_answers)
+        text += f" {solver} answers most held-out problems rightly ({_percent(share)}; {_percent(before)} before)."
+    return text
+
+
+def _columns(comparison: Comparison) -> tuple[_Column, ...]:
+    graded = all(run.answers is not None for run in comparison.results)
+    return (*_COLUMNS, _RIGHT) if graded else _COLUMNS
 
 
 def _mean_and_error(runs: Sequence[RunResult]) -> tuple[float, float]:
@@ -238,8 +286,7 @@ def _band(runs: Sequence[RunResult]) -> dict[str, list[float]]:
     return band
 
 
-def _cell(column: _Column, evaluations: Sequence[PairEvaluation]) -> str:
-    values = [column.value(evaluation) for evaluation in evaluations]
+def _cell(column: _Column, values: Sequence[float]) -> str:
     if any(math.isnan(value) for value in values):
         return "—"
     mean = column.text(statistics.fmean(values))

@@ -9,18 +9,17 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import transformers
 
 from dpop_trainer.arguments import ComparisonArguments, DataArguments, ModelArguments, arguments_of, run_config
+from dpop_trainer.compare.answers import Grading
+from dpop_trainer.compare.held_out import HeldOut
 from dpop_trainer.compare.methods import Method, parse_methods
 from dpop_trainer.compare.report import Comparison, RunResult, format_comparison, write_comparison
 from dpop_trainer.config import DPOPConfig
-from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs, pair_token_logps
 from dpop_trainer.quantised import as_trained
 from dpop_trainer.run_files import read_metrics
-from dpop_trainer.runs import first_pairs, load_eval_data, run_train
+from dpop_trainer.runs import run_train
 from dpop_trainer.trained import load_trained
 from dpop_trainer.versions import versions
 
@@ -58,12 +57,13 @@ def run_comparison(
     plan = plan_runs(model_arguments, data_arguments, config, comparison)
     folder = Path(config.output_dir)  # type: ignore[arg-type]
     results: list[RunResult] = []
-    scored = _Reference()
+    held_out = HeldOut(comparison.max_eval_pairs, _grading(comparison))
+    held_out.check(plan[0].values)
     for number, run in enumerate(plan, 1):
         title = f"Run {number} of {len(plan)}: {run.method.name}, seed {run.seed}"
-        result = _finished(run)
+        result = _finished(run, comparison)
         print(f"{title}{' (finished before)' if result else ''}")
-        results.append(result or _train_and_measure(run, scored, comparison))
+        results.append(result or _train_and_measure(run, held_out, comparison))
     written = Comparison(
         methods=[method.name for method in parse_methods(comparison.methods)],
         results=results,
@@ -112,22 +112,7 @@ def plan_runs(
     return plan
 
 
-class _Reference:
-    """The reference's log-probs of the held-out pairs: every run starts from the same model, so one pass is enough."""
-
-    def __init__(self) -> None:
-        self._logps: list[PairTokenLogps] | None = None
-
-    def logps(self, run: PlannedRun, dataset: datasets.Dataset, **score: Any) -> list[PairTokenLogps]:
-        if self._logps is None:
-            own = run.values["ref_model_name_or_path"]
-            rounding = None if own else as_trained(run.values)
-            reference = load_trained(own or run.values["model_name_or_path"], quantization_config=rounding).model
-            self._logps = pair_token_logps(reference, dataset, desc="Scoring the reference", **score)
-        return self._logps
-
-
-def _train_and_measure(run: PlannedRun, reference: _Reference, comparison: ComparisonArguments) -> RunResult:
+def _train_and_measure(run: PlannedRun, held_out: HeldOut, comparison: ComparisonArguments) -> RunResult:
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # else every run tells again that it loads and saves
     try:
@@ -136,16 +121,8 @@ def _train_and_measure(run: PlannedRun, reference: _Reference, comparison: Compa
         transformers.utils.logging.set_verbosity(level)
     gc.collect()
     # from what the run left, so that one that was finished but not measured is not trained again
-    _, data_arguments, config = arguments_of(run.values, DPOPConfig)
-    model, tokenizer = load_trained(str(run.folder), quantization_config=as_trained(run.values))
-    dataset, _ = tokenise_pairs(
-        first_pairs(load_eval_data(data_arguments, config), comparison.max_eval_pairs),
-        tokenizer,
-        max_length=config.max_length,
-        truncation_mode=config.truncation_mode,  # type: ignore[arg-type]
-    )
-    score = {"pad_token_id": tokenizer.pad_token_id, "batch_size": config.per_device_eval_batch_size}
-    logps = pair_token_logps(model, dataset, desc="Scoring", **score)
+    trained = load_trained(str(run.folder), quantization_config=as_trained(run.values))
+    measured = held_out.measure(trained, run.values)
     lines = read_metrics(run.folder)
     evaluated = [line for line in lines if "eval_dpop/chosen_logratio" in line]
     history = {
@@ -153,23 +130,28 @@ def _train_and_measure(run: PlannedRun, reference: _Reference, comparison: Compa
         "chosen": [0.0, *(line["eval_dpop/chosen_logratio"] for line in evaluated)],
         "rejected": [0.0, *(line["eval_dpop/rejected_logratio"] for line in evaluated)],
     }
+    logged = [line for line in lines if "grad_norm" in line]
     runtime = next(line["train_runtime"] for line in reversed(lines) if "train_runtime" in line)
     result = RunResult(
         method=run.method.name,
         seed=run.seed,
-        num_pairs=len(dataset),
-        evaluation=evaluate_pairs(logps, reference.logps(run, dataset, **score), dataset),
+        num_pairs=measured.num_pairs,
+        evaluation=measured.evaluation,
         history=history,
         seconds=runtime,
+        gradients={key: [line[key] for line in logged] for key in ("step", "grad_norm")},
+        answers=measured.answers,
+        ref_answers=measured.ref_answers,
     )
-    (run.folder / RESULT_FILE).write_text(json.dumps({"config": _identity(run), **result.as_dict()}, indent=2))
+    record = {"config": _identity(run, comparison), **result.as_dict()}
+    (run.folder / RESULT_FILE).write_text(json.dumps(record, indent=2))
     if not comparison.keep_models:
         for path in run.folder.rglob("*.safetensors"):
             path.unlink()
     return result
 
 
-def _finished(run: PlannedRun) -> RunResult | None:
+def _finished(run: PlannedRun, comparison: ComparisonArguments) -> RunResult | None:
     """The result of a run that was finished before with the same configuration.
 
     Raises:
@@ -179,7 +161,7 @@ def _finished(run: PlannedRun) -> RunResult | None:
     if not path.is_file():
         return None
     record = json.loads(path.read_text())
-    before, now = record.pop("config"), json.loads(json.dumps(_identity(run)))
+    before, now = record.pop("config"), json.loads(json.dumps(_identity(run, comparison)))
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if changed:
         raise ValueError(
@@ -189,5 +171,18 @@ def _finished(run: PlannedRun) -> RunResult | None:
     return RunResult.from_dict(record)
 
 
-def _identity(run: PlannedRun) -> dict[str, Any]:
-    return {key: value for key, value in run.values.items() if key not in ("output_dir", "logging_dir")}
+def _identity(run: PlannedRun, comparison: ComparisonArguments) -> dict[str, Any]:
+    """What decides the result."""
+    training = {key: value for key, value in run.values.items() if key not in ("output_dir", "logging_dir")}
+    measured = ["max_eval_pairs"]
+    if comparison.matcher:
+        measured += ["matcher", "answer_regex", "max_answers", "max_new_tokens"]
+    return {**training, **{name: getattr(comparison, name) for name in measured}}
+
+
+def _grading(comparison: ComparisonArguments) -> Grading | None:
+    if comparison.matcher is None:
+        return None
+    return Grading(
+        comparison.matcher, comparison.answer_regex, comparison.max_answers, max_new_tokens=comparison.max_new_tokens
+    )

@@ -87,7 +87,10 @@ def run_demo(
     train_problems, eval_problems = problems[: settings.num_train_problems], problems[settings.num_train_problems :]
     tokenizer = build_tokenizer()
     train_pairs = _pairs(train_problems[: settings.num_pairs], seed)
-    eval_pairs, _ = tokenise_pairs(_pairs(eval_problems, seed + 1), tokenizer)
+    test_pairs = _pairs(eval_problems, seed + 1)
+    for pairs, name in ((train_pairs, "train_pairs.jsonl"), (test_pairs, "test_pairs.jsonl")):
+        (folder / name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    eval_pairs, _ = tokenise_pairs(test_pairs, tokenizer)
 
     sft_folder = folder / "sft"
     _supervised(train_problems, tokenizer, sft_folder, seed, settings)
@@ -126,7 +129,8 @@ def run_demo(
     write_report(summary, figures, folder / "report.html")
     print(format_table(summary))
     print(
-        f"{summary['seconds']:.0f} s. Written to {folder}/: summary.json, logratios.png, token_shift.png, report.html"
+        f"{summary['seconds']:.0f} s. Written to {folder}/: summary.json, logratios.png, token_shift.png, report.html; "
+        "the pairs (train_pairs.jsonl, test_pairs.jsonl) and the SFT model (sft), to go on with: dpop compare --help"
     )
     return summary
 
