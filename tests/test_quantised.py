@@ -353,6 +353,19 @@ def test_eval_rounds_every_model_as_the_run_did(run, base, tmp_path):
     assert rows["chosen Δ"]["figures"]["run"]["value"] == pytest.approx(chosen_change(run), abs=1e-3)
 
 
+def test_compare_measures_the_policies_that_were_trained(base, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs()))
+    pairs = str(tmp_path / "pairs.jsonl")
+    argv = ["compare", "--model_name_or_path", base, "--dataset_name", pairs, "--eval_dataset_name", pairs]
+    argv += ["--load_in_4bit", "--use_bnb_nested_quant", "--use_peft", "true", "--use_cpu", "true", "--methods", "dpop"]
+    argv += ["--seeds", "0", "--max_steps", "4", "--learning_rate", "0.02", "--keep_models", "--disable_tqdm", "true"]
+    assert main([*argv, "--output_dir", str(tmp_path / "out"), "--report_to", "none"]) == 0
+    (run,) = json.loads((tmp_path / "out" / "compare.json").read_text())["results"]
+    assert run["evaluation"]["chosen_logratio"] == pytest.approx(
+        chosen_change(tmp_path / "out" / "dpop" / "seed-0"), abs=1e-3
+    )
+
+
 def test_quantisation_that_cannot_be_is_refused_before_anything_is_loaded(base, tmp_path, capsys, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs()))
     argv = ["train", "--model_name_or_path", base, "--dataset_name", str(tmp_path / "pairs.jsonl"), "--use_cpu", "true"]

@@ -10,6 +10,7 @@ from dpop_trainer.compare.answers import Answers, Grading, Problem, grade_answer
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.evaluate import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
+from dpop_trainer.quantised import as_trained
 from dpop_trainer.runs import first_pairs, load_eval_data
 from dpop_trainer.trained import TrainedModel, adapter_base, load_trained, load_trained_tokenizer
 
@@ -64,7 +65,9 @@ class HeldOut:
         name = _reference_name(values)
         cut = (name, config.max_length, config.truncation_mode)
         if cut not in self._ref_logps:
-            reference = load_trained(name)
+            # where it is the model that training started from, that was rounded too
+            rounding = None if values["ref_model_name_or_path"] else as_trained(values)
+            reference = load_trained(name, quantization_config=rounding)
             self._ref_logps[cut] = pair_token_logps(reference.model, dataset, desc="Scoring the reference", **score)
             if self._grading is not None and name not in self._ref_answers:
                 problems = self._problems(values, reference.tokenizer)

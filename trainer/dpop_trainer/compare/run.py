@@ -17,6 +17,7 @@ from dpop_trainer.compare.held_out import HeldOut
 from dpop_trainer.compare.methods import Method, parse_methods
 from dpop_trainer.compare.report import Comparison, RunResult, format_comparison, write_comparison
 from dpop_trainer.config import DPOPConfig
+from dpop_trainer.quantised import as_trained
 from dpop_trainer.run_files import read_metrics
 from dpop_trainer.runs import run_train
 from dpop_trainer.trained import load_trained
@@ -120,7 +121,8 @@ def _train_and_measure(run: PlannedRun, held_out: HeldOut, comparison: Compariso
         transformers.utils.logging.set_verbosity(level)
     gc.collect()
     # from what the run left, so that one that was finished but not measured is not trained again
-    measured = held_out.measure(load_trained(str(run.folder)), run.values)
+    trained = load_trained(str(run.folder), quantization_config=as_trained(run.values))
+    measured = held_out.measure(trained, run.values)
     lines = read_metrics(run.folder)
     evaluated = [line for line in lines if "eval_dpop/chosen_logratio" in line]
     history = {
