@@ -108,6 +108,18 @@ def test_wrong_usage_is_2_and_named(flags, message, capsys):
         ("sync_ref_model: true", "sync_ref_model: expected False, got True. The reference stays"),
         ("model_init_kwargs: eager", "model_init_kwargs: expected a mapping, or one as JSON, got 'eager'"),
         ("peft_config: [1]", "peft_config: expected a mapping of LoraConfig's fields, got [1]"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size: expected at least 1, got 0. If one is too"),
+        ("gradient_accumulation_steps: 0", "gradient_accumulation_steps: expected at least 1, got 0. 1 is no acc"),
+        ("learning_rate: -1.0", "learning_rate: expected a number >= 0, got -1.0. The paper uses 5e-5."),
+        ("learning_rate: .nan", "learning_rate: expected a number >= 0, got nan."),
+        ("warmup_steps: -5", "warmup_steps: expected a number >= 0, got -5. 0 is no warm-up"),
+        ("max_steps: 0", "max_steps: expected at least 1, or -1 for as many as num_train_epochs takes, got 0."),
+        ("max_steps: -5", "max_steps: expected at least 1, or -1 for"),
+        ("num_train_epochs: -1", "num_train_epochs: expected a number > 0 (0.5 is half the data), got -1"),
+        ("save_steps: 0", "save_steps: expected a number of steps > 0, or below 1 a fraction of all, got 0. For none"),
+        ("eval_strategy: steps\neval_steps: -1", "eval_steps: expected a number of steps > 0"),
+        ("lora_r: 0", "lora_r: expected a rank of at least 1, got 0."),
+        ("beta: [1\nx: {", "expected YAML, got a syntax error in line 2, column 2: expected ',' or ']', but got ':'"),
         ("lora_task_type: SEQ_CLS", "lora_task_type: expected 'CAUSAL_LM', got 'SEQ_CLS'"),
         ("load_in_4bit: true\nload_in_8bit: true", "load_in_8bit: expected false together with load_in_4bit"),
     ],
@@ -117,6 +129,12 @@ def test_a_value_that_its_field_cannot_take_is_1_and_named(text, message, capsys
     path.write_text(text)
     assert main(["train", "--config", str(path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["train", "--kernel_backend", "fused", "--use_cpu", "true"]) == 1
+    assert "kernel_backend: 'fused' cannot run here: the Triton kernels run on CUDA" in capsys.readouterr().err
 
 
 def test_one_word_in_yaml_is_a_list_where_the_field_is_one(tmp_path):
