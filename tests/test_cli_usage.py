@@ -1,5 +1,6 @@
 """The command line's manners: help, the printed configuration, exit codes, and messages without a traceback."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from dpop_trainer import cli
 from dpop_trainer.arguments import DataArguments, ModelArguments, parse_arguments, run_config
-from dpop_trainer.cli import main
+from dpop_trainer.cli import COMMANDS, main
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.errors import UsageError
 from dpop_trainer.model_setup import init_kwargs, lora_config, quantization_config
@@ -135,6 +136,18 @@ def test_kernels_that_cannot_run_are_refused_before_anything_is_loaded(capsys, m
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["train", "--kernel_backend", "fused", "--use_cpu", "true"]) == 1
     assert "kernel_backend: 'fused' cannot run here: the Triton kernels run on CUDA" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_places_that_are_written_to(capsys, monkeypatch, tmp_path):
+    def full(argv):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(COMMANDS, "pairs", full)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert main(["pairs"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dpop pairs: no space left on a disk ([Errno 28] No space left on device). Free: ")
+    assert f"GiB in TMPDIR ({tmp_path})" in error
 
 
 def test_one_word_in_yaml_is_a_list_where_the_field_is_one(tmp_path):

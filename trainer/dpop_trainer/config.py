@@ -121,7 +121,7 @@ class HeadConfig(TrainingArguments):
             )
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(
-                f"max_length: expected None or at least 2 tokens (a prompt's and an answer's), got {self.max_length}."
+                f"max_length: expected None or at least 2 tokens, got {self.max_length}. One is a prompt's, one an answer's."
             )
         self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", self.pad_to_multiple_of)
         if self.on_bad_record not in ("error", "skip"):

@@ -97,15 +97,7 @@ class DPOPTrainer(BudgetTrainer):
             )
         set_seed(args.seed)  # peft draws the adapter's initial weights
         policy = prepare_policy(
-            model,
-            processing_class,
-            init_kwargs=args.model_init_kwargs,  # type: ignore[arg-type]
-            trust_remote_code=args.trust_remote_code,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            gradient_checkpointing=args.gradient_checkpointing,
-            pad_token=args.pad_token,
-            chat_template_path=args.chat_template_path,
+            model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
         )
         if train_dataset is not None and not any(p.requires_grad for p in policy.model.parameters()):
             raise ValueError(
