@@ -121,7 +121,8 @@ class HeadConfig(TrainingArguments):
             )
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(
-                f"max_length: expected None or at least 2 tokens, got {self.max_length}. One is a prompt's, one an answer's."
+                f"max_length: expected None or at least 2 tokens, got {self.max_length}. One is a prompt's, one "
+                "an answer's."
             )
         self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", self.pad_to_multiple_of)
         if self.on_bad_record not in ("error", "skip"):
@@ -264,7 +265,7 @@ class DPOPConfig(TRLFields, HeadConfig):
         default=0.0,
         metadata={
             "help": "τ >= 0, in nats: how far a chosen answer may fall before DPOP's penalty begins. 0 is the paper's "
-            "loss; 0.01 keeps the rounding of a precomputed reference from deciding the first gradients."
+            "loss; in fp32, 0.01 keeps the rounding of a precomputed reference from deciding the first gradients."
         },
     )
     label_smoothing: float = field(
