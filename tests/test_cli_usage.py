@@ -105,6 +105,7 @@ def test_wrong_usage_is_2_and_named(flags, message, capsys):
         ("beta: [0.1]", "beta: expected a number, got [0.1]"),
         ("max_steps: 2.5", "max_steps: expected a whole number, got 2.5"),
         ("use_peft: 3", "use_peft: expected true or false, got 3"),
+        ("methods: [dpo]", "expected fields of the run, got 'methods'. `dpop compare` takes it."),
         ("evaluation_strategy: steps", "It is called eval_strategy now."),
         ("sync_ref_model: true", "sync_ref_model: expected False, got True. The reference stays"),
         ("model_init_kwargs: eager", "model_init_kwargs: expected a mapping, or one as JSON, got 'eager'"),

@@ -148,6 +148,8 @@ def parse_arguments(
         for key, value in values.items():
             if key not in actions:
                 hint = name_hint(str(key), actions, f"`{program} --help` lists the fields.")
+                if key in {item.name for item in fields(ComparisonArguments)}:
+                    hint = "`dpop compare` takes it."
                 raise ValueError(f"{path}: expected fields of the run, got {key!r}. {hint}")
             values[key] = check_yaml_value(f"{path}: {key}", actions[key], value)
         parser.set_defaults(**values)
