@@ -88,9 +88,10 @@ def open_source(
         try:
             return datasets.load_dataset(str(path), name, split=split, **options)
         except (DatasetGenerationError, FileNotFoundError) as error:
+            reason = str(error.__cause__ or error).partition("\n")[0]  # schemas of all columns follow
             raise ValueError(
-                f"source: expected a folder of data files or one that save_to_disk wrote, got {source} "
-                f"({error.__cause__ or error}). Name one file of it, or another folder."
+                f"source: expected a folder of data files or one that save_to_disk wrote, got {source} ({reason}). "
+                "Name one file of it, or another folder."
             ) from error
     loader = "json" if is_json(path) else _LOADERS.get(path.suffix)
     if path.is_file():
