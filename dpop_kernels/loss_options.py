@@ -41,7 +41,7 @@ def check_hyperparameters(
     if not 0 <= dead_zone < INFINITY:
         raise ValueError(
             f"dead_zone: expected a finite value >= 0, in nats, got {dead_zone}. 0 is the paper's loss; 0.01 is above "
-            "the rounding of any reference."
+            "the rounding of a reference in fp32."
         )
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(

@@ -279,6 +279,9 @@ def _loss_of_logps(
 
 def _check_logps(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> None:
     others = {"rejected_logps": rejected, "ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
+    for name, tensor in {"chosen_logps": chosen, **others}.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor of shape [B], got {type(tensor).__name__}.")
     if chosen.dim() != 1:
         raise ValueError(
             f"chosen_logps: expected shape [B], got {list(chosen.shape)}. "

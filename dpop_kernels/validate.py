@@ -13,7 +13,8 @@ def check_float(name: str, tensor: Tensor, dims: str) -> None:
     """
     rank = dims.count(",") + 1
     if tensor.dim() != rank:
-        raise ValueError(f"{name}: expected shape {dims}, got {list(tensor.shape)}.")
+        remedy = " Flatten all but the last dimension." if rank == 2 < tensor.dim() else ""
+        raise ValueError(f"{name}: expected shape {dims}, got {list(tensor.shape)}.{remedy}")
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}.")
 

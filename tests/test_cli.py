@@ -10,6 +10,7 @@ import yaml
 from dpop_trainer.arguments import parse_arguments, run_config
 from dpop_trainer.cli import main
 from dpop_trainer.config import DPOPConfig
+from dpop_trainer.model_setup import lora_config
 from peft import AutoPeftModelForCausalLM
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM
@@ -96,6 +97,23 @@ def test_missing_model_is_named(setting, capsys):
     argv = ["train", "--config", str(setting / "run.yaml"), "--model_name_or_path", str(setting / "nowhere")]
     assert main(argv) == 1
     assert "expected a folder with config.json, found none at" in capsys.readouterr().err
+
+
+def test_an_output_dir_that_cannot_be_is_named_before_anything_is_loaded(setting, capsys):
+    in_the_way = setting / "pairs.jsonl"
+    for output_dir in (in_the_way, in_the_way / "run"):
+        argv = ["train", "--config", str(setting / "run.yaml"), "--model_name_or_path", "nowhere"]
+        assert main([*argv, "--output_dir", str(output_dir)]) == 1
+        error = capsys.readouterr().err
+        assert f"output_dir: expected a folder, got '{output_dir}', where {in_the_way} is a file." in error
+
+
+def test_flags_of_an_adapter_without_use_peft_are_told(caplog):
+    assert lora_config(parse("--lora_r", "4", "--use_dora", "true")[0]) is None
+    assert "use_peft is off: all weights are trained, and lora_r=4, use_dora=True has no effect." in caplog.text
+    caplog.clear()
+    assert lora_config(parse("--lora_r", "16")[0]) is None  # the default, as a written configuration has it
+    assert not caplog.text
 
 
 def test_bad_line_of_the_data_is_named(setting, capsys):

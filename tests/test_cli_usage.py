@@ -1,5 +1,6 @@
 """The command line's manners: help, the printed configuration, exit codes, and messages without a traceback."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from dpop_trainer import cli
 from dpop_trainer.arguments import DataArguments, ModelArguments, parse_arguments, run_config
-from dpop_trainer.cli import main
+from dpop_trainer.cli import COMMANDS, main
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.errors import UsageError
 from dpop_trainer.model_setup import init_kwargs, lora_config, quantization_config
@@ -104,10 +105,23 @@ def test_wrong_usage_is_2_and_named(flags, message, capsys):
         ("beta: [0.1]", "beta: expected a number, got [0.1]"),
         ("max_steps: 2.5", "max_steps: expected a whole number, got 2.5"),
         ("use_peft: 3", "use_peft: expected true or false, got 3"),
+        ("methods: [dpo]", "expected fields of the run, got 'methods'. `dpop compare` takes it."),
         ("evaluation_strategy: steps", "It is called eval_strategy now."),
         ("sync_ref_model: true", "sync_ref_model: expected False, got True. The reference stays"),
         ("model_init_kwargs: eager", "model_init_kwargs: expected a mapping, or one as JSON, got 'eager'"),
         ("peft_config: [1]", "peft_config: expected a mapping of LoraConfig's fields, got [1]"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size: expected at least 1, got 0. If one is too"),
+        ("gradient_accumulation_steps: 0", "gradient_accumulation_steps: expected at least 1, got 0. 1 is no acc"),
+        ("learning_rate: -1.0", "learning_rate: expected a number >= 0, got -1.0. The paper uses 5e-5."),
+        ("learning_rate: .nan", "learning_rate: expected a number >= 0, got nan."),
+        ("warmup_steps: -5", "warmup_steps: expected a number >= 0, got -5. 0 is no warm-up"),
+        ("max_steps: 0", "max_steps: expected at least 1, or -1 for as many as num_train_epochs takes, got 0."),
+        ("max_steps: -5", "max_steps: expected at least 1, or -1 for"),
+        ("num_train_epochs: -1", "num_train_epochs: expected a number > 0 (0.5 is half the data), got -1"),
+        ("save_steps: 0", "save_steps: expected a number of steps > 0, or below 1 a fraction of all, got 0. For none"),
+        ("eval_strategy: steps\neval_steps: -1", "eval_steps: expected a number of steps > 0"),
+        ("lora_r: 0", "lora_r: expected a rank of at least 1, got 0."),
+        ("beta: [1\nx: {", "expected YAML, got a syntax error in line 2, column 2: expected ',' or ']', but got ':'"),
         ("lora_task_type: SEQ_CLS", "lora_task_type: expected 'CAUSAL_LM', got 'SEQ_CLS'"),
         ("load_in_4bit: true\nload_in_8bit: true", "load_in_8bit: expected false together with load_in_4bit"),
     ],
@@ -117,6 +131,24 @@ def test_a_value_that_its_field_cannot_take_is_1_and_named(text, message, capsys
     path.write_text(text)
     assert main(["train", "--config", str(path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["train", "--kernel_backend", "fused", "--use_cpu", "true"]) == 1
+    assert "kernel_backend: 'fused' cannot run here: the Triton kernels run on CUDA" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_places_that_are_written_to(capsys, monkeypatch, tmp_path):
+    def full(argv):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(COMMANDS, "pairs", full)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert main(["pairs"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dpop pairs: no space left on a disk ([Errno 28] No space left on device). Free: ")
+    assert f"GiB in TMPDIR ({tmp_path})" in error
 
 
 def test_one_word_in_yaml_is_a_list_where_the_field_is_one(tmp_path):

@@ -263,6 +263,9 @@ def test_unknown_columns_name_the_file_and_the_forms(tmp_path):
         read_pairs(path)
     assert str(raised.value).startswith(f"{path}: ")
     assert "ShareGPT" in str(raised.value)
+    assert "prompt and chosen and rejected are missing" in str(raised.value)
+    with pytest.raises(ValueError, match="rejected is missing: rename the columns"):
+        read_pairs(write(path, {"prompt": "a", "chosen": "b"}))
     with pytest.raises(ValueError, match=r"got \['prompt', 'completion'\]"):  # a form for supervised fine-tuning alone
         read_pairs(write(path, {"prompt": "a", "completion": "b"}))
 

@@ -153,6 +153,10 @@ def test_missing_and_unknown_files(tmp_path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected")
     with pytest.raises(ValueError, match=r"expected a file ending in \.jsonl, .*pairs\.csv"):
         load_pairs(tmp_path / "pairs.csv")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"source: expected a folder of data files .*Name one file of it"):
+        load_pairs(tmp_path / "model")
 
 
 def test_slices_of_a_file_are_refused(tmp_path):

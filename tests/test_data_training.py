@@ -200,6 +200,7 @@ def test_mixture_and_evaluation_sets_by_name(tmp_path, model):
         ({"eval_datasets": "a.jsonl", "eval_dataset_name": "b.jsonl"}, "eval_datasets: expected neither"),
         ({"eval_datasets": "nowhere/a/b.jsonl"}, "source: expected an existing file or folder, got nowhere/a/b.jsonl"),
         ({"max_train_pairs": 0}, "max_train_pairs: expected at least 1, got 0"),
+        ({"dataset_test_split": "test"}, "dataset_test_split: expected a data set with several splits, got the file"),
         ({"chat_template_path": "nowhere.jinja"}, "chat_template_path: expected an existing file"),
         ({"chat_template_path": "./nowhere"}, "chat_template_path: expected a .jinja file, a model to take it from"),
     ],

@@ -70,6 +70,10 @@ class ModelArguments:
             raise ValueError("load_in_8bit: expected false together with load_in_4bit, got both. Choose one.")
         if self.lora_task_type != "CAUSAL_LM":
             raise ValueError(f"lora_task_type: expected 'CAUSAL_LM', got {self.lora_task_type!r}.")
+        if self.lora_r < 1:
+            raise ValueError(
+                f"lora_r: expected a rank of at least 1, got {self.lora_r}. To train all weights, leave use_peft out."
+            )
 
 
 @dataclass
@@ -156,6 +160,8 @@ def parse_arguments(
         for key, value in values.items():
             if key not in actions:
                 hint = name_hint(str(key), actions, f"`{program} --help` lists the fields.")
+                if key in {item.name for item in fields(ComparisonArguments)}:
+                    hint = "`dpop compare` takes it."
                 raise ValueError(f"{path}: expected fields of the run, got {key!r}. {hint}")
             values[key] = check_yaml_value(f"{path}: {key}", actions[key], value)
         parser.set_defaults(**values)
@@ -205,10 +211,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got a syntax error. {error}") from error
+        raise ValueError(f"{path}: expected YAML, got a syntax error{_where(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of fields to values, got {type(values).__name__}.")
     return values
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """Line and column of a syntax error, counted from 1, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f". {error}"
+    return f" in line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}."
 
 
 def _config_path(argv: list[str]) -> Path | None:

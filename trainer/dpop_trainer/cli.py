@@ -1,11 +1,14 @@
 """The console command `dpop`: one function per subcommand; anything heavy is imported by the one that needs it."""
 
 import argparse
+import errno
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from dpop_trainer.errors import UsageError
@@ -172,7 +175,9 @@ def _told(command: str, error: Exception) -> int:
     """Say what went wrong -> the exit code."""
     if os.environ.get("DPOP_DEBUG"):
         traceback.print_exception(error)
-    if isinstance(error, (ValueError, FileNotFoundError)):  # which say by themselves what was expected
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(f"dpop {command}: no space left on a disk ({error}). {_free_space()}", file=sys.stderr)
+    elif isinstance(error, (ValueError, FileNotFoundError)):  # which say by themselves what was expected
         print(f"dpop {command}: {error}", file=sys.stderr)
     else:
         print(
@@ -180,6 +185,19 @@ def _told(command: str, error: Exception) -> int:
             file=sys.stderr,
         )
     return 2 if isinstance(error, UsageError) else 1
+
+
+def _free_space() -> str:
+    """Where a run writes, and how much room there is: the error itself seldom says which file it was."""
+    places = {"the working directory": ".", "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
+    if "datasets" in sys.modules:
+        places["HF_DATASETS_CACHE"] = str(sys.modules["datasets"].config.HF_DATASETS_CACHE)
+    free = [
+        f"{shutil.disk_usage(path).free / 2**30:.1f} GiB in {name} ({Path(path).absolute()})"
+        for name, path in places.items()
+        if os.path.isdir(path)
+    ]
+    return f"Free: {', '.join(free)}. Make room where this command writes, and give it again."
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -11,9 +11,11 @@ import transformers
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from dpop_kernels.backends import select_backend
 from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.loss_weights import check_options, resolve_losses
+from dpop_trainer.ranges import check_ranges
 from dpop_trainer.trl_fields import TRLFields, check_trl_fields
 
 LAYOUTS = ("auto", "rows", "tree", "packed", "flat")
@@ -111,10 +113,17 @@ class HeadConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_trl_fields(self)
+        check_ranges(self)
         if self.truncation_mode not in ("keep_start", "keep_end"):
-            raise ValueError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}.")
+            raise ValueError(
+                f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}. keep_start cuts "
+                "the answers' ends, keep_end the prompt's start."
+            )
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length: expected None or at least 2 tokens, got {self.max_length}.")
+            raise ValueError(
+                f"max_length: expected None or at least 2 tokens, got {self.max_length}. One is a prompt's, one "
+                "an answer's."
+            )
         self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", self.pad_to_multiple_of)
         if self.on_bad_record not in ("error", "skip"):
             raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {self.on_bad_record!r}.")
@@ -129,6 +138,7 @@ class HeadConfig(TrainingArguments):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
         _check_optimizer(self.optim)
+        _check_backend(self.kernel_backend, self.use_cpu)
         if self.activation_offloading:
             self._offload_activations()
         super().__post_init__()
@@ -168,6 +178,15 @@ def _check_optimizer(name: Any) -> None:
             f"optim: expected an optimizer that can run here, got {name!r}, whose pages are CUDA's unified memory, and "
             "there is no CUDA device. Use adamw_torch_fused."
         )
+
+
+def _check_backend(name: str, use_cpu: bool) -> None:
+    """Before a model is loaded: the head finds out at the first batch."""
+    device = torch.device("cpu" if use_cpu or not torch.cuda.is_available() else "cuda")
+    try:
+        select_backend(name, device, torch.float32)
+    except ValueError as error:
+        raise ValueError(f"kernel_{error}") from error
 
 
 @dataclass
@@ -246,7 +265,7 @@ class DPOPConfig(TRLFields, HeadConfig):
         default=0.0,
         metadata={
             "help": "τ >= 0, in nats: how far a chosen answer may fall before DPOP's penalty begins. 0 is the paper's "
-            "loss; 0.01 keeps the rounding of a precomputed reference from deciding the first gradients."
+            "loss; in fp32, 0.01 keeps the rounding of a precomputed reference from deciding the first gradients."
         },
     )
     label_smoothing: float = field(

@@ -21,6 +21,25 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
 
 
+def check_writable(output_dir: str | os.PathLike) -> None:
+    """Before anything is loaded. Makes no folder: a run that is refused later leaves none behind.
+
+    Raises:
+        ValueError: the folder cannot be made or written to.
+    """
+    folder = Path(output_dir)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(
+            f"output_dir: expected a folder, got {str(output_dir)!r}, where {existing} is a file. Choose another."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output_dir: expected a folder that can be written to, got {str(output_dir)!r}, where {existing} is "
+            "read-only for you. Choose another, or change its permissions."
+        )
+
+
 def flush_folder(folder: Path) -> None:
     """Have the system write a folder's files to the disk, so that they outlive a power cut too."""
     for path in [*folder.rglob("*"), folder]:

@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpop_trainer.config import HeadConfig
 from dpop_trainer.quantised import make_trainable
 
 logger = logging.getLogger(__name__)
@@ -25,44 +26,36 @@ class Policy(NamedTuple):
 def prepare_policy(
     model: str | PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
+    args: HeadConfig,
     *,
-    init_kwargs: dict[str, Any] | None = None,
-    trust_remote_code: bool = False,
     quantization_config: Any = None,
     peft_config: PeftConfig | None = None,
-    gradient_checkpointing: bool = False,
-    pad_token: str | None = None,
-    chat_template_path: str | None = None,
 ) -> Policy:
     """Load what is given by name and put the adapter on.
 
     Args:
         model: a causal LM, a peft model, or the name or path of one.
         tokenizer: by default loaded from the model's name or path, at the same revision.
-        init_kwargs: for `from_pretrained`, where the model is given by name. The dtype is float32 unless it says
-            another, as in TRL: a small learning rate is lost in weights of 16 bits.
-        trust_remote_code: run model and tokenizer code that comes with the weights.
+        args: the configuration. Where the model is given by name, `model_init_kwargs` go to `from_pretrained`, and the
+            dtype is float32 unless they say another, as in TRL: a small learning rate is lost in weights of 16 bits.
         quantization_config: for `from_pretrained`; only for a model given by name.
         peft_config: the adapter to put on.
-        gradient_checkpointing: whether the run checkpoints, which an adapter's inputs must be prepared for.
-        pad_token: see `prepare_tokenizer`.
-        chat_template_path: see `load_chat_template`.
 
     Raises:
         ValueError: something cannot be loaded, or an adapter is asked for on a model that has one.
     """
-    kwargs = dict(init_kwargs or {})
+    kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     if isinstance(model, str):
         kwargs.setdefault("dtype", torch.float32)
-        kwargs.setdefault("trust_remote_code", trust_remote_code)
+        kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     else:
         _check_loaded(kwargs, quantization_config)
     if tokenizer is None:
         name = model if isinstance(model, str) else model.config._name_or_path
-        tokenizer = load_tokenizer(name, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code)
-    prepare_tokenizer(tokenizer, pad_token)
-    if chat_template_path is not None:
-        tokenizer.chat_template = load_chat_template(chat_template_path)
+        tokenizer = load_tokenizer(name, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
+    prepare_tokenizer(tokenizer, args.pad_token)
+    if args.chat_template_path is not None:
+        tokenizer.chat_template = load_chat_template(args.chat_template_path)
     loaded: Any = load_model(model, kwargs, quantization_config) if isinstance(model, str) else model
     make_trainable(loaded)
     if peft_config is not None:
@@ -73,7 +66,7 @@ def prepare_policy(
         if isinstance(loaded, PeftModel):
             raise ValueError("peft_config: expected None with a model that is a peft model already, got one.")
         loaded = get_peft_model(loaded, peft_config)
-    if isinstance(loaded, PeftModel) and gradient_checkpointing:
+    if isinstance(loaded, PeftModel) and args.gradient_checkpointing:
         loaded.enable_input_require_grads()  # else no gradient reaches the checkpointed blocks' adapters
     return Policy(loaded, tokenizer, loaded.get_input_embeddings().weight.shape[0])
 

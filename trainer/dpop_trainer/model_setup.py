@@ -1,5 +1,6 @@
 """From `ModelArguments` to what a model, its tokenizer and its adapter are made with."""
 
+import logging
 from dataclasses import fields
 from typing import Any
 
@@ -12,6 +13,8 @@ from dpop_trainer.config import HeadConfig
 from dpop_trainer.loading import check_local_path, load_tokenizer
 from dpop_trainer.quantised import check_bitsandbytes, compute_dtype, four_bit_config
 from dpop_trainer.trl_fields import name_hint
+
+logger = logging.getLogger(__name__)
 
 
 def model_name(arguments: ModelArguments) -> str:
@@ -92,6 +95,7 @@ def lora_config(arguments: ModelArguments) -> LoraConfig | None:
     """
     more: Any = arguments.peft_config or {}
     if not (arguments.use_peft or more):
+        _warn_of_unused_flags(arguments)
         return None
     known = [item.name for item in fields(LoraConfig) if item.init]
     for name in more:
@@ -113,3 +117,18 @@ def lora_config(arguments: ModelArguments) -> LoraConfig | None:
     if arguments.lora_target_parameters is not None:
         chosen["target_parameters"] = arguments.lora_target_parameters
     return LoraConfig(**{**chosen, **more})
+
+
+def _warn_of_unused_flags(arguments: ModelArguments) -> None:
+    """Whoever sets a rank means to train an adapter, and would find out by the memory that all weights take."""
+    about_adapter = ("lora_", "use_rslora", "use_dora")
+    unused = [
+        f"{item.name}={getattr(arguments, item.name)}"
+        for item in fields(arguments)
+        if item.name.startswith(about_adapter) and getattr(arguments, item.name) != item.default
+    ]
+    if unused:
+        logger.warning(
+            "use_peft is off: all weights are trained, and %s has no effect. For LoRA add --use_peft true.",
+            ", ".join(unused),
+        )

@@ -83,7 +83,7 @@ class RunParser(HfArgumentParser):
         return namespace
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}. `{self.prog} --help` lists the fields.")
+        raise UsageError(f"{message.rstrip('.')}. `{self.prog} --help` lists the fields.")
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         hints = get_type_hints(dtype)

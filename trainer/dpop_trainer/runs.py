@@ -11,6 +11,7 @@ from dpop_trainer.config import DPOPConfig, HeadConfig, SFTConfig
 from dpop_trainer.data import SourceStream, read_pairs
 from dpop_trainer.data.mixture import DatasetSource, mix_pairs, mix_streams, parse_sources
 from dpop_trainer.data.stream import RowStream, ShuffledStream
+from dpop_trainer.files import check_writable
 from dpop_trainer.model_setup import init_kwargs, lora_config, model_name, quantization_config, tokenizer_of
 from dpop_trainer.run_end import is_finished, mark_finished
 from dpop_trainer.run_files import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, PLOT_FILE
@@ -40,6 +41,7 @@ def run_train(
         ValueError: an argument or the data cannot be used, or the folder holds another run.
     """
     whole_config = run_config(model_arguments, data_arguments, config)
+    check_writable(str(config.output_dir))
     if is_finished(config.output_dir, whole_config):
         return None
     train_dataset, eval_dataset = _load_data(data_arguments, config)
@@ -71,6 +73,7 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
         ValueError: an argument or the data cannot be used, or the folder holds another run.
     """
     whole_config = run_config(model_arguments, data_arguments, config)
+    check_writable(str(config.output_dir))
     if is_finished(config.output_dir, whole_config):
         return None
     train_dataset, eval_dataset = _load_data(data_arguments, config, completions=True)
@@ -171,6 +174,11 @@ def _load_eval(arguments: DataArguments, config: HeadConfig, options: dict[str, 
     if not arguments.dataset_name:
         raise ValueError(
             "dataset_test_split: expected a dataset_name beside it, got a mixture. Use eval_datasets with a split each."
+        )
+    if Path(arguments.dataset_name).expanduser().is_file():
+        raise ValueError(
+            f"dataset_test_split: expected a data set with several splits, got the file {arguments.dataset_name}, all "
+            "of which is trained on. Evaluate on another file with eval_dataset_name."
         )
     return read_pairs(arguments.dataset_name, arguments.dataset_test_split, **options)
 

@@ -54,15 +54,7 @@ class SFTTrainer(HeadTrainer):
         check_streams(args, train_dataset, eval_dataset)
         set_seed(args.seed)
         policy = prepare_policy(
-            model,
-            processing_class,
-            init_kwargs=args.model_init_kwargs,  # type: ignore[arg-type]
-            trust_remote_code=args.trust_remote_code,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            gradient_checkpointing=args.gradient_checkpointing,
-            pad_token=args.pad_token,
-            chat_template_path=args.chat_template_path,
+            model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
         )
         data_metrics: dict[str, float] = {}
         skipped = SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0)

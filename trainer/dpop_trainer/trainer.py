@@ -22,7 +22,7 @@ from dpop_trainer.data.shares import FILLER_KEY
 from dpop_trainer.data.stream import first_records
 from dpop_trainer.flat_attention import use_flat_attention
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out
-from dpop_trainer.loading import Policy, disable_dropout, prepare_policy
+from dpop_trainer.loading import Policy, check_local_path, disable_dropout, prepare_policy
 from dpop_trainer.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
 from dpop_trainer.quantised import make_trainable
 from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
@@ -85,28 +85,12 @@ class DPOPTrainer(BudgetTrainer):
         run_config: dict[str, Any] | None = None,
     ) -> None:
         args = args if args is not None else DPOPConfig(default_output_dir(model))
-        check_arguments(model, args, train_dataset, eval_dataset, processing_class)
-        if data_collator is not None and args.max_tokens_per_batch is not None:
-            raise ValueError(
-                "data_collator: expected None with max_tokens_per_batch, which counts the positions of this trainer's "
-                "own layouts, got one. Leave one of the two out."
-            )
-        if compute_metrics is not None:
-            raise ValueError(
-                "compute_metrics: expected None, got a function. It would be given logits, which this trainer never "
-                "computes; read the logged metrics instead, or use a callback."
-            )
+        check_arguments(model, args, train_dataset, eval_dataset, processing_class, data_collator, compute_metrics)
+        if isinstance(ref_model, str):  # which is loaded last
+            check_local_path(ref_model, "config.json")
         set_seed(args.seed)  # peft draws the adapter's initial weights
         policy = prepare_policy(
-            model,
-            processing_class,
-            init_kwargs=args.model_init_kwargs,  # type: ignore[arg-type]
-            trust_remote_code=args.trust_remote_code,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            gradient_checkpointing=args.gradient_checkpointing,
-            pad_token=args.pad_token,
-            chat_template_path=args.chat_template_path,
+            model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
         )
         if train_dataset is not None and not any(p.requires_grad for p in policy.model.parameters()):
             raise ValueError(
@@ -155,14 +139,7 @@ class DPOPTrainer(BudgetTrainer):
             args,
             data_metrics=data_metrics,
             run_config=run_config,
-            data_collator=data_collator
-            or PairCollator(
-                pad_token_id=policy.tokenizer.pad_token_id,  # type: ignore[arg-type]
-                prefix_sharing=args.prefix_sharing,
-                pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
-                hidden_size=getattr(policy.model.config.get_text_config(), "hidden_size", None),
-                vocab_size=policy.vocab_size,
-            ),
+            data_collator=data_collator or _collator(policy, args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=policy.tokenizer,
@@ -172,19 +149,7 @@ class DPOPTrainer(BudgetTrainer):
         self.ref_model = reference
         ref_head = ScoringHead(reference, backend=args.kernel_backend) if reference is not None else None
         if data_collator is None:
-            probed = parts[0]
-            layout = choose_layout(
-                args.layout,
-                ScoredModel(self.model, self.head),
-                ScoredModel(reference, ref_head) if ref_head is not None and not ref_is_copy else None,
-                self.data_collator,  # type: ignore[arg-type]
-                first_records(probed, NUM_PROBED_PAIRS),
-                max_length=args.max_length,
-            )
-            layout = broadcast_object_list([layout])[0]  # rounding may decide otherwise on another rank's device
-            self.data_collator = laid_out(self.data_collator, layout, self.model)  # type: ignore[arg-type]
-            if layout == "flat" and reference is not None and ref_is_copy:  # which was not probed
-                use_flat_attention(reference)
+            self._lay_out(first_records(parts[0], NUM_PROBED_PAIRS), ref_head, ref_is_copy=ref_is_copy)
         if args.max_tokens_per_batch is not None and train_dataset is not None:
             self.plan_batches(args.max_tokens_per_batch)
         self.reference = PairReference(
@@ -290,6 +255,22 @@ class DPOPTrainer(BudgetTrainer):
             logs.update(self.reference.step_zero.pop_metrics())
         super().log(logs, start_time)
 
+    def _lay_out(self, probed: list[dict[str, Any]], ref_head: ScoringHead | None, *, ref_is_copy: bool) -> None:
+        """Have the collator make batches in the layout that policy and reference can run."""
+        reference: Any = self.ref_model
+        layout = choose_layout(
+            self.args.layout,
+            ScoredModel(self.model, self.head),
+            ScoredModel(reference, ref_head) if ref_head is not None and not ref_is_copy else None,
+            self.data_collator,  # type: ignore[arg-type]
+            probed,
+            max_length=self.args.max_length,
+        )
+        layout = broadcast_object_list([layout])[0]  # rounding may decide otherwise on another rank's device
+        self.data_collator = laid_out(self.data_collator, layout, self.model)  # type: ignore[arg-type]
+        if layout == "flat" and ref_is_copy:  # which was not probed
+            use_flat_attention(reference)
+
     def _loss_options(self, mode: str) -> LossOptions:
         """Evaluation takes the full λ from the first step on: one objective, by which checkpoints compare."""
         if mode == "eval":
@@ -344,6 +325,16 @@ def _tokenised(
     if not isinstance(dataset, Dataset) or args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
         return dataset
     return with_lengths(dataset, args.length_column_name, prefix_sharing=args.prefix_sharing)
+
+
+def _collator(policy: Policy, args: DPOPConfig) -> PairCollator:
+    return PairCollator(
+        pad_token_id=policy.tokenizer.pad_token_id,  # type: ignore[arg-type]
+        prefix_sharing=args.prefix_sharing,
+        pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
+        hidden_size=getattr(policy.model.config.get_text_config(), "hidden_size", None),
+        vocab_size=policy.vocab_size,
+    )
 
 
 def _ref_init_kwargs(args: DPOPConfig) -> dict[str, Any] | None:

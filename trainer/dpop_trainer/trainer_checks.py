@@ -13,7 +13,19 @@ from dpop_trainer.split_preparation import check_streams
 logger = logging.getLogger(__name__)
 
 
-def check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any) -> None:
+def check_arguments(
+    model: Any,
+    args: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    data_collator: Any,
+    compute_metrics: Any,
+) -> None:
+    """
+    Raises:
+        ValueError: an argument is of another kind than it should be, or two do not go together.
+    """
     if not isinstance(model, str | nn.Module):
         raise ValueError(f"model: expected a causal LM, or a name or path to load one, got {type(model).__name__}.")
     if not isinstance(args, DPOPConfig):
@@ -36,11 +48,25 @@ def check_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any
             f"processing_class: expected a tokenizer, got {type(processing_class).__name__}. Pass its .tokenizer; "
             "images are not trained on."
         )
+    if data_collator is not None and args.max_tokens_per_batch is not None:
+        raise ValueError(
+            "data_collator: expected None with max_tokens_per_batch, which counts the positions of this trainer's own "
+            "layouts, got one. Leave one of the two out."
+        )
+    if compute_metrics is not None:
+        raise ValueError(
+            "compute_metrics: expected None, got a function. It would be given logits, which this trainer never "
+            "computes; read the logged metrics instead, or use a callback."
+        )
     check_form("train_dataset", train_dataset)
     check_form("eval_dataset", eval_dataset)
 
 
 def check_form(name: str, dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: a data set has images.
+    """
     parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
     for part in parts:
         images = {"image", "images"} & set(getattr(part, "column_names", None) or ())

@@ -60,9 +60,12 @@ def recognise_form(sample: Sample, *, completions: bool = False) -> Form:
             f"columns: expected a prompt beside chosen and rejected texts, got {columns}. Add the column prompt; "
             "only answers given as lists of messages can contain it."
         )
+    missing = [column for column in TEXT_COLUMNS if column not in sample]
     raise ValueError(
-        "columns: expected prompt, chosen and rejected, or prompt_ids, chosen_ids and rejected_ids, or those of "
-        f"{', '.join(form.name for form in FORMS)}, got {columns}. Rename the columns with Dataset.rename_columns."
+        "columns: expected prompt, chosen and rejected, or those of another form "
+        f"({', '.join(form.name for form in FORMS)}; docs/data.md shows each), got {columns}. Of the first, "
+        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: rename the columns, or make pairs of "
+        "problems and their answers with `dpop pairs build`."
     )
 
 

@@ -85,11 +85,21 @@ def open_source(
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(str(path), name, split=split, **options)
+        try:
+            return datasets.load_dataset(str(path), name, split=split, **options)
+        except (DatasetGenerationError, FileNotFoundError) as error:
+            reason = str(error.__cause__ or error).partition("\n")[0]  # schemas of all columns follow
+            raise ValueError(
+                f"source: expected a folder of data files or one that save_to_disk wrote, got {source} ({reason}). "
+                "Name one file of it, or another folder."
+            ) from error
     loader = "json" if is_json(path) else _LOADERS.get(path.suffix)
     if path.is_file():
         if loader is None:
-            raise ValueError(f"source: expected a file ending in {', '.join(_LOADERS)}, got {source}.")
+            raise ValueError(
+                f"source: expected a file ending in {', '.join(_LOADERS)} (JSON also with .gz), got {source}. "
+                "Convert it: one JSON object per line, with the fields that docs/data.md lists."
+            )
         check_plain_split(split)
         if loader == "json":
             return _read_json(path)
@@ -105,10 +115,11 @@ def open_source(
         )
     try:
         return datasets.load_dataset(source, name, split=split, revision=revision, **options)
-    except DatasetNotFoundError as error:
+    except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"source: expected a file, a folder or a data set on the hub, got {source!r}. "
-            f"Check the name, and log in if the data set is private or gated. The hub says: {error}"
+            f"source: expected a file, a folder or a data set on the hub, got {source!r}, which is neither of the "
+            f"first two in {Path.cwd()}. Check the name, and log in if the data set is private or gated. Asking the "
+            f"hub: {error}"
         ) from error
 
 

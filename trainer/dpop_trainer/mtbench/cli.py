@@ -41,7 +41,7 @@ def _judge(options: dict) -> int:
     report = run_judge(endpoint=endpoint, **options)
     print("\n" + (Path(options["out"]) / f"scores_{file_stem(endpoint.model)}.md").read_text(encoding="utf-8"))
     if report.failures:
-        print(f"{len(report.failures)} judgments are missing; the same command asks for them again:", file=sys.stderr)
+        print("Missing, and asked for again by the same command:", file=sys.stderr)
         for failure in report.failures[:10]:
             print(f"  {failure}", file=sys.stderr)
         return 1

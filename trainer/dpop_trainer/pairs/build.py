@@ -124,6 +124,7 @@ def _read(source: Source, limit: int | None, counts: PairCounts, show_progress: 
             bar.update(item.consumed - bar.n)
             if counts.read % 1000 == 0:
                 bar.set_postfix_str(f"{counts.built:,} pairs", refresh=False)
+        bar.set_postfix_str(f"{counts.built:,} pairs")
 
 
 def _pairs_of(item: SourceRecord, recipe: Recipe, seed: int, counts: PairCounts) -> list[BuiltPair]:

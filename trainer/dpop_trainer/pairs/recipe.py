@@ -77,8 +77,12 @@ def text_field(record: Mapping[str, Any], name: str) -> str:
     """
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
-        got = excerpt(value) if name in record else f"the fields {sorted(map(str, record))}"
-        raise ValueError(f"{name}: expected a non-empty string, got {got}.")
+        if name in record:
+            raise ValueError(f"{name}: expected a non-empty string, got {excerpt(value)}.")
+        raise ValueError(
+            f"{name}: expected a non-empty string, got the fields {sorted(map(str, record))}. Options of the recipe "
+            "name other fields, where it takes any: see its --help."
+        )
     return value
 
 
