@@ -74,6 +74,14 @@ class StepCost:
     def total_flop(self) -> float:
         return sum(self.flop.values())
 
+    def without(self, *names: str) -> "StepCost":
+        """The same, where these parts are held in another way."""
+        moments = {}
+        for phase, moment in self.moments.items():
+            parts = {name: size for name, size in moment.parts.items() if name not in names}
+            moments[phase] = Moment(sum(parts.values()), parts)
+        return StepCost(moments, self.flop)
+
 
 def step_cost(
     config: PreTrainedConfig,
