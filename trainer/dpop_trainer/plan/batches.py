@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from dpop_trainer.data import Budget, BudgetBatchSampler, PairCollator, pair_units
+from dpop_trainer.data.budget import Unit
 from dpop_trainer.data.layouts import longest_sequence, tree_length
 from dpop_trainer.data.pair_tree import PairTree
 from dpop_trainer.data.records import TOKEN_COLUMNS
@@ -19,6 +20,8 @@ NUM_SAMPLED = 24
 FIRST_ID = 3
 """Of the ids of synthetic pairs; which they are does not matter, whether two are equal does."""
 NUM_SYNTHETIC = 256
+APART = 10_000_000
+"""Between the ids of a pair and of another like it; larger than any vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,17 @@ def make_batches(pairs: Pairs, setting: BatchSetting, *, seed: int = 0) -> Batch
     records = pairs.records
     if setting.budget is None:
         longest = sorted(records, key=lambda record: -_length(record, setting))
-        # a small set of pairs stands for many like them
-        largest = [longest[i % len(longest)] for i in range(setting.num_pairs)]
+        largest = _taken(longest, setting.num_pairs)
         generator = random.Random(seed)
-        sampled = [[records[generator.randrange(len(records))] for _ in largest] for _ in range(NUM_SAMPLED)]
+        sampled = []
+        for _ in range(NUM_SAMPLED):
+            order = generator.sample(range(len(records)), min(setting.num_pairs, len(records)))
+            sampled.append(_taken([records[i] for i in order], setting.num_pairs))
         pairs_per_batch = float(setting.num_pairs)
     else:
         chosen = _batches_of_budget(records, setting, seed)
         largest = max(chosen, key=lambda batch: collate(batch)["input_ids"].numel())
-        pairs_per_batch = len(records) / len(chosen)
+        pairs_per_batch = sum(map(len, chosen)) / len(chosen)
         sampled = chosen[: 2 * NUM_SAMPLED]
     batches = [collate(batch) for batch in sampled]
     mean = sum(batch["input_ids"].numel() for batch in batches) / len(batches)
@@ -181,6 +186,18 @@ def longest_length(pairs: Pairs) -> int:
     return max(map(_longest, pairs.records))
 
 
+def _taken(records: Sequence[Record], count: int) -> list[Record]:
+    """So many of them; where there are fewer, others like them that have no token in common."""
+    return [_like(records[i % len(records)], i // len(records)) for i in range(count)]
+
+
+def _like(record: Record, copy: int) -> Record:
+    if not copy:
+        return record
+    ids = {column: [token_id + copy * APART for token_id in record[column]] for column in TOKEN_COLUMNS}
+    return {**record, **ids}
+
+
 def _longest(record: Record) -> int:
     return len(record["prompt_ids"]) + max(len(record["chosen_ids"]), len(record["rejected_ids"]))
 
@@ -206,8 +223,10 @@ def _batches_of_budget(records: Sequence[Record], setting: BatchSetting, seed: i
             f"{layout!r}, got {setting.budget}. Raise it, or lower max_length."
         )
     copies = max(1, -(-4 * setting.budget // max(1, sum(unit.length for unit in units))))
-    units = [unit for unit in units for _ in range(copies)]  # a few pairs stand for many like them
-    return [[records[i] for i in batch] for batch in BudgetBatchSampler(units, budget, seed=seed, num_epochs=1)]
+    count = len(records)  # a few pairs stand for many like them
+    units = [Unit([pair + copy * count for pair in unit.pairs], unit.length) for unit in units for copy in range(copies)]
+    batches = BudgetBatchSampler(units, budget, seed=seed, num_epochs=1)
+    return [[_like(records[i % count], i // count) for i in batch] for batch in batches]
 
 
 def _lengths(name: str, values: Sequence[float]) -> list[int]:

@@ -14,7 +14,7 @@ from dpop_trainer.layout import flat_obstacle, tree_obstacle
 from dpop_trainer.plan.batches import Batches, BatchSetting, Pairs, make_batches
 from dpop_trainer.plan.devices import Device
 from dpop_trainer.plan.memory import Memory, Sharding, device_memory, optimizer_named
-from dpop_trainer.plan.paper_model import ModelSetting, Sizes, build, count
+from dpop_trainer.plan.paper_model import LONGEST_PERIOD, ModelSetting, Sizes, build, count
 from dpop_trainer.plan.step import StepCost, StepSetting, step_cost
 from dpop_trainer.plan.timing import StepTime, step_time
 
@@ -119,17 +119,22 @@ class Planner:
     @cached_property
     def best_layout(self) -> str:
         """What `auto` comes to, as far as the model's kind tells: a probe at the start of a run has the last word."""
-        model = build(self.run.config, self._model(None), num_layers=None)
-        if flat_obstacle(model, max_length=self.run.max_length) is None:
+        if flat_obstacle(self._bare, max_length=self.run.max_length) is None:
             return "flat"
-        return "auto" if tree_obstacle(model, max_length=self.run.max_length) is None else "rows"
+        return "auto" if tree_obstacle(self._bare, max_length=self.run.max_length) is None else "rows"
 
     def obstacle(self, layout: str) -> str | None:
         """Why the model cannot run a layout that is asked for by name."""
         if layout in ("auto", "rows"):
             return None
         find = flat_obstacle if layout == "flat" else tree_obstacle
-        return find(build(self.run.config, self._model(None)), max_length=self.run.max_length)
+        return find(self._bare, max_length=self.run.max_length)
+
+    @cached_property
+    def _bare(self) -> Any:
+        """The model without its adapter, deep enough to show its kinds of layers."""
+        num_layers = min(self.run.config.get_text_config().num_hidden_layers, 2 * LONGEST_PERIOD)
+        return build(self.run.config, replace(self.run.model, bits=None, lora=None), num_layers=num_layers)
 
     def outcome(self, choice: Choice, *, pairs: Pairs | None = None, exact_time: bool = True) -> Outcome:
         """

@@ -136,7 +136,7 @@ def _time_lines(planner: Planner, outcome: Outcome) -> list[str]:
     lines = [
         f"layout          {outcome.layout}: {batches.pairs_per_batch:.3g} pairs, {batches.positions:.0f} positions "
         f"({batches.padding:.0%} padding), {batches.scored:.0f} scored tokens a micro-batch",
-        f"logits          none; a trainer that makes them would need {outcome.logits_bytes(vocab_size) / GIB:.1f} GiB more",
+        f"logits          none; of these positions, as other trainers make them, {outcome.logits_bytes(vocab_size) / GIB:.1f} GiB",
         f"step            {_duration(micro * choice.accumulation)} for {pairs_per_step:.0f} pairs "
         f"({micro:.2f} s a micro-batch, {outcome.cost.total_flop:.3g} FLOP in the largest)",
     ]

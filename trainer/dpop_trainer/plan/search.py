@@ -10,10 +10,14 @@ from dpop_trainer.plan.planner import Choice, Outcome, Planner
 MOST_DEVICES = 64
 MOST_PAIRS = 64
 """Of a micro-batch that is proposed."""
+MOST_TOKENS = 1 << 19
+"""No longer pair is looked for."""
 ROUNDS = 6
 """Of the search for the longest pair."""
 STEP = 16
-"""Tokens that it is searched to."""
+"""Tokens that it is searched in."""
+PRECISION = 0.01
+"""And of its own length, to which."""
 
 
 class Found(NamedTuple):
@@ -43,14 +47,15 @@ def longest_pair(planner: Planner, choice: Choice) -> int:
     if spare_low < 0:
         return 0
     spare_high = spare(high)
-    while spare_high >= 0 and high < 1 << 22:
+    while spare_high >= 0 and high < MOST_TOKENS:
         per_token = max((spare_low - spare_high) / (high - low), 1.0)
         low, spare_low = high, spare_high
-        # past the line's end: there it fits no longer
-        high = max(2 * high, round(1.1 * (high + spare_high / per_token) / STEP) * STEP)
+        # a little past the line's end; short pairs lie on a flat line, which says nothing
+        ends = round(min(4 * high, 1.1 * (high + spare_high / per_token)) / STEP) * STEP
+        high = max(high + STEP, ends)
         spare_high = spare(high)
     for _ in range(ROUNDS):
-        if high - low <= STEP:
+        if high - low <= max(STEP, PRECISION * low):
             break
         middle = low + (high - low) * spare_low / (spare_low - spare_high)
         # a parabola's root lies beyond its chord's
