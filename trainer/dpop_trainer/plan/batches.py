@@ -92,7 +92,7 @@ def make_batches(pairs: Pairs, setting: BatchSetting, *, seed: int = 0) -> Batch
         largest = _taken(longest, setting.num_pairs)
         generator = random.Random(seed)
         sampled = []
-        for _ in range(NUM_SAMPLED):
+        for _ in range(NUM_SAMPLED if len(records) > 1 else 1):
             order = generator.sample(range(len(records)), min(setting.num_pairs, len(records)))
             sampled.append(_taken([records[i] for i in order], setting.num_pairs))
         pairs_per_batch = float(setting.num_pairs)
@@ -135,8 +135,8 @@ def of_statistics(
     """Pairs whose lengths have the given mean, 95th percentile and maximum.
 
     Args:
-        prompt, answer, shared: tokens: the mean, then where known the 95th percentile, then the maximum. Shared are those
-            that both answers begin with.
+        prompt, answer, shared: tokens: the mean, then where known the 95th percentile, then the maximum. Both answers
+            begin with the shared ones.
         max_length: prompt and answer are cut to so many.
         num_pairs: in an epoch.
 
@@ -224,7 +224,9 @@ def _batches_of_budget(records: Sequence[Record], setting: BatchSetting, seed: i
         )
     copies = max(1, -(-4 * setting.budget // max(1, sum(unit.length for unit in units))))
     count = len(records)  # a few pairs stand for many like them
-    units = [Unit([pair + copy * count for pair in unit.pairs], unit.length) for unit in units for copy in range(copies)]
+    units = [
+        Unit([pair + copy * count for pair in unit.pairs], unit.length) for unit in units for copy in range(copies)
+    ]
     batches = BudgetBatchSampler(units, budget, seed=seed, num_epochs=1)
     return [[_like(records[i % count], i // count) for i in batch] for batch in batches]
 

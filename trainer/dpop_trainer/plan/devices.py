@@ -11,9 +11,9 @@ GIB = 1 << 30
 
 ASSUMED_GPU_UTILISATION = 0.4
 """Of the peak, in matrix products over a whole step: an assumption, until a record of ours replaces it."""
-CPU_UTILISATION = 0.55
+CPU_UTILISATION = 0.57
 """A CPU's step reaches this part of its products' own rate: the records of benchmarks/results/cpu_layouts against the
-product rate in levels.jsonl, which tests/test_plan.py compares."""
+product rate in levels.jsonl, which tests/test_plan_search.py compares."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Shapes of published models, for plans without a network: what their config.json says, as far as cost depends on it."""
+"""Shapes of published models, for plans without a network: of their config.json what cost depends on."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": _shape("llama", 49152, 576, 1536, 30, 9, 3, **_TIED),
     "SmolLM2-360M": _shape("llama", 49152, 960, 2560, 32, 15, 5, **_TIED),
     "SmolLM2-1.7B": _shape("llama", 49152, 2048, 8192, 24, 32, 32, **_TIED),
-    "Llama-2-7B": _shape("llama", 32000, 4096, 11008, 32, 32, 32),
-    "Llama-2-13B": _shape("llama", 32000, 5120, 13824, 40, 40, 40),
-    "Llama-2-70B": _shape("llama", 32000, 8192, 28672, 80, 64, 8),
+    "Llama-2-7b": _shape("llama", 32000, 4096, 11008, 32, 32, 32),
+    "Llama-2-13b": _shape("llama", 32000, 5120, 13824, 40, 40, 40),
+    "Llama-2-70b": _shape("llama", 32000, 8192, 28672, 80, 64, 8),
     "Llama-3-8B": _shape("llama", 128256, 4096, 14336, 32, 32, 8),
     "Llama-3-70B": _shape("llama", 128256, 8192, 28672, 80, 64, 8),
     "Llama-3.2-1B": _shape("llama", 128256, 2048, 8192, 16, 32, 8, **_TIED),
@@ -57,13 +57,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma-2-27b": _shape("gemma2", 256000, 4608, 36864, 46, 32, 16, head_dim=128, **_GEMMA_2),
 }
 
+
+def _family(hub_id: str, shape: str, sizes: tuple[str, ...], kinds: tuple[str, ...]) -> dict[str, str]:
+    return {hub_id.format(size=size, kind=kind): shape.format(size=size) for size in sizes for kind in kinds}
+
+
+_QWEN_2_5 = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
+_INSTRUCT, _CHAT, _IT = ("", "-Instruct"), ("", "-chat"), ("", "-it")
+
 HUB_IDS: dict[str, str] = {
-    **{f"HuggingFaceTB/SmolLM2-{size}{kind}": f"SmolLM2-{size}" for size in ("135M", "360M", "1.7B") for kind in ("", "-Instruct")},
-    **{f"meta-llama/Llama-2-{size}{kind}-hf": f"Llama-2-{size.upper()}" for size in ("7b", "13b", "70b") for kind in ("", "-chat")},
-    **{f"meta-llama/Meta-Llama-{v}-{size}{kind}": f"Llama-3-{size}" for v in ("3", "3.1") for size in ("8B", "70B") for kind in ("", "-Instruct")},
-    **{f"meta-llama/Llama-3.1-{size}{kind}": f"Llama-3-{size}" for size in ("8B", "70B") for kind in ("", "-Instruct")},
-    "meta-llama/Llama-3.3-70B-Instruct": "Llama-3-70B",
-    **{f"meta-llama/Llama-3.2-{size}{kind}": f"Llama-3.2-{size}" for size in ("1B", "3B") for kind in ("", "-Instruct")},
+    **_family("HuggingFaceTB/SmolLM2-{size}{kind}", "SmolLM2-{size}", ("135M", "360M", "1.7B"), _INSTRUCT),
+    **_family("meta-llama/Llama-2-{size}{kind}-hf", "Llama-2-{size}", ("7b", "13b", "70b"), _CHAT),
+    **_family("meta-llama/Meta-Llama-3-{size}{kind}", "Llama-3-{size}", ("8B", "70B"), _INSTRUCT),
+    **_family("meta-llama/Llama-3.1-{size}{kind}", "Llama-3-{size}", ("8B", "70B"), _INSTRUCT),
+    **_family("meta-llama/Llama-3.3-{size}{kind}", "Llama-3-{size}", ("70B",), ("-Instruct",)),
+    **_family("meta-llama/Llama-3.2-{size}{kind}", "Llama-3.2-{size}", ("1B", "3B"), _INSTRUCT),
     "01-ai/Yi-34B": "Yi-34B",
     "01-ai/Yi-34B-200K": "Yi-34B",
     "jondurbin/bagel-34b-v0.2": "Yi-34B",
@@ -75,10 +83,10 @@ HUB_IDS: dict[str, str] = {
     "mistralai/Mistral-7B-Instruct-v0.3": "Mistral-7B-v0.3",
     "mistralai/Mixtral-8x7B-v0.1": "Mixtral-8x7B",
     "mistralai/Mixtral-8x7B-Instruct-v0.1": "Mixtral-8x7B",
-    **{f"Qwen/Qwen2.5-{size}{kind}": f"Qwen2.5-{size}" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B") for kind in ("", "-Instruct")},
-    **{f"Qwen/Qwen3-{size}": f"Qwen3-{size}" for size in ("8B", "14B", "32B")},
-    **{f"google/gemma-2-{size}{kind}": f"gemma-2-{size}" for size in ("2b", "9b", "27b") for kind in ("", "-it")},
-}  # fmt: skip
+    **_family("Qwen/Qwen2.5-{size}{kind}", "Qwen2.5-{size}", _QWEN_2_5, _INSTRUCT),
+    **_family("Qwen/Qwen3-{size}{kind}", "Qwen3-{size}", ("8B", "14B", "32B"), ("",)),
+    **_family("google/gemma-2-{size}{kind}", "gemma-2-{size}", ("2b", "9b", "27b"), _IT),
+}
 """Hub ids -> names in `SHAPES`."""
 
 

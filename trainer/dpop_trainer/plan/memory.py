@@ -17,7 +17,7 @@ CONTEXT_BYTES = 1.0 * GIB
 """CUDA's context, cuBLAS's workspace, compiled kernels: assumed."""
 FRAGMENTATION = 0.05
 """Of what the allocator hands out during a step, lost between blocks on a GPU: assumed."""
-PROCESS_BYTES = 0.65 * GIB
+PROCESS_BYTES = 0.57 * GIB
 """Python, torch and transformers in a CPU process before a model is loaded: the resident set after importing them."""
 DEEPSPEED_BUCKET = 5e8
 """DeepSpeed's reduce_bucket_size, in elements."""

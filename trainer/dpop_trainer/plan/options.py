@@ -16,13 +16,16 @@ class PlanArguments:
     """The plan: device, lengths, price. All below these are the run's own, as for `dpop train`."""
 
     device: str | None = field(
-        default=None, metadata={"help": f"What it is to run on: {', '.join(DEVICE_NAMES)}; the beginning of one will do."}
+        default=None,
+        metadata={"help": f"What it is to run on: {', '.join(DEVICE_NAMES)}; the beginning of one will do."},
     )
     devices: int = field(default=1, metadata={"help": "How many of them."})
     memory: float | None = field(default=None, metadata={"help": "GiB of a device, for one that is not listed."})
     tflops: float | None = field(default=None, metadata={"help": "Its peak in dense bf16 products."})
     bandwidth: float | None = field(default=None, metadata={"help": "Of its memory, in GB/s."})
-    mfu: float | None = field(default=None, metadata={"help": "The part of that peak that a step reaches, such as 0.4."})
+    mfu: float | None = field(
+        default=None, metadata={"help": "The part of that peak that a step reaches, such as 0.4."}
+    )
     price: float | None = field(default=None, metadata={"help": "Of one device for an hour, in any currency."})
     sharding: str = field(
         default="auto",
@@ -40,7 +43,8 @@ class PlanArguments:
         metadata={"help": "4bit (with nested scales), 8bit or none, instead of load_in_4bit, load_in_8bit."},
     )
     data: str | None = field(
-        default=None, metadata={"help": "Pairs to take lengths from, a file or hub id. Default: dataset_name, if a file."}
+        default=None,
+        metadata={"help": "Pairs to take lengths from, a file or hub id. Default: dataset_name, if a file."},
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or hub id; default: the model's."})
     prompt_tokens: list[float] | None = field(
@@ -68,9 +72,7 @@ class PlanArguments:
         if self.sharding == "none" and self.devices > 1:
             raise ValueError(f"sharding: expected another than none on {self.devices} devices. ddp copies the model.")
         if self.quantization is not None and self.quantization not in QUANTISATIONS:
-            raise ValueError(
-                f"quantization: expected one of {', '.join(QUANTISATIONS)}, got {self.quantization!r}."
-            )
+            raise ValueError(f"quantization: expected one of {', '.join(QUANTISATIONS)}, got {self.quantization!r}.")
         if (self.prompt_tokens is None) != (self.answer_tokens is None):
             raise ValueError("answer_tokens: expected it together with prompt_tokens, got one of them.")
 
@@ -105,4 +107,3 @@ def parse_plan(argv: list[str]) -> tuple[ModelArguments, DataArguments, PlanConf
         model.use_bnb_nested_quant = bits == 4
         model.use_peft = model.use_peft or bits is not None
     return model, data, config, plan
-

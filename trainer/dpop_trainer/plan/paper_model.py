@@ -213,4 +213,3 @@ def _share_used(model: Any, name: str, parameter: Tensor) -> float:
     if chosen and num_experts and parameter.dim() == 3 and parameter.shape[0] == num_experts:
         return chosen / num_experts
     return 1.0
-

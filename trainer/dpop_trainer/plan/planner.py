@@ -213,9 +213,7 @@ class Planner:
             self._batches[setting] = make_batches(run.pairs, setting, seed=run.seed)
         return self._batches[setting]
 
-    def _cost(
-        self, bits: int | None, setting: StepSetting, batch: Mapping[str, Tensor], *, is_flat: bool
-    ) -> StepCost:
+    def _cost(self, bits: int | None, setting: StepSetting, batch: Mapping[str, Tensor], *, is_flat: bool) -> StepCost:
         shapes = tuple((name, tuple(value.shape)) for name, value in batch.items() if name != "cu_seqlens")
         ends = batch["trie_ends"].numpy().tobytes() if is_flat else bool(batch["attention_mask"].all())
         key = bits, setting, shapes, ends

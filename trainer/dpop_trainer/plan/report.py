@@ -110,7 +110,7 @@ def _headline(planner: Planner, asked: Outcome) -> str:
 
 def _memory_lines(outcome: Outcome, available: float) -> list[str]:
     memory = outcome.memory
-    lines = [f"memory of a device at its peak ({memory.phase})" + " " * 10 + "GiB"]
+    lines = [f"{f'memory at its peak ({memory.phase})':32} {'GiB':>9}"]
     scale = max(memory.total, available)
     for part in sorted(memory.parts, key=lambda part: -part.num_bytes):
         bar = "#" * round(BAR * part.num_bytes / scale)
@@ -132,18 +132,20 @@ def _time_lines(planner: Planner, outcome: Outcome) -> list[str]:
     run, choice, batches = planner.run, outcome.choice, outcome.batches
     micro = outcome.time.total
     pairs_per_step = batches.pairs_per_batch * choice.accumulation * choice.num_devices
-    vocab_size = run.config.get_text_config().vocab_size
+    logits = outcome.logits_bytes(run.config.get_text_config().vocab_size) / GIB
     lines = [
         f"layout          {outcome.layout}: {batches.pairs_per_batch:.3g} pairs, {batches.positions:.0f} positions "
         f"({batches.padding:.0%} padding), {batches.scored:.0f} scored tokens a micro-batch",
-        f"logits          none; of these positions, as other trainers make them, {outcome.logits_bytes(vocab_size) / GIB:.1f} GiB",
+        f"logits          none; of these positions, as other trainers make them, {logits:.1f} GiB",
         f"step            {_duration(micro * choice.accumulation)} for {pairs_per_step:.0f} pairs "
         f"({micro:.2f} s a micro-batch, {outcome.cost.total_flop:.3g} FLOP in the largest)",
     ]
     count = run.pairs.num_pairs
     if count is None:
         hours = 1000 * outcome.seconds_per_pair / 3600
-        lines.append(f"1000 pairs      {_duration(3600 * hours)}{_price(planner, choice, hours)} (num_pairs: not known)")
+        lines.append(
+            f"1000 pairs      {_duration(3600 * hours)}{_price(planner, choice, hours)} (num_pairs: not known)"
+        )
     else:
         hours = count * outcome.seconds_per_pair / 3600
         lines.append(f"epoch           {_duration(3600 * hours)} for {count} pairs{_price(planner, choice, hours)}")
@@ -170,9 +172,8 @@ def _setting_lines(planner: Planner, asked: Choice, outcome: Outcome) -> list[st
         lines.append(f"  {line:36}" + ("" if line in before else "# changed"))
     launcher = accelerate_file(choice)
     if launcher is not None:
-        lines.append(
-            f"  accelerate launch --config_file {launcher} --num_processes {choice.num_devices} -m dpop_trainer train ..."
-        )
+        processes = f"--num_processes {choice.num_devices}"
+        lines.append(f"  accelerate launch --config_file {launcher} {processes} -m dpop_trainer train ...")
     pace = f"{outcome.device_seconds_per_pair:.3g} device-seconds a pair"
     return [*lines, f"  {outcome.memory.total / GIB:.1f} GiB a device, {outcome.spare / GIB:.1f} to spare; {pace}"]
 

@@ -50,9 +50,13 @@ def make_planner(
     lora = lora_config(model)
     bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
     if bits is not None and not device.is_gpu:
-        raise ValueError(f"load_in_{bits}bit: expected a GPU (bitsandbytes needs one), got {device.name}. Leave it out.")
+        raise ValueError(
+            f"load_in_{bits}bit: expected a GPU (bitsandbytes needs one), got {device.name}. Leave it out."
+        )
     if bits is not None and lora is None:
-        raise ValueError(f"load_in_{bits}bit: expected use_peft with it, a quantised base is not trained. Set use_peft.")
+        raise ValueError(
+            f"load_in_{bits}bit: expected use_peft with it, a quantised base is not trained. Set use_peft."
+        )
     bf16, fp16 = config.planned["bf16"], config.planned["fp16"]
     if bf16 is None:
         bf16 = device.is_gpu and not fp16

@@ -1,8 +1,8 @@
 """What a step on paper cannot run as it is, as functions that allocate and multiply the same: nothing is computed.
 
-    PaperHead         the scoring head of a device: unit gradients, workspace, products
-    QuantisedLinear   bitsandbytes' 4-bit and 8-bit layers: packed weights, widened for each product
-    grouped_product   a mixture's experts, whichever tokens they get
+PaperHead         the scoring head of a device: unit gradients, workspace, products
+QuantisedLinear   bitsandbytes' 4-bit and 8-bit layers: packed weights, widened for each product
+grouped_product   a mixture's experts, whichever tokens they get
 """
 
 from collections.abc import Iterator
@@ -220,7 +220,7 @@ class _GroupedProduct(torch.autograd.Function):
         grad_weight = None
         if rows is not None:
             grad_weight = torch.empty_like(weight)
-            rows.T @ grad_output  # counted; each expert's is a part of it
+            torch.mm(rows.T, grad_output)  # to be counted; each expert's is a part of it
         return grad_output @ weight[0].T, grad_weight, None
 
 

@@ -42,8 +42,8 @@ class StepSetting:
     autocast: torch.dtype | None
     """Of mixed precision; None computes in the weights' dtype."""
     reference: Literal["adapter off", "copy", "none"]
-    """What is run beside the policy: itself without its adapter, a second model, or nothing (log-probs precomputed, or a
-    loss that needs none)."""
+    """What is run beside the policy: itself without its adapter, a second model, or nothing (log-probs are precomputed,
+    or no loss needs any)."""
     accumulates: bool
     """Gradients of earlier micro-batches are there when a step begins."""
     optimizer_temporaries: bool
@@ -125,9 +125,7 @@ def step_cost(
     return StepCost(moments, flop)
 
 
-def _run(
-    model: Any, setting: StepSetting, batch: Mapping[str, Tensor], *, is_flat: bool, sizes: Sizes
-) -> StepCost:
+def _run(model: Any, setting: StepSetting, batch: Mapping[str, Tensor], *, is_flat: bool, sizes: Sizes) -> StepCost:
     """A model of the meta device through one step."""
     mode = FakeTensorMode()
     if setting.in_compute_dtype and setting.autocast is not None:
@@ -135,7 +133,7 @@ def _run(
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(setting.autocast)
     on_paper(model, mode)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if is_flat:
         base.set_attn_implementation(PAPER_ATTENTION)
     if setting.checkpointing:

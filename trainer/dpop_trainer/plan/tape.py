@@ -141,9 +141,7 @@ def _sdpa_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mas
     return attention_flop(query, key, is_causal=is_causal)
 
 
-def _sdpa_backward(
-    grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None
-):
+def _sdpa_backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None):
     # the scores once more, and two products for each of the two that the forward had
     return 2.5 * attention_flop(query, key, is_causal=is_causal)
 
