@@ -270,7 +270,11 @@ def test_cpu_utilisation_is_that_of_the_records():
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["--device", "h100"], 1, "model: expected a hub id, a folder, a config.json or a known model's name, got none"),
+        (
+            ["--device", "h100"],
+            1,
+            "model: expected a hub id, a folder, a config.json or a known model's name, got none",
+        ),
         ([*KNOWN], 1, "device: expected one of a100-40gb, a100-80gb"),
         ([*KNOWN, "--device", "h900"], 1, "got 'h900'. Give --memory (GiB) and --tflops"),
         (["--model", "./no-such", "--device", "h100"], 1, "a folder with config.json, found none at './no-such'"),
@@ -281,7 +285,11 @@ def test_cpu_utilisation_is_that_of_the_records():
         ([*KNOWN, "--device", "h100", "--mfu", "40"], 1, "mfu: expected a part of the peak"),
         ([*KNOWN, "--device", "h100", "--prompt_tokens", "9"], 1, "answer_tokens: expected it together"),
         ([*KNOWN, "--device", "h100", "--prompt_tokens", "9", "5", "--answer_tokens", "5"], 1, "expected the mean"),
-        (["--model", "gemma-2-9b", "--device", "h100", "--layout", "flat", "--max_length", "8192"], 1, "layout: expected"),
+        (
+            ["--model", "gemma-2-9b", "--device", "h100", "--layout", "flat", "--max_length", "8192"],
+            1,
+            "layout: expected",
+        ),
         (["--device", "h100", "--modle", "x"], 2, "Did you mean"),
     ],
 )
