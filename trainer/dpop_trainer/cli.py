@@ -19,6 +19,7 @@ USAGE = """usage: dpop COMMAND [options]
   sft        supervised fine-tuning on the chosen answers, to start from: dpop sft --config run.yaml
   pairs      build preference pairs, or look at yours before training: dpop pairs inspect pairs.jsonl
   inspect    what training did to the chosen answers, token by token: dpop inspect RUN --pairs pairs.jsonl
+  plan       does it fit, how long, what does it cost, before booking: dpop plan --config run.yaml --device h100-80gb
   compare    several losses on the same model, data and seeds: dpop compare --config run.yaml --methods dpo dpop
   eval       benchmarks before and after training, one table: dpop eval --models BASE RUN --pairs held_out.jsonl
   mtbench    MT-Bench: dpop mtbench answer --model RUN ..., then dpop mtbench judge --endpoint URL ...
@@ -26,8 +27,8 @@ USAGE = """usage: dpop COMMAND [options]
   demo       DPO against DPOP on generated pairs, offline, in minutes: dpop demo
 
 `dpop COMMAND --help` lists the options of one; `dpop --version` says which version this is.
-Exit codes: 0 done, 1 the run failed and says on what, 2 wrong usage, 3 `pairs inspect` found something serious,
-130 interrupted (Ctrl-C).
+Exit codes: 0 done, 1 the run failed and says on what, 2 wrong usage, 3 `pairs inspect` found something serious or
+`plan` that the run does not fit, 130 interrupted (Ctrl-C).
 DPOP_DEBUG=1 in the environment shows where an error came from.
 """
 
@@ -36,7 +37,7 @@ PRINT_CONFIG = ("--print-config", "--print_config")
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand -> exit code: 0 done, 1 the run failed, 2 wrong usage, 3 `pairs inspect` found something
-    serious, 130 interrupted.
+    serious or `plan` that the run does not fit, 130 interrupted.
 
     An error is told in a line or two on stderr. With DPOP_DEBUG set in the environment its traceback comes first.
     """
@@ -104,6 +105,12 @@ def inspect(argv: list[str]) -> int:
     )
     run_inspect(**vars(parser.parse_args(argv)))
     return 0
+
+
+def plan(argv: list[str]) -> int:
+    from dpop_trainer.plan.cli import main as run
+
+    return run(argv)
 
 
 def compare(argv: list[str]) -> int:
@@ -205,6 +212,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sft": sft,
     "pairs": pairs,
     "inspect": inspect,
+    "plan": plan,
     "compare": compare,
     "eval": evaluate,
     "mtbench": mtbench,

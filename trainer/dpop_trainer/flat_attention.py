@@ -112,7 +112,18 @@ def flat_attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert query.shape[0] == 1, query.shape
     kwargs.pop("is_causal", None)
-    found = runs(attention_mask.flatten().tolist())
+    return attend_by_runs(module, query, key, value, runs(attention_mask.flatten().tolist()), **kwargs), None
+
+
+def attend_by_runs(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, T, D]
+    key: Tensor,  # [1, key heads, T, D]
+    value: Tensor,
+    found: list[Run],
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of a flat row, one call of sdpa for each of its runs -> [1, T, heads, D]."""
     lengths = [run.length for run in found]
     # split, not sliced: the gradient of a slice is a whole tensor of zeros but for it
     queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
@@ -126,7 +137,7 @@ def flat_attention_forward(
             module, queries[i], sequence_keys, sequence_values, seen, is_causal=seen is None, **kwargs
         )
         outputs.append(output)
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 @contextmanager
