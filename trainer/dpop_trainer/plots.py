@@ -20,6 +20,8 @@ from dpop_trainer.token_shift import TokenShift
 _ZERO_LINE: dict[str, Any] = {"color": "0.35", "linewidth": 0.8}
 _GRID: dict[str, Any] = {"color": "0.9", "linewidth": 0.6}
 _FEW_TOKENS = 0.1
+_LEGEND_CHARACTERS = 100
+"""Of a row of a legend; a line's sample takes the room of about six."""
 _MOST_ACROSS = 3  # methods whose numbers fit side by side over their bars
 
 
@@ -75,7 +77,7 @@ def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path:
             "optimizer step",
             r"$\log\,\pi - \log\,\pi_\mathrm{ref}$ (nats per answer)",
         )
-    panels[0].legend(frameon=False, prop={"size": 8, "family": families})
+    _legend_below(figure, panels[0], families)
     _save(figure, path)
 
 
@@ -99,7 +101,7 @@ def plot_token_shift(shifts: Mapping[str, TokenShift], path: str | os.PathLike[s
     bars, profile = figure.subplots(1, 2, width_ratios=(2, 3))
     _plot_regions(bars, shifts)
     _plot_profile(profile, shifts)
-    profile.legend(frameon=False, prop={"size": 8, "family": families})
+    _legend_below(figure, profile, families)
     _save(figure, path)
 
 
@@ -189,6 +191,14 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.grid(visible=True, **_GRID)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend_below(figure: Figure, axes: Axes, families: Sequence[str]) -> None:
+    """Outside of the panels, where it hides no line; as many in a row as names of this length have room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    num_columns = max(1, min(len(labels), _LEGEND_CHARACTERS // (max(map(len, labels)) + 6)))
+    font = {"size": 8, "family": families}
+    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, prop=font)
 
 
 def _bar_text(value: float) -> str:

@@ -51,7 +51,7 @@ class DemoSettings:
 
     preference_steps: int = 120
     preference_batch_size: int = 16
-    preference_learning_rate: float = 8e-4
+    preference_learning_rate: float = 2e-4
     beta: float = 0.3
     dpop_lambda: float = 50.0
 
