@@ -18,6 +18,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dpop-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
+with torch.device("meta"):  # torch remembers which functions it moves there: before they are wrapped below
+    torch.empty(0)
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

@@ -112,6 +112,19 @@ def test_the_scale_model_is_arithmetic_alone():
     assert modules == {"dataclasses", "typing"}
 
 
+def test_a_plan_is_made_without_training():
+    """It reads the run's configuration, data and batches; nothing imports it but the command line."""
+    package = ROOT / "trainer" / "dpop_trainer"
+    for path in package.rglob("*.py"):
+        is_plan = path.relative_to(package).parts[0] == "plan"
+        for module in imported_modules(path):
+            if is_plan:
+                wrong = ("dpop_trainer.trainer", "dpop_trainer.runs", "dpop_trainer.base", "benchmarks")
+                assert not module.startswith(wrong), (path, module)
+            elif module.startswith("dpop_trainer.plan"):
+                assert path.name == "cli.py", (path, module)
+
+
 def test_benchmarks_reach_the_house_from_outside():
     """What is measured knows nothing of the benchmarks; peers are imported when they run, not before."""
     for package in (ROOT / "dpop_kernels", ROOT / "trainer" / "dpop_trainer"):

@@ -53,7 +53,7 @@ def step_of(backbone, num_rows, length):
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize(("lora", "checkpointing"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(("lora", "checkpointing"), [(True, False), (True, True), (False, False), (False, True)])
 def test_flop_are_those_that_torch_counts(size, lora, checkpointing):
     """Eager attention: torch's counter knows its products, forward and backward."""
     step = step_of(llama(size, lora=lora, checkpointing=checkpointing), 3, 40)

@@ -159,6 +159,8 @@ def step_flop(
         adapter_product = 2.0 * positions * num_trained(model, training)
         layers += adapter_product * (forwards - reference + 2)
         layers -= 2.0 * positions * _skipped_by_lora(model, training)
+    elif training.checkpointing:  # nothing saves the last product's result, so it is not made again
+        layers -= 2.0 * positions * model.num_layers * model.intermediate_size * model.hidden_size
     scores = 4.0 * batch.num_rows * length**2 * model.attention_size * model.num_layers * (1 if masked else 0.5)
     attention = scores * (forwards + 2)  # a flash kernel makes the scores once more: half a forward
     head_products = reference + (2 if training.lora_rank is not None else 4)

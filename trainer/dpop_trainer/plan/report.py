@@ -36,7 +36,7 @@ def as_text(planner: Planner, asked: Outcome, found: Found | None, longest: int 
             lines += ["", "No cheaper setting was found."]
         else:
             lines += ["", "Cheapest setting that fits:", *_setting_lines(planner, asked.choice, cheapest)]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join(line.rstrip() for line in [*lines, "", *notes])
 
 
 def as_json(
