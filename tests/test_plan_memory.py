@@ -269,6 +269,7 @@ def test_packed_weights_by_hand():
     norms_and_embeddings = plain.num_parameters - linear
     weights = packed.frozen_bytes - 2 * norms_and_embeddings
     assert weights == linear // 2 + 4 * linear // 64
+    assert (packed.num_packed, plain.num_packed) == (linear, 0)
 
 
 def test_sharding_by_hand():

@@ -53,6 +53,8 @@ class Sizes:
     trained_bytes: int
     frozen_bytes: int
     buffer_bytes: int
+    num_packed: int
+    """Weights that are packed into 4 or 8 bits."""
     num_layers: int
     num_leading: int
     """Layers at the beginning that are unlike all others."""
@@ -111,6 +113,7 @@ def count(model: nn.Module) -> Sizes:
         trained_bytes=sum(p.nbytes for _, p in parameters if p.requires_grad),
         frozen_bytes=sum(p.nbytes for _, p in parameters if not p.requires_grad),
         buffer_bytes=sum(buffer.nbytes for _, buffer in _unique(model.named_buffers())),
+        num_packed=sum(_num_weights(model, name, p) for name, p in base if p.dtype == torch.uint8),
         num_layers=len(layers),
         num_leading=num_leading,
         period=period,

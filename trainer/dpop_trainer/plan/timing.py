@@ -49,9 +49,8 @@ def step_time(
     products = max(cost.total_flop * scale / (device.tflops * 1e12 * device.utilisation), streamed)
     widened = 0.0
     if model.bits is not None:
-        num_weights = sizes.layer_bytes * 8 / model.bits
         # read packed, written widened; the product's own reading is in its rate
-        widened = passes * num_weights * (model.bits / 8 + 2) / bandwidth
+        widened = passes * sizes.num_packed * (model.bits / 8 + 2) / bandwidth
     # read weight, gradient and two moments, write all but the gradient
     update = 7 * 4 * sizes.num_trained / bandwidth / accumulation
     return StepTime(products, widened + update)
