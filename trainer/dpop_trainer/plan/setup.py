@@ -194,6 +194,12 @@ def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArgument
         notes.append("A paged optimizer's states are counted on the device; they may leave it.")
     if config.planned["activation_offloading"]:
         notes.append("activation_offloading is not counted: it needs less memory than this.")
+    if run.model.lora is not None and run.model.dtype == torch.float32 and device.is_gpu:
+        notes.append("The frozen weights are in float32, the default; dtype: bfloat16 halves them.")
+    sizes = planner.sizes(run.model.bits)
+    if run.model.bits is not None and sizes.num_packed < sizes.num_parameters / 2:
+        packed = sizes.num_packed / sizes.num_parameters
+        notes.append(f"bitsandbytes packs linear layers, {packed:.0%} of this model: stacked experts stay in dtype.")
     if getattr(run.config, "quantization_config", None) is not None:
         notes.append("The checkpoint's own quantisation is not counted: weights are taken in dtype.")
     return notes
