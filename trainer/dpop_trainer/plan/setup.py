@@ -171,7 +171,7 @@ def _pairs(model: ModelArguments, data: DataArguments, config: PlanConfig, plan:
     read = min(NUM_READ, num_pairs)
     left = round(num_pairs * len(tokenised) / read)
     some = "" if read == num_pairs else f"the first {read} of "
-    origin = f"{some}{num_pairs} pairs of {name or 'the mixture'} ({counts.summary().rstrip('.')})"
+    origin = f"{some}{num_pairs} pairs of {name or 'the mixture'} ({' '.join(counts.summary().split()).rstrip('.')})"
     return Pairs([dict(record) for record in tokenised], plan.num_pairs or left, origin, is_assumed=False)
 
 
