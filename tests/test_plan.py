@@ -298,6 +298,13 @@ def test_bad_input_is_named(capsys, argv, code, message):
     assert message in capsys.readouterr().err
 
 
+def test_help_begins_with_the_plans_own(capsys):
+    assert main(["plan", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("--price") < text.index("--model_name_or_path") < text.index("--learning_rate")
+    assert "3 it does not" in " ".join(text.split())
+
+
 def test_an_unknown_model_names_the_close_ones(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("dpop_trainer.plan.source._hub_answers", lambda: False)

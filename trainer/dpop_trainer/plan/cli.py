@@ -1,6 +1,7 @@
 """`dpop plan`: plan a run, print it, and say by the exit code whether it fits."""
 
 import json
+from dataclasses import replace
 
 DOES_NOT_FIT = 3
 
@@ -16,8 +17,6 @@ def main(argv: list[str]) -> int:
     planner, choice, notes = make_planner(model, data, config, plan)
     asked = planner.outcome(choice)
     if plan.sharding == "auto" and plan.devices > 1 and not asked.fits:
-        from dataclasses import replace
-
         asked = planner.outcome(replace(choice, sharding="fsdp2"))
     found = search(planner, asked) if plan.search else None
     longest = longest_pair(planner, asked.choice) if plan.search and planner.run.budget is None else None

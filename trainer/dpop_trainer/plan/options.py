@@ -7,7 +7,9 @@ from dpop_trainer.arguments import DataArguments, ModelArguments, parse_argument
 from dpop_trainer.config import DPOPConfig
 from dpop_trainer.plan.devices import DEVICE_NAMES
 from dpop_trainer.plan.memory import SHARDINGS
+from dpop_trainer.run_parser import RunParser
 
+EXIT_CODES = "Exit codes: 0 the run fits; 3 it does not; 1 it cannot be planned, and says why; 2 wrong usage."
 QUANTISATIONS = {"none": None, "4bit": 4, "8bit": 8}
 
 
@@ -91,11 +93,17 @@ class PlanConfig(DPOPConfig):
 
 
 def parse_plan(argv: list[str]) -> tuple[ModelArguments, DataArguments, PlanConfig, PlanArguments]:
-    """
+    """The arguments; `--help` prints the plan's own first, and stops.
+
     Raises:
         UsageError: a flag does not exist, or lacks a value that it can take.
         ValueError: a value that its field cannot take.
     """
+    if "-h" in argv or "--help" in argv:
+        parser = RunParser((PlanArguments, ModelArguments, DataArguments, PlanConfig), "dpop plan")
+        parser.epilog = EXIT_CODES
+        parser.print_help()
+        raise SystemExit(0)
     model, data, config, plan = parse_arguments(PlanConfig, argv, "dpop plan", PlanArguments)
     if plan.model is not None:
         model.model_name_or_path = plan.model

@@ -29,7 +29,8 @@ def as_text(planner: Planner, asked: Outcome, found: Found | None, longest: int 
     if found is not None and found.nearest is not None:
         lines += ["", "Nearest setting that fits:", *_setting_lines(planner, asked.choice, found.nearest)]
     elif found is not None and not asked.fits:
-        lines += ["", "No setting was found that fits: lower max_length, or take a smaller model or larger devices."]
+        adapter = "train an adapter (use_peft: true), " if planner.run.model.lora is None else ""
+        lines += ["", f"No setting was found that fits: {adapter}lower max_length, or take a smaller model."]
     cheapest = found.cheapest if found is not None else None
     if cheapest is not None and (found is None or found.nearest is None or cheapest.choice != found.nearest.choice):
         if asked.fits and cheapest.device_seconds_per_pair >= 0.99 * asked.device_seconds_per_pair:

@@ -116,7 +116,7 @@ def _shardings(asked: Choice, num_devices: int):
     return ("ddp", "fsdp2")
 
 
-def _largest_batches(planner: Planner, base: Choice) -> list[Outcome]:
+def _largest_batches(planner: Planner, base: Choice, *, most: int = MOST_PAIRS) -> list[Outcome]:
     """The largest micro-batch that fits, keeping the pairs of an optimizer step; none where one pair does not."""
     per_device = max(1, base.global_pairs // base.num_devices)
     if planner.run.budget is not None:
@@ -127,7 +127,7 @@ def _largest_batches(planner: Planner, base: Choice) -> list[Outcome]:
         choice = replace(base, num_pairs=num_pairs, accumulation=max(1, per_device // num_pairs))
         return planner.outcome(choice, exact_time=False)
 
-    sizes = [n for n in (1, 2, 4, 8, 16, 32, MOST_PAIRS) if n <= per_device and per_device % n == 0]
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, MOST_PAIRS) if n <= min(most, per_device) and per_device % n == 0]
     first = outcome_of(1)
     if not first.fits:
         return []
@@ -158,22 +158,15 @@ def _nearest(planner: Planner, asked: Choice) -> Outcome | None:
         changes.append(replace(changes[-1], num_pairs=num_pairs, accumulation=per_device // num_pairs))
     if num_pairs > 1 and planner.run.budget is None:
         changes.append(replace(changes[-1], num_pairs=1, accumulation=per_device))
-    smallest = changes[-1]
-    for bits, sharding, num_devices in _resources(planner, asked):
-        changes.append(
-            replace(
-                smallest,
-                bits=bits,
-                sharding=sharding,
-                num_devices=num_devices,
-                accumulation=max(1, smallest.accumulation * asked.num_devices // num_devices),
-            )
-        )
     tried: set[Choice] = {asked}
     for choice in changes:
         if choice not in tried:
             tried.add(choice)
-            outcome = planner.outcome(choice, exact_time=False)
-            if outcome.fits:
+            if planner.outcome(choice, exact_time=False).fits:
                 return planner.outcome(choice)
+    for bits, sharding, num_devices in _resources(planner, asked):
+        accumulation = max(1, asked.accumulation * asked.num_devices // num_devices)
+        base = replace(changes[1], bits=bits, sharding=sharding, num_devices=num_devices, accumulation=accumulation)
+        for outcome in _largest_batches(planner, base, most=asked.num_pairs):
+            return planner.outcome(outcome.choice)
     return None

@@ -171,7 +171,7 @@ def _pairs(model: ModelArguments, data: DataArguments, config: PlanConfig, plan:
     read = min(NUM_READ, num_pairs)
     left = round(num_pairs * len(tokenised) / read)
     some = "" if read == num_pairs else f"the first {read} of "
-    origin = f"{some}{num_pairs} pairs of {name or 'the mixture'} ({counts.summary().rstrip('.')})"
+    origin = f"{some}{num_pairs} pairs of {name or 'the mixture'} ({' '.join(counts.summary().split()).rstrip('.')})"
     return Pairs([dict(record) for record in tokenised], plan.num_pairs or left, origin, is_assumed=False)
 
 
@@ -194,6 +194,12 @@ def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArgument
         notes.append("A paged optimizer's states are counted on the device; they may leave it.")
     if config.planned["activation_offloading"]:
         notes.append("activation_offloading is not counted: it needs less memory than this.")
+    if run.model.lora is not None and run.model.dtype == torch.float32 and device.is_gpu:
+        notes.append("The frozen weights are in float32, the default; dtype: bfloat16 halves them.")
+    sizes = planner.sizes(run.model.bits)
+    if run.model.bits is not None and sizes.num_packed < sizes.num_parameters / 2:
+        packed = sizes.num_packed / sizes.num_parameters
+        notes.append(f"bitsandbytes packs linear layers, {packed:.0%} of this model: stacked experts stay in dtype.")
     if getattr(run.config, "quantization_config", None) is not None:
         notes.append("The checkpoint's own quantisation is not counted: weights are taken in dtype.")
     return notes
