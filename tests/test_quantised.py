@@ -142,8 +142,11 @@ def test_a_resumed_run_on_a_base_rounded_otherwise_is_stopped(base, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer(tmp_path, base, quantization_config=FP32, **settings).train()
     other = trainer(tmp_path, base, quantization_config=four_bit_config(torch.float32, quant_type="fp4"), **settings)
-    with pytest.raises(ValueError, match="reference: expected the weights that this run began with"):
+    with pytest.raises(ValueError, match="got another bnb_4bit_quant_type: 'nf4' before, 'fp4' now"):
         other.train(resume_from_checkpoint=True)
+    # a checkpoint by name takes another configuration, but no other reference
+    with pytest.raises(ValueError, match="reference: expected the weights that this run began with"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_an_evaluation_between_steps_leaves_training_as_it_is(base, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     if command is None:
         print(f"dpop: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
+    # peft imports bitsandbytes wherever it is installed; on a CPU that warns of a kernel which only 4 bits would use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return command(argv[1:])
     except KeyboardInterrupt:

@@ -12,6 +12,9 @@ MOST_PAIRS = 64
 """Of a micro-batch that is proposed."""
 MOST_TOKENS = 1 << 19
 """No longer pair is looked for."""
+RESERVE = 0.05
+"""Of a device's memory, left free by a larger micro-batch that is proposed: no step is worth a run that dies of its
+longest batch."""
 ROUNDS = 6
 """Of the search for the longest pair."""
 STEP = 16
@@ -117,7 +120,10 @@ def _shardings(asked: Choice, num_devices: int):
 
 
 def _largest_batches(planner: Planner, base: Choice, *, most: int = MOST_PAIRS) -> list[Outcome]:
-    """The largest micro-batch that fits, keeping the pairs of an optimizer step; none where one pair does not."""
+    """The largest micro-batch that fits with `RESERVE` to spare, keeping the pairs of an optimizer step.
+
+    One pair that fits is returned whatever it leaves, as nothing is smaller; none where it does not.
+    """
     per_device = max(1, base.global_pairs // base.num_devices)
     if planner.run.budget is not None:
         outcome = planner.outcome(base, exact_time=False)
@@ -134,15 +140,16 @@ def _largest_batches(planner: Planner, base: Choice, *, most: int = MOST_PAIRS) 
     if len(sizes) == 1:
         return [first]
     second = outcome_of(2) if 2 in sizes else None
-    if second is None or not second.fits:
+    reserve = RESERVE * planner.run.device.memory_bytes
+    if second is None or second.spare < reserve:
         return [first]
     per_pair = max(1.0, first.spare - second.spare)
     for num_pairs in reversed(sizes):
         if num_pairs <= 2:
             return [second]
-        if second.spare >= (num_pairs - 2) * per_pair * 0.95:
+        if second.spare - reserve >= (num_pairs - 2) * per_pair * 0.95:
             outcome = outcome_of(num_pairs)
-            if outcome.fits:
+            if outcome.spare >= reserve:
                 return [outcome]
     return [second]
 
