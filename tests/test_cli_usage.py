@@ -139,6 +139,19 @@ def test_kernels_that_cannot_run_are_refused_before_anything_is_loaded(capsys, m
     assert "kernel_backend: 'fused' cannot run here: the Triton kernels run on CUDA" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_missing_chat_template_is_told_before_the_weights_are_loaded(command, tmp_path, capsys):
+    tiny_llama().config.save_pretrained(tmp_path / "model")  # no weights to load
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    turns = {"chosen": "w1 w2", "rejected": "w1 w3"}
+    record = {name: [{"role": "assistant", "content": text}] for name, text in turns.items()}
+    record["prompt"] = [{"role": "user", "content": "w4"}]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record) + "\n")
+    argv = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "pairs.jsonl")]
+    assert main([command, *argv, "--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false"]) == 1
+    assert "expected a tokenizer with a chat template, since the pairs are messages" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_told_with_the_places_that_are_written_to(capsys, monkeypatch, tmp_path):
     def full(argv):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -61,15 +61,20 @@ def test_beta_by_hand(record):
     assert "IPO" not in found
 
 
-def test_guidance_by_hand(record):
-    runs = [run("DPO", seed, -1.0, -2.0, right=2) for seed in (0, 1)]
-    runs += [run("DPOP", seed, 1.0, 1.0, first_norm=10.0 + 20 * seed, right=6) for seed in (0, 1)]
-    record("guidance", runs)
+def test_guidance_by_hand(record, tmp_path):
+    (tmp_path / "guidance").mkdir()
+    for model, right in enumerate((2, 4)):
+        runs = [run("DPO", 0, -1.0, -2.0, right=right)]
+        runs += [run("DPOP", seed, 1.0 + seed, 1.0, first_norm=10.0 + 20 * seed, right=6) for seed in range(model + 1)]
+        runs += [run("IPO", 0, 0.0, 0.0)] * model
+        record(f"guidance/{model}", runs)
     found = rows(paper.guidance())
-    assert found["before training"] == ["—", "—", "62.5 %", "—", "—"]
-    # the norm of the first step is left out; 10 and 30 are 20 in the mean. Of the last nine, seven are the first norm
-    assert found["DPOP"] == ["+1.00 ± 0.00", "+1.00 ± 0.00", "75.0 % ± 0.0 %", "20", "20"]
-    assert found["DPO"] == ["-1.00 ± 0.00", "-2.00 ± 0.00", "25.0 % ± 0.0 %", "1", "1"]
+    # of eight problems five are right before: -3 and -1 of them are -37.5 and -12.5 points
+    assert found["DPO"] == ["-1.00 ± 0.00", "-2.00 ± 0.00", "-25.0 ± 17.7", "1", "1"]
+    # the second model's two seeds are one value: 1.5 beside the first's 1; norms of 10, and of 10 and 30
+    assert found["DPOP"] == ["+1.25 ± 0.35", "+1.00 ± 0.00", "+12.5 ± 0.0", "15", "15"]
+    assert "IPO" not in found  # which not all models were trained with
+    assert "before, 62.5 and 62.5 % were right" in paper.guidance()
 
 
 def test_a_part_of_the_methods_has_a_verdict_of_its_own(record):

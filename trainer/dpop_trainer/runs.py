@@ -4,11 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
 from dpop_trainer.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.base import HeadTrainer
 from dpop_trainer.checkpoints import last_checkpoint
 from dpop_trainer.config import DPOPConfig, HeadConfig, SFTConfig
 from dpop_trainer.data import SourceStream, read_pairs
+from dpop_trainer.data.encode import check_tokenizer
 from dpop_trainer.data.mixture import DatasetSource, mix_pairs, mix_streams, parse_sources
 from dpop_trainer.data.stream import RowStream, ShuffledStream
 from dpop_trainer.files import check_writable
@@ -47,6 +51,7 @@ def run_train(
     train_dataset, eval_dataset = _load_data(data_arguments, config)
     if max_eval_pairs is not None:
         eval_dataset = first_pairs(eval_dataset, max_eval_pairs)
+    tokenizer = _tokenizer_for(model_arguments, config, train_dataset, eval_dataset)
     config.model_init_kwargs = init_kwargs(model_arguments, config)
     trainer = DPOPTrainer(
         model_name(model_arguments),
@@ -54,7 +59,7 @@ def run_train(
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=tokenizer_of(model_arguments, config),
+        processing_class=tokenizer,
         quantization_config=quantization_config(model_arguments, config),
         peft_config=lora_config(model_arguments),
         run_config=whole_config,
@@ -77,19 +82,37 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
     if is_finished(config.output_dir, whole_config):
         return None
     train_dataset, eval_dataset = _load_data(data_arguments, config, completions=True)
+    tokenizer = _tokenizer_for(model_arguments, config, train_dataset, eval_dataset)
     config.model_init_kwargs = init_kwargs(model_arguments, config)
     trainer = SFTTrainer(
         model_name(model_arguments),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=tokenizer_of(model_arguments, config),
+        processing_class=tokenizer,
         quantization_config=quantization_config(model_arguments, config),
         peft_config=lora_config(model_arguments),
         run_config=whole_config,
     )
     _train_and_save(trainer, config)
     return trainer
+
+
+def _tokenizer_for(
+    arguments: ModelArguments, config: HeadConfig, train_dataset: Any, eval_dataset: Any
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: it cannot read the pairs, having no chat template for messages: told before the weights are loaded.
+    """
+    tokenizer = tokenizer_of(arguments, config)
+    if config.chat_template_path is None:
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+        for dataset in (train_dataset, *evaluated):
+            if isinstance(dataset, Dataset):  # rows of `read_pairs`; of a stream nothing is known before it is read
+                check_tokenizer(tokenizer, dataset.unique("kind"))
+    return tokenizer
 
 
 def _train_and_save(trainer: HeadTrainer, config: HeadConfig) -> None:

@@ -204,10 +204,11 @@ class DPOPTrainer(BudgetTrainer):
 
     def item_losses(self, model, batch, mode):
         model_inputs = forward_inputs(batch, self.accelerator.unwrap_model(self.model))
+        # the reference first: nothing of its forward stays, and so none of the policy's activations lie beside it
+        options, ref_logps = self._loss_options(mode), self._reference_logps(batch, model_inputs)
         logps, stats = self.head.token_logps(
             model, batch["score_positions"], batch["target_ids"], return_stats=True, **model_inputs
         )
-        options, ref_logps = self._loss_options(mode), self._reference_logps(batch, model_inputs)
         pairs, terms = pair_loss_terms(
             logps,
             batch["cu_seqlens"],

@@ -4,8 +4,8 @@ A model of a few layers is run twice, with one period of its layers more the sec
 a layer adds is the same, so both its bytes and its FLOP are straight lines in the number of layers; the step's peak is
 the highest of the lines:
 
+    reference        a forward of which nothing stays
     forward          activations stay, or the layers' inputs alone; the head at its end
-    reference        a forward beside them, of which nothing stays
     backward begins  all activations, no gradient yet
     backward ends    no activations, all gradients
     optimizer        gradients, and what the optimizer needs beside its states
@@ -92,7 +92,7 @@ def step_cost(
     *,
     is_flat: bool,
 ) -> StepCost:
-    """One micro-batch: policy, reference, backward, optimizer.
+    """One micro-batch: reference, policy, backward, optimizer.
 
     Args:
         config: of the whole model.
@@ -180,20 +180,19 @@ class _Step:
     is_flat: bool
 
     def forward(self, tape: Tape, batch: dict[str, Tensor]) -> Tensor:
-        """Policy and reference, in the trainer's order -> the loss."""
+        """Reference and policy, in the trainer's order -> the loss."""
         setting = self.setting
         autocast = contextlib.nullcontext()
         if setting.autocast is not None:
             autocast = torch.autocast("cpu", setting.autocast)
         with autocast:
             inputs = self._inputs(batch)
-            tape.enter("forward")
-            logps = self.head.token_logps(self.model, **inputs)
             if setting.reference != "none":
                 tape.enter("reference")
                 with torch.no_grad(), self._as_reference():
                     self.head.token_logps(self.model, **inputs)
-            return logps.sum()
+            tape.enter("forward")
+            return self.head.token_logps(self.model, **inputs).sum()
 
     def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         if self.is_flat:
