@@ -2,10 +2,11 @@
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dpop_trainer.compare.answers import Answers
 from dpop_trainer.compare.report import (
     Comparison,
     RunResult,
@@ -71,25 +72,50 @@ def beta() -> str:
 
 
 def guidance() -> str:
-    """What λ, its warm-up and the dead zone do: the demo's problems solved, and the gradients of the first steps."""
-    comparison = read_comparison(RESULTS / "guidance.json")
-    titles = table_titles(comparison)
-    kept = [titles.index(title) for title in ("", "chosen Δ, nats", "rejected Δ, nats", "answers right")]
-    rows = [[row[column] for column in kept] for row in table_rows(comparison)]
-    rows[0] += ["—", "—"]
-    for row, method in zip(rows[1:], comparison.methods, strict=True):
-        runs = comparison.of(method)
-        row += [f"{statistics.fmean(norm(run) for run in runs):.3g}" for norm in (_first_norm, _last_norm)]
-    titles = [titles[column] for column in kept]
-    steps = f"{_FIRST_STEPS.start} to {_FIRST_STEPS.stop - 1}"
-    titles += [f"gradient norm, steps {steps}", "last steps"]
-    answers = comparison.results[0].answers
-    assert answers is not None
+    """What λ, its warm-up, the dead zone and the learning rate do: the demo's problems solved, over several models."""
+    comparisons = [read_comparison(path) for path in sorted((RESULTS / "guidance").glob("*.json"))]
+    methods = [m for m in comparisons[0].methods if all(m in other.methods for other in comparisons)]
+    columns: dict[str, tuple[Callable[[RunResult], float], str]] = {
+        "chosen Δ, nats": (lambda run: run.evaluation.chosen_logratio, "+.2f"),
+        "rejected Δ, nats": (lambda run: run.evaluation.rejected_logratio, "+.2f"),
+        "answers right, after − before": (_right_gained, "+.1f"),
+        f"gradient norm, steps {_FIRST_STEPS.start} to {_FIRST_STEPS.stop - 1}": (_first_norm, ".3g"),
+        "last steps": (_last_norm, ".3g"),
+    }
+    rows = []
+    for method in methods:
+        cells = [method]
+        for value, form in columns.values():
+            of_models = [statistics.fmean(map(value, comparison.of(method))) for comparison in comparisons]
+            cells.append(f"{statistics.fmean(of_models):{form}}")
+            if form != ".3g":
+                cells[-1] += f" ± {statistics.stdev(of_models):{form.lstrip('+')}}"
+        rows.append(cells)
+    config, first = comparisons[0].config, comparisons[0].results[0]
+    before = [_right(comparison.results[0].ref_answers) for comparison in comparisons]
+    assert first.answers is not None
     note = (
-        f"{_setting(comparison)}; {answers.num_prompts} held-out problems answered greedily. Gradient norms are "
-        "medians before clipping, means of the seeds."
+        f"Mean ± standard deviation of {len(comparisons)} models, each trained on its own pairs; {config['max_steps']} steps of {config['per_device_train_batch_size']} pairs, "
+        f"lr {config['learning_rate']:g}, β {config['beta']:g}, λ {config['dpop_lambda']:g} where nothing else is said "
+        f"(torch {comparisons[0].versions['torch']}). {first.answers.num_prompts} held-out problems each, answered "
+        f"greedily, in points; before, {_listed(f'{share:.1f}' for share in sorted(before))} % were right. "
+        "Gradient norms are medians before clipping."
     )
-    return f"{table(titles, rows)}\n\n{note}"
+    return f"{table(['', *columns], rows)}\n\n{note}"
+
+
+def _right(answers: Answers | None) -> float:
+    assert answers is not None
+    return 100 * answers.right_share
+
+
+def _right_gained(run: RunResult) -> float:
+    return _right(run.answers) - _right(run.ref_answers)
+
+
+def _listed(texts: Iterable[str]) -> str:
+    *most, last = texts
+    return f"{', '.join(most)} and {last}"
 
 
 def gradient() -> str:

@@ -10,7 +10,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/cpu_head.jsonl  what `python -m benchmarks.cpu_head` appends
     benchmarks/results/cpu_layouts/*.json    records of benchmarks.cpu_layouts, one per model
     benchmarks/results/cpu_tie/*.json        a record of benchmarks.cpu_tie
-    benchmarks/results/paper/*.json          compare.json of `dpop compare`, four of them (docs/paper.md)
+    benchmarks/results/paper/*.json          compare.json of `dpop compare` (docs/paper.md)
     benchmarks/results/paper/gradient.json   what `python -m benchmarks.paper_gradient` writes
     benchmarks/results/pairs_scale.jsonl     what `python -m benchmarks.pairs_scale` appends (docs/pairs.md)
     benchmarks/results/layout_counts.json    what `python -m benchmarks.layout_counts` writes
