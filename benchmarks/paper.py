@@ -95,7 +95,8 @@ def guidance() -> str:
     before = [_right(comparison.results[0].ref_answers) for comparison in comparisons]
     assert first.answers is not None
     note = (
-        f"Mean ± standard deviation of {len(comparisons)} models, each trained on its own pairs; {config['max_steps']} steps of {config['per_device_train_batch_size']} pairs, "
+        f"Mean ± standard deviation of {len(comparisons)} models, each trained on its own pairs; "
+        f"{config['max_steps']} steps of {config['per_device_train_batch_size']} pairs, "
         f"lr {config['learning_rate']:g}, β {config['beta']:g}, λ {config['dpop_lambda']:g} where nothing else is said "
         f"(torch {comparisons[0].versions['torch']}). {first.answers.num_prompts} held-out problems each, answered "
         f"greedily, in points; before, {_listed(f'{share:.1f}' for share in sorted(before))} % were right. "
