@@ -41,9 +41,9 @@ from benchmarks.random_base import linear_bytes, random_base
 
 SHAPES = {
     "qwen-72b": scale.ModelSize(152064, 8192, 24576, 80, 64, 64),
-    "qwen2.5-72b": scale.ModelSize(152064, 8192, 29568, 80, 64, 8),
+    "qwen2.5-72b": scale.MODELS["Qwen2.5-72B"],
     "yi-34b": scale.ModelSize(64000, 7168, 20480, 60, 56, 8),
-    "llama-3-8b": scale.ModelSize(128256, 4096, 14336, 32, 32, 8),
+    "llama-3-8b": scale.MODELS["Llama-3-8B"],
     "tiny": scale.ModelSize(320, 64, 128, 3, 4, 2),
 }
 """From the models' config.json: what Smaug-72B, today's 72B, Smaug-34B and an 8B are made of; for rehearsals."""

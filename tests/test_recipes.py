@@ -117,7 +117,7 @@ def run(command, recipe, models, folder):
         paths = [local_data(part["path"], folder) for part in values["dataset_mixture"]]
         argv += ["--dataset_mixture", *paths, "--eval_datasets", paths[0]]
     else:
-        argv += ["--dataset_name", local_data(values["dataset_name"], folder)]
+        argv += ["--dataset_name", local_data(values.get("dataset_name", "pairs.jsonl"), folder)]
     assert main(argv) == 0
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
@@ -134,8 +134,9 @@ def test_recipe_runs(recipe, models, tmp_path):
         assert PeftConfig.from_pretrained(tmp_path / "run").r == values["lora_r"]
 
 
-def test_sft_recipe_runs(models, tmp_path):
-    run("sft", RECIPES / "gsm8k" / "sft.yaml", models, tmp_path)
+@pytest.mark.parametrize("folder", ["gsm8k", "high_edit"])
+def test_sft_recipe_runs(folder, models, tmp_path):
+    run("sft", RECIPES / folder / "sft.yaml", models, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama-2-7b-chat", "mistral-7b", "yi-34b", "qwen-72b"])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from dpop_trainer.evaluate import generate_completions
-from dpop_trainer.pairs.matchers import MATCHERS, Verdict, regex_matcher
+from dpop_trainer.pairs.matchers import Verdict, find_matcher
 from dpop_trainer.trained import TrainedModel
 
 
@@ -36,21 +36,14 @@ class Grading:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        if self.matcher not in (*MATCHERS, "regex"):
-            raise ValueError(f"matcher: expected one of {', '.join(MATCHERS)} or regex, got {self.matcher!r}.")
-        if (self.matcher == "regex") != bool(self.answer_regex):
-            raise ValueError(
-                f"answer_regex: expected a pattern with matcher 'regex' and with no other, got {self.answer_regex!r} "
-                f"with {self.matcher!r}."
-            )
+        self.matches()
         for name in ("max_answers", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
-        self.matches()
 
     def matches(self) -> Callable[[str, str], Verdict]:
         """Sample, label -> verdict."""
-        return regex_matcher(self.answer_regex) if self.answer_regex else MATCHERS[self.matcher]
+        return find_matcher(self.matcher, self.answer_regex)
 
 
 class Problem(NamedTuple):

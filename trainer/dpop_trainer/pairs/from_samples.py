@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from dpop_trainer.pairs.matchers import MATCHERS, Verdict, regex_matcher
+from dpop_trainer.pairs.matchers import MATCHERS, Verdict, find_matcher
 from dpop_trainer.pairs.metamath import strip_calculator_marks
 from dpop_trainer.pairs.recipe import BuiltPair, Scaffold, SkippedRecord, edit_between, excerpt, text_field
 from dpop_trainer.pairs.source import open_source
@@ -50,13 +50,7 @@ class FromSamples:
     def __post_init__(self) -> None:
         if not self.labels:
             raise ValueError("labels: expected a file of labelled records, got none. Pass --labels.")
-        if self.matcher not in (*MATCHERS, "regex"):
-            raise ValueError(f"matcher: expected one of {', '.join(MATCHERS)} or regex, got {self.matcher!r}.")
-        if (self.matcher == "regex") != bool(self.answer_regex):
-            raise ValueError(
-                f"answer_regex: expected a pattern with matcher 'regex' and with no other, got {self.answer_regex!r} "
-                f"with {self.matcher!r}."
-            )
+        find_matcher(self.matcher, self.answer_regex)
         if self.max_per_record < 1:
             raise ValueError(f"max_per_record: expected at least 1, got {self.max_per_record}.")
 
@@ -78,7 +72,7 @@ class FromSamples:
 
     @functools.cached_property
     def _matches(self) -> Callable[[str, str], Verdict]:
-        return regex_matcher(self.answer_regex) if self.matcher == "regex" else MATCHERS[self.matcher]
+        return find_matcher(self.matcher, self.answer_regex)
 
     @functools.cached_property
     def _labelled(self) -> dict[str, tuple[str, str, str]]:

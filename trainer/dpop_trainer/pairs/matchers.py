@@ -134,3 +134,19 @@ MATCHERS: dict[str, Callable[[str, str], Verdict]] = {
     "choice": matches_choice,
 }
 """By name; "regex" is made by `regex_matcher`. A new matcher is one function and one line here."""
+
+
+def find_matcher(name: str, answer_regex: str | None) -> Callable[[str, str], Verdict]:
+    """The matcher of that name; `answer_regex` is the pattern of "regex", which no other takes.
+
+    Raises:
+        ValueError: there is no such matcher, or a pattern is missing, out of place or does not compile.
+    """
+    if name not in (*MATCHERS, "regex"):
+        raise ValueError(f"matcher: expected one of {', '.join(MATCHERS)} or regex, got {name!r}.")
+    if (name == "regex") != bool(answer_regex):
+        raise ValueError(
+            f"answer_regex: expected a pattern with matcher 'regex' and with no other, got {answer_regex!r} with "
+            f"{name!r}."
+        )
+    return regex_matcher(answer_regex) if answer_regex else MATCHERS[name]
