@@ -7,7 +7,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
+import third_party
+
+third_party.drop_deprecations_between_libraries()  # before the libraries take `warn` by name
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported

@@ -10,6 +10,7 @@ from dpop_trainer import DPOPConfig, DPOPTrainer, flat_attention
 from dpop_trainer.data import PairCollator
 from dpop_trainer.flat_attention import FLAT_ATTENTION, block_mask, use_flat_attention
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out, layout_difference, tree_obstacle
+from dpop_trainer.renamed import enable_checkpointing
 from peft import LoraConfig, get_peft_model
 from tiny import UNUSED_ID, VOCAB_SIZE, tiny_llama, token_pairs, word_tokenizer
 from transformers import AutoModelForCausalLM
@@ -259,7 +260,7 @@ def test_lora_and_gradient_checkpointing(layout, attention):
     expected = run(adapted(), rows, edge_pairs(), ref_shift=0.5)
     assert all("lora" in name for name in expected[2])
     model = adapted()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
     assert_same(run(model, replace(rows, layout=layout), edge_pairs(), ref_shift=0.5), expected, 1e-5)
 
 

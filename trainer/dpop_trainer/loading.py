@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dpop_trainer.config import HeadConfig
 from dpop_trainer.quantised import make_trainable
+from dpop_trainer.renamed import without_renaming_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def prepare_policy(
             )
         if isinstance(loaded, PeftModel):
             raise ValueError("peft_config: expected None with a model that is a peft model already, got one.")
-        loaded = get_peft_model(loaded, peft_config)
+        with without_renaming_warnings():
+            loaded = get_peft_model(loaded, peft_config)
     if isinstance(loaded, PeftModel) and args.gradient_checkpointing:
         loaded.enable_input_require_grads()  # else no gradient reaches the checkpointed blocks' adapters
     return Policy(loaded, tokenizer, loaded.get_input_embeddings().weight.shape[0])
