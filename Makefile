@@ -32,18 +32,21 @@ bench: $(READY)
 		--records benchmarks/results/levels.jsonl
 	@$(BIN)/python -m benchmarks.report
 
-# The pages keep their places relative to each other, so that every link works in the repository and on the site alike
+# Pages and what they link to keep their places, so that every link works in the repository and on the site alike
 docs: $(DOCS_VENV)/.ready
-	@rm -rf build/pages && mkdir -p build/pages/trainer
-	@cp -R README.md CHANGELOG.md SECURITY.md LICENSE docs examples build/pages/
-	@cp -R trainer/recipes build/pages/trainer/
+	@rm -rf build/pages && mkdir -p build/pages
+	@git ls-files --cached --others --exclude-standard -- '*.md' '*.png' '*.yaml' '*.sbatch' LICENSE CITATION.cff examples \
+		| tar -cf - -T - | tar -xf - -C build/pages
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
-	@echo "Written: site/index.html"
+	@! grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' site --include='*.html' || \
+		{ echo "site: expected pages that load nothing from elsewhere, found the above."; exit 1; }
+	@echo "Written: site/index.html (its search wants a server: python -m http.server -d site)"
 
 $(DOCS_VENV)/.ready: pyproject.toml
 	@echo "Setting up $(DOCS_VENV) (once)"
 	@$(PYTHON) -m venv $(DOCS_VENV)
-	@$(DOCS_VENV)/bin/python -m pip install --quiet 'mkdocs-material>=9.7,<10'
+	@$(DOCS_VENV)/bin/python -m pip install --quiet 'pip>=25.1'
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
 	@touch $@
 
 hub-kernel: $(READY)
