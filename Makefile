@@ -2,6 +2,10 @@
 # make test   lint, then the test suite
 # make lint   ruff and pyright
 # make bench  measure against the peers that are installed (ten minutes), then write the figures in README and docs
+# make portability   the numeric tests under every arithmetic of this processor, and their closest bounds
+# make test-newest   the test suite on the newest versions of everything, in an environment of its own
+# make test-oldest   ... on the lower bounds of pyproject.toml
+# make test-device   ... on the versions of the machine that GPU figures are measured on
 # make docs   the documentation as a site, site/index.html, in an environment of its own
 # make hub-kernel   the kernels as Hugging Face's `kernels` loads them, in build/hub
 #
@@ -14,7 +18,7 @@ DOCS_VENV := .venv-docs
 READY  := $(VENV)/.ready
 TEST_WORKERS ?= 2
 
-.PHONY: demo test lint bench docs hub-kernel clean
+.PHONY: demo test lint bench portability test-newest test-oldest test-device docs hub-kernel clean
 
 demo: $(READY)
 	@$(BIN)/dpop demo
@@ -31,6 +35,30 @@ bench: $(READY)
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
 		--records benchmarks/results/levels.jsonl
 	@$(BIN)/python -m benchmarks.report
+
+portability: $(READY)
+	@$(BIN)/python tests/portability.py
+
+test-newest test-oldest test-device: test-%: .venv-%/.ready
+	@.venv-$*/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+# Python versions that each environment takes, the best first; what uv is asked for there
+PYTHONS_newest := 3.14 3.13 3.12 3.11 3.10
+PYTHONS_oldest := 3.12 3.11 3.10
+PYTHONS_device := 3.12 3.11
+VERSIONS_newest := --upgrade
+VERSIONS_oldest := --resolution lowest-direct
+VERSIONS_device := torch==2.11.0 triton==3.6.0 transformers==5.17.0 'numpy<2.4'
+
+.venv-newest/.ready .venv-oldest/.ready .venv-device/.ready: .venv-%/.ready: pyproject.toml
+	@python=$$(for v in $(PYTHONS_$*); do for p in python$$v "$$HOME"/.pyenv/versions/$$v.*/bin/python; do \
+		"$$p" -c '' 2>/dev/null && { echo "$$p"; exit; }; done; done); \
+	test -n "$$python" || { echo "python: expected one of $(PYTHONS_$*), found none. Install one."; exit 1; }; \
+	echo "Setting up .venv-$* (once; $$("$$python" --version); log: .venv-$*/install.log)"; \
+	"$$python" -m venv .venv-$* && .venv-$*/bin/python -m pip install --quiet uv && \
+	.venv-$*/bin/uv pip install --python .venv-$*/bin/python $(VERSIONS_$*) --editable '.[dev]' \
+		> .venv-$*/install.log 2>&1 || { tail -n 30 .venv-$*/install.log; exit 1; }
+	@touch $@
 
 # Pages and what they link to keep their places, so that every link works in the repository and on the site alike
 docs: $(DOCS_VENV)/.ready
@@ -60,4 +88,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) build site runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) .venv-newest .venv-oldest .venv-device build site runs .pytest_cache .ruff_cache

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("DPOP_TEST_THREADS", "1")))
 os.environ["HF_HUB_OFFLINE"] = "1"
 # `with torch.device(...)` lists torch's allocating functions at its first use: now, while they are not poisoned yet
 with torch.device("meta"):

@@ -43,12 +43,22 @@ SUM = 2e-5
 and |z| = 2), and six times √16 of that is 2e-5."""
 
 
+class Guarantee(float):
+    """A bound that no arithmetic can exceed, however near it comes: `make portability` asks no distance of it."""
+
+    def __rmul__(self, factor):
+        return Guarantee(factor * float(self))
+
+    def __repr__(self):
+        return f"Guarantee({float(self)!r})"
+
+
 def stored(dtype, *, times=1, cut=False):
     """A guarantee: the relative error in the norm of a result of fp32 that was rounded to `dtype` so many times.
 
     Triton's interpreter cuts off what a GPU rounds to bf16 (`cut`): an error of up to one last place, not half of one.
     """
-    return times * (2 if cut else 1) * UNIT[dtype] + GRADIENT
+    return Guarantee(times * (2 if cut else 1) * UNIT[dtype] + GRADIENT)
 
 
 def sum_of(num_terms, magnitude, dtype=torch.float32):
