@@ -72,9 +72,6 @@ def write_stand_ins(folder: Path) -> None:
     write_llama(folder / "models" / "stories260K")
 
 
-# Data
-
-
 def write_data(folder: Path) -> None:
     makers = {
         "gsm8k/train.jsonl": word_problem,
@@ -236,9 +233,6 @@ def english(seed: int = 0, num_texts: int = 300) -> list[str]:
     return lines
 
 
-# Tokenizers
-
-
 def trained_merges(
     tokenizer: Tokenizer, corpus: Iterable[str], **options: Any
 ) -> tuple[list[str], list[tuple[str, str]]]:
@@ -302,9 +296,6 @@ def most_characters() -> Iterator[str]:
     blocks += [(0xE01, 0xE5C), (0x3001, 0x3100)]
     for start, stop, *step in [*blocks, (0x4E00, 0x9000, 2), (0xAC00, 0xD7A4, 2)]:
         yield from (chr(code) for code in range(start, stop, *step) if chr(code).isprintable())
-
-
-# Model
 
 
 def write_llama(folder: Path) -> None:
