@@ -310,6 +310,7 @@ def write_llama(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
+        dtype="float32",
         vocab_size=512,
         hidden_size=64,
         intermediate_size=172,
