@@ -66,9 +66,9 @@ def chats(words):
     ("name", "num_records"),
     [("dpo_en_demo.json", 300), ("orca_dpo_pairs_validation.jsonl", 284), ("tulu_preference_sample.jsonl", 100)],
 )
-def test_public_preference_files_train(tmp_path, capsys, shared_data, request, name, num_records):
+def test_public_preference_files_train(tmp_path, capsys, shared_once, request, name, num_records):
     """From the command line, each in its form, with nothing said about it; every record is accounted for."""
-    path, run = shared_data / "prefs" / name, tmp_path / "run"
+    path, run = shared_once / "data" / "prefs" / name, tmp_path / "run"
     pretrained = request.getfixturevalue("tiny_llama")  # the name of the random one of `tiny` here
     (tmp_path / "chat.jinja").write_text(CHAT)
     argv = ["train", *flags(model_name_or_path=pretrained, dataset_name=path, output_dir=run, max_length=256)]
