@@ -1,7 +1,8 @@
-# make demo   train DPO and DPOP on generated low-edit pairs and compare them (offline, minutes)
-# make test   lint, then the test suite
-# make lint   ruff and pyright
-# make bench  measure against the peers that are installed (ten minutes), then write the figures in README and docs
+# make demo         train DPO and DPOP on generated low-edit pairs and compare them (offline, minutes)
+# make test         lint, then the test suite
+# make lint         ruff and pyright
+# make dist-check   build the wheel and the sdist, and try both in an empty environment (four minutes, mostly pip)
+# make bench        measure against the peers that are installed (ten minutes), then write README's and docs' figures
 #
 # Each target sets up .venv by itself, only when it is missing or its inputs changed.
 
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TEST_WORKERS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint dist-check bench clean
 
 demo: $(READY)
 	@$(BIN)/dpop demo
@@ -23,6 +24,9 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+dist-check: $(READY)
+	@$(BIN)/python tests/dist_check.py
 
 bench: $(READY)
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
@@ -37,4 +41,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache
