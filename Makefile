@@ -1,12 +1,13 @@
-# make demo   train DPO and DPOP on generated low-edit pairs and compare them (offline, minutes)
-# make test   lint, then the test suite
-# make lint   ruff and pyright
-# make bench  measure against the peers that are installed (ten minutes), then write the figures in README and docs
-# make portability   the numeric tests under every arithmetic of this processor, and their closest bounds
-# make test-newest   the test suite on the newest versions of everything, in an environment of its own
-# make test-oldest   ... on the lower bounds of pyproject.toml
-# make test-device   ... on the versions of the machine that GPU figures are measured on
-# make docs   the documentation as a site, site/index.html, in an environment of its own
+# make demo         train DPO and DPOP on generated low-edit pairs and compare them (offline, minutes)
+# make test         lint, then the test suite
+# make lint         ruff and pyright
+# make portability  the numeric tests under every arithmetic of this processor, and their closest bounds
+# make test-newest  the test suite on the newest versions of everything, in an environment of its own
+# make test-oldest  ... on the lower bounds of pyproject.toml
+# make test-device  ... on the versions of the machine that GPU figures are measured on
+# make dist-check   build the wheel and the sdist, and try both in an empty environment (four minutes, mostly pip)
+# make bench        measure against the peers that are installed (ten minutes), then write README's and docs' figures
+# make docs         the documentation as a site, site/index.html, in an environment of its own
 # make hub-kernel   the kernels as Hugging Face's `kernels` loads them, in build/hub
 #
 # Each target sets up .venv by itself, only when it is missing or its inputs changed.
@@ -18,7 +19,7 @@ DOCS_VENV := .venv-docs
 READY  := $(VENV)/.ready
 TEST_WORKERS ?= 2
 
-.PHONY: demo test lint bench portability test-newest test-oldest test-device docs hub-kernel clean
+.PHONY: demo test lint portability test-newest test-oldest test-device dist-check bench docs hub-kernel clean
 
 demo: $(READY)
 	@$(BIN)/dpop demo
@@ -30,6 +31,9 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+dist-check: $(READY)
+	@$(BIN)/python tests/dist_check.py
 
 bench: $(READY)
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
@@ -88,4 +92,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) .venv-newest .venv-oldest .venv-device build site runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) .venv-newest .venv-oldest .venv-device build dist site runs .pytest_cache .ruff_cache

@@ -4,15 +4,15 @@ import os
 import socket
 import sys
 import warnings
-from pathlib import Path
 
 import third_party
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from dpop_trainer.recipes import FOLDER
 from torch import multiprocessing as mp
 
-RECIPES = Path(__file__).parents[1] / "trainer" / "recipes" / "accelerate"
+RECIPES = FOLDER / "accelerate"
 
 
 def launcher_arguments(recipe):

@@ -202,7 +202,10 @@ def test_mixture_and_evaluation_sets_by_name(tmp_path, model):
         ({"max_train_pairs": 0}, "max_train_pairs: expected at least 1, got 0"),
         ({"dataset_test_split": "test"}, "dataset_test_split: expected a data set with several splits, got the file"),
         ({"chat_template_path": "nowhere.jinja"}, "chat_template_path: expected an existing file"),
-        ({"chat_template_path": "./nowhere"}, "chat_template_path: expected a .jinja file, a model to take it from"),
+        (
+            {"chat_template_path": "./nowhere"},
+            "chat_template_path: expected chatml, a .jinja file, a model to take it",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_named(tmp_path, model, capsys, more, message):

@@ -18,6 +18,7 @@ USAGE = """usage: dpop COMMAND [options]
 
   train      preference fine-tuning: dpop train --config run.yaml [--any_field value]
   sft        supervised fine-tuning on the chosen answers, to start from: dpop sft --config run.yaml
+  recipes    run files for the paper's models and today's: dpop recipes, then dpop train --recipe lora
   pairs      build preference pairs, or look at yours before training: dpop pairs inspect pairs.jsonl
   inspect    what training did to the chosen answers, token by token: dpop inspect RUN --pairs pairs.jsonl
   plan       does it fit, how long, what does it cost, before booking: dpop plan --config run.yaml --device h100-80gb
@@ -79,6 +80,12 @@ def sft(argv: list[str]) -> int:
     from dpop_trainer.config import SFTConfig
 
     return _run(argv, "sft", SFTConfig)
+
+
+def recipes(argv: list[str]) -> int:
+    from dpop_trainer.recipes.cli import main as run
+
+    return run(argv)
 
 
 def pairs(argv: list[str]) -> int:
@@ -213,6 +220,7 @@ def _free_space() -> str:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sft": sft,
+    "recipes": recipes,
     "pairs": pairs,
     "inspect": inspect,
     "plan": plan,

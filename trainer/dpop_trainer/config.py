@@ -109,8 +109,8 @@ class HeadConfig(TrainingArguments):
     chat_template_path: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template for a tokenizer that has none, or another: a .jinja file, a model's folder or hub "
-            "id to take it from, or the template itself."
+            "help": "Chat template for a tokenizer that has none, or another: chatml, a .jinja file, a model's folder "
+            "or hub id to take it from, or the template itself."
         },
     )
     pad_to_multiple_of: int | str | None = field(
