@@ -16,8 +16,8 @@ from typing import Any
 
 from datasets import Dataset
 from dpop_trainer.data import Budget, PairCollator, plan_batches, tokenise_pairs
-from dpop_trainer.loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.pairs.metamath import build_pairs
+from dpop_trainer.tokenizer_loading import load_tokenizer, prepare_tokenizer
 
 BUDGET = 4096
 """Positions of a batch."""

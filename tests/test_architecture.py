@@ -148,7 +148,7 @@ def test_benchmarks_reach_the_house_from_outside():
 
 def test_recipes_know_nothing_of_training():
     """Building pairs needs no torch: it runs where the data is. `datasets` is asked for the hub alone."""
-    allowed = ("dpop_trainer.pairs", "dpop_trainer.doctor.commands")
+    allowed = ("dpop_trainer.pairs", "dpop_trainer.doctor.commands", "dpop_trainer.command_parser")
     for path in (ROOT / "trainer" / "dpop_trainer" / "pairs").glob("*.py"):
         for module in imported_modules(path):
             assert not module.startswith(("torch", "transformers", "dpop_kernels")), (path, module)
@@ -157,7 +157,8 @@ def test_recipes_know_nothing_of_training():
 
 def test_doctor_trains_nothing():
     """Pairs are examined without the trainer; only the model's view of them needs the kernels."""
-    allowed = ("data", "doctor", "edits", "graphemes", "loading", "pairs.write", "token_text", "versions")
+    allowed = ("command_parser", "data", "doctor", "edits", "graphemes", "loading", "model_paths", "pairs.write")
+    allowed += ("token_text", "tokenizer_loading", "versions")
     for path in (ROOT / "trainer" / "dpop_trainer" / "doctor").glob("*.py"):
         for module in imported_modules(path):
             if path.name != "ches.py":

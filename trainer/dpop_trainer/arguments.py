@@ -3,17 +3,22 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from transformers import TrainingArguments
 
+from dpop_trainer.config_checks import check_data_fields, check_preference_fields
 from dpop_trainer.errors import UsageError
+from dpop_trainer.ranges import check_ranges
 from dpop_trainer.recipes import run_recipe
-from dpop_trainer.run_parser import RunParser, check_yaml_value, sections
-from dpop_trainer.trl_fields import TRLFields, name_hint
+from dpop_trainer.run_parser import RunParser, check_yaml_value, sections, training_arguments
+from dpop_trainer.source_classes import class_from_source, function_from_source
+from dpop_trainer.trl_fields import TRLFields, check_trl_fields, name_hint
 
-Config = TypeVar("Config", bound=TrainingArguments)
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+Config = TypeVar("Config", bound="TrainingArguments")
 
 
 @dataclass
@@ -173,6 +178,54 @@ def parse_arguments(
     return parser.parse_dict(values, allow_extra_keys=False)
 
 
+def check_arguments(
+    module: str, name: str, argv: list[str], program: str, *more_classes: type[Any]
+) -> tuple[Any, ...] | None:
+    """What can be told of a command line before torch and transformers are imported; `--help` is printed, and stops.
+
+    Args:
+        module: of the configuration class, which is read from its source.
+        name: of that class.
+        argv: as for `parse_arguments`, with the two below.
+        program: what the usage line begins with.
+        more_classes: further dataclasses of arguments.
+
+    Returns:
+        As `parse_arguments`, with a stand-in for the configuration, its own checks partly made. None: nothing is told.
+
+    Raises:
+        UsageError: a flag does not exist, or lacks a value that it can take.
+        ValueError: a file, key or value that `parse_arguments` would refuse, or a number out of its range.
+    """
+    stand_in = class_from_source(module, name)
+    if stand_in is None:
+        return None
+    parts = parse_arguments(stand_in, argv, program, *more_classes)
+    config: Any = parts[2]
+    check_trl_fields(config)
+    check_ranges(config)
+    check_data_fields(config)
+    if hasattr(config, "loss_type"):
+        check_preference_fields(config)
+        _check_losses(config)
+    return parts
+
+
+def _check_losses(config: Any) -> None:
+    """Names, weights and numbers of losses, by the kernels' own functions, which need no torch for it."""
+    resolve_losses = function_from_source("dpop_kernels.loss_weights", "resolve_losses")
+    check_numbers = function_from_source("dpop_kernels.loss_options", "check_hyperparameters")
+    if resolve_losses is not None and check_numbers is not None:
+        resolve_losses(config.loss_type, config.loss_weights)
+        check_numbers(
+            config.beta,
+            config.dpop_lambda,
+            dead_zone=config.dpop_dead_zone,
+            label_smoothing=config.label_smoothing,
+            discopop_tau=config.discopop_tau,
+        )
+
+
 def arguments_of(values: dict[str, Any], config_class: type[Config]) -> tuple[ModelArguments, DataArguments, Config]:
     """The dataclasses from what `run_config` made of them."""
     parser = RunParser((ModelArguments, DataArguments, config_class), "dpop")
@@ -183,7 +236,7 @@ def run_config(*parts: Any) -> dict[str, Any]:
     """The complete configuration of a run as plain values: `--config` on it gives the same run. Holds no secrets."""
     merged: dict[str, Any] = {}
     for part in parts:
-        if isinstance(part, TrainingArguments):
+        if training_arguments(type(part)):
             values = {**part.to_dict(), "pad_token": getattr(part, "pad_token", None)}  # which is no secret
             left_out = {item.name for item in fields(TRLFields)} | {"hub_token", "push_to_hub_token"}
             names = [item.name for item in fields(part) if item.init and item.name not in left_out]

@@ -14,6 +14,7 @@ from dpop_kernels.backends import select_backend
 from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES
 from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.loss_weights import check_options, resolve_losses
+from dpop_trainer.config_checks import check_data_fields, check_preference_fields
 from dpop_trainer.ranges import check_ranges
 from dpop_trainer.renamed import (
     can_offload_activations,
@@ -127,19 +128,8 @@ class HeadConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_trl_fields(self)
         check_ranges(self)
-        if self.truncation_mode not in ("keep_start", "keep_end"):
-            raise ValueError(
-                f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}. keep_start cuts "
-                "the answers' ends, keep_end the prompt's start."
-            )
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(
-                f"max_length: expected None or at least 2 tokens, got {self.max_length}. One is a prompt's, one "
-                "an answer's."
-            )
+        check_data_fields(self)
         self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", self.pad_to_multiple_of)
-        if self.on_bad_record not in ("error", "skip"):
-            raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {self.on_bad_record!r}.")
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -325,33 +315,14 @@ class DPOPConfig(TRLFields, HeadConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.chosen_logratio_warning is not None and not self.chosen_logratio_warning > 0:
-            raise ValueError(
-                f"chosen_logratio_warning: expected nats > 0, or None to switch it off, got "
-                f"{self.chosen_logratio_warning}."
-            )
+        check_preference_fields(self)
         losses = resolve_losses(self.loss_type, self.loss_weights)
         self.loss_type = list(losses)
         if self.loss_weights is not None:
             self.loss_weights = list(losses.values())
-        if not 0 <= self.dpop_dead_zone < math.inf:
-            raise ValueError(
-                f"dpop_dead_zone: expected a finite value >= 0, in nats, got {self.dpop_dead_zone}. 0 is the paper's "
-                "loss."
-            )
         check_options(self.loss_options(), list(losses))
-        warmup = self.dpop_lambda_warmup_steps
-        if not 0 <= warmup < math.inf or (warmup > 1 and warmup != int(warmup)):
-            raise ValueError(
-                f"dpop_lambda_warmup_steps: expected a whole number of steps, or a fraction below 1, got {warmup}."
-            )
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {', '.join(map(repr, LAYOUTS))}, got {self.layout!r}.")
-        self._check_budget()
-        if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
-            raise ValueError(
-                f"precompute_ref_batch_size: expected None or at least 1 pair, got {self.precompute_ref_batch_size}."
-            )
         super().__post_init__()
 
     def weights_by_loss(self) -> dict[str, float]:
@@ -377,31 +348,6 @@ class DPOPConfig(TRLFields, HeadConfig):
         warmup = self.dpop_lambda_warmup_steps
         warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else warmup
         return self.dpop_lambda if step >= warmup_steps else self.dpop_lambda * step / warmup_steps
-
-    def _check_budget(self) -> None:
-        if self.max_tokens_per_batch is None:
-            if self.group_by_prompt:
-                raise ValueError("group_by_prompt: expected max_tokens_per_batch beside it, got None. Set both.")
-            return
-        if self.max_tokens_per_batch < 2:
-            raise ValueError(
-                f"max_tokens_per_batch: expected None or at least 2 positions, got {self.max_tokens_per_batch}."
-            )
-        if self.train_sampling_strategy != "random":
-            raise ValueError(
-                "train_sampling_strategy: expected 'random' with max_tokens_per_batch, which plans its own batches, "
-                f"got {self.train_sampling_strategy!r}. Leave one of the two out."
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size: expected False with max_tokens_per_batch, which no number of pairs changes, "
-                "got True. Lower max_tokens_per_batch instead."
-            )
-        if self.group_by_prompt and self.layout in ("rows", "tree"):
-            raise ValueError(
-                f"group_by_prompt: expected layout 'auto', 'packed' or 'flat', got {self.layout!r}, which computes the "
-                "prompt for each pair anew."
-            )
 
 
 def _whole_number(name: str, value: int | str | None) -> int | None:

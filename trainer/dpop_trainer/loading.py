@@ -1,18 +1,18 @@
-"""Models and tokenizers by name or path, with the checks that save a wasted run."""
+"""Models by name or path, with the checks that save a wasted run."""
 
 import logging
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpop_trainer.config import HeadConfig
+from dpop_trainer.model_paths import check_local_path
 from dpop_trainer.quantised import make_trainable
-from dpop_trainer.recipes import recipe_files
 from dpop_trainer.renamed import without_renaming_warnings
+from dpop_trainer.tokenizer_loading import load_chat_template, load_tokenizer, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -101,81 +101,6 @@ def load_model(
     return model
 
 
-def load_tokenizer(
-    name_or_path: str | None, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model.
-
-    Raises:
-        ValueError: none is found there.
-    """
-    if not name_or_path:
-        raise ValueError(
-            "processing_class: expected a tokenizer, got None, and the model does not say where it came from. Pass the "
-            "tokenizer that the model was trained with."
-        )
-    check_local_path(name_or_path, "")
-    try:
-        revision = revision or "main"
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"processing_class: expected a tokenizer at {name_or_path!r}, found none. {error}") from error
-
-
-def load_chat_template(path_or_text: str) -> str:
-    """A chat template by name (chatml), from a .jinja file, from another model's tokenizer, or as it stands.
-
-    Raises:
-        ValueError: there is no such file or tokenizer, or the tokenizer has no template.
-    """
-    if "{{" in path_or_text or "{%" in path_or_text:
-        return path_or_text
-    path = recipe_files().get(f"{path_or_text}.jinja") or Path(path_or_text).expanduser()
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    if path.suffix in (".jinja", ".j2"):
-        raise ValueError(f"chat_template_path: expected an existing file, got {path_or_text!r}. Check the path.")
-    try:
-        template = load_tokenizer(path_or_text).chat_template
-    except ValueError as error:
-        raise ValueError(
-            f"chat_template_path: expected chatml, a .jinja file, a model to take it from, or a template, "
-            f"got {path_or_text!r}. {error}"
-        ) from error
-    if not isinstance(template, str):
-        raise ValueError(
-            f"chat_template_path: expected a model whose tokenizer has one chat template, got {path_or_text!r}. "
-            "Take it from a chat model, or write a .jinja file."
-        )
-    return template
-
-
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, pad_token: str | None = None) -> None:
-    """Give it a padding token where it has none (the end of sequence: padding is masked, so any token will do).
-
-    Args:
-        tokenizer: changed in place.
-        pad_token: the token to pad with, whatever the tokenizer has.
-
-    Raises:
-        ValueError: the tokenizer does not know `pad_token`, or has neither a padding nor an end-of-sequence token.
-    """
-    if pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            raise ValueError(
-                f"pad_token: expected a token of the tokenizer's vocabulary, got {pad_token!r}. Leave it out: padding "
-                "is masked, so any token will do."
-            )
-        tokenizer.pad_token = pad_token
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "processing_class: expected a tokenizer with an end-of-sequence token, got one without. Set "
-                "tokenizer.eos_token to the token that ends an answer."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-
-
 def _check_loaded(init_kwargs: dict[str, Any], quantization_config: Any) -> None:
     """A model that is loaded already takes no arguments for loading."""
     if quantization_config is not None:
@@ -198,17 +123,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def check_local_path(name_or_path: str, required_file: str) -> None:
-    """
-    Raises:
-        ValueError: the name is that of a local folder, and there is no such folder with this file.
-    """
-    path = Path(name_or_path)
-    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
-    if looks_local and not (path.expanduser() / required_file).exists():
-        raise ValueError(
-            f"model: expected a folder with {required_file or 'a tokenizer'}, found none at {name_or_path!r}. "
-            "Check the path (it is relative to the working directory)."
-        )

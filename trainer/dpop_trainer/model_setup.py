@@ -10,22 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.arguments import ModelArguments
 from dpop_trainer.config import HeadConfig
-from dpop_trainer.loading import check_local_path, load_tokenizer
 from dpop_trainer.quantised import check_bitsandbytes, compute_dtype, four_bit_config
+from dpop_trainer.run_inputs import model_name
+from dpop_trainer.tokenizer_loading import load_tokenizer
 from dpop_trainer.trl_fields import name_hint
 
 logger = logging.getLogger(__name__)
-
-
-def model_name(arguments: ModelArguments) -> str:
-    """
-    Raises:
-        ValueError: there is none, or it is a local folder without a model.
-    """
-    if not arguments.model_name_or_path:
-        raise ValueError("model_name_or_path: expected a hub id or a local folder, got none. Set it in the YAML file.")
-    check_local_path(arguments.model_name_or_path, "config.json")
-    return arguments.model_name_or_path
 
 
 def tokenizer_of(arguments: ModelArguments, config: HeadConfig) -> PreTrainedTokenizerBase:

@@ -1,8 +1,9 @@
 """Ranges of transformers' own numbers, which it checks late, without naming them, or not at all."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _AT_LEAST_ONE = {
     "per_device_train_batch_size": "If one is too much for the memory, lower max_length.",
@@ -23,7 +24,7 @@ _INTERVALS = (
 )
 
 
-def check_ranges(args: TrainingArguments) -> None:
+def check_ranges(args: "TrainingArguments") -> None:
     """
     Args:
         args: as the user gave them; `TrainingArguments.__post_init__` has not run yet.

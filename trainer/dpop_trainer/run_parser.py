@@ -4,13 +4,18 @@ import argparse
 import inspect
 import shutil
 from dataclasses import fields
-from typing import Any, NoReturn, get_type_hints
-
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import string_to_bool
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 from dpop_trainer.errors import UsageError
+from dpop_trainer.source_classes import module_from_file
 from dpop_trainer.trl_fields import ALTERNATIVES, name_hint
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
+else:  # the file needs nothing of transformers, whose import would take ten seconds
+    _hf_argparser = module_from_file("transformers.hf_argparser")
+    HfArgumentParser, string_to_bool = _hf_argparser.HfArgumentParser, _hf_argparser.string_to_bool
 
 # of transformers' hundred, those that most runs set; shown before the rest
 EVERYDAY_FIELDS = (
@@ -101,12 +106,20 @@ class RunParser(HfArgumentParser):
 def sections(dtype: type) -> dict[str, list[str]]:
     """The fields of a dataclass of arguments by the title of the section they are shown in."""
     names = [item.name for item in fields(dtype) if item.init]  # type: ignore[arg-type]
-    if not issubclass(dtype, TrainingArguments):
+    base = training_arguments(dtype)
+    if base is None:
         return {_first_line(dtype): names}
-    inherited = {item.name for item in fields(TrainingArguments)}
+    inherited = {item.name for item in fields(base)}
     own = inspect.get_annotations(dtype)
     here = sorted((name for name in names if name not in inherited), key=lambda name: name not in own)
-    everyday = [*EVERYDAY_FIELDS, *(name for cls in dtype.__mro__ for name in _overridden(cls) if name in inherited)]
+    overridden = {
+        name
+        for cls in dtype.__mro__
+        if cls is not base and training_arguments(cls)
+        for name in inspect.get_annotations(cls)
+        if name in inherited and name not in ALTERNATIVES
+    }
+    everyday = {*EVERYDAY_FIELDS, *overridden}
     return {
         "Loss, data processing, kernels": here,
         "Training": [name for name in names if name in everyday and name not in here],
@@ -114,6 +127,11 @@ def sections(dtype: type) -> dict[str, list[str]]:
             n for n in names if n not in here and n not in everyday
         ],
     }
+
+
+def training_arguments(dtype: type) -> Any:
+    """The `TrainingArguments` that a class derives from: transformers', or what their source says; else None."""
+    return next((cls for cls in dtype.__mro__ if cls.__name__ == "TrainingArguments"), None)
 
 
 def check_yaml_value(place: str, action: argparse.Action, value: Any) -> Any:
@@ -127,6 +145,8 @@ def check_yaml_value(place: str, action: argparse.Action, value: Any) -> Any:
     Raises:
         ValueError: it is of another kind; the message says of which.
     """
+    if isinstance(value, str) and action.choices and value not in (choices := [*map(str, action.choices)]):
+        raise ValueError(f"{place}: expected one of {', '.join(choices)}, got {value!r}.")
     if value is None or isinstance(value, str):
         return [value] if isinstance(value, str) and action.nargs == "+" else value
     if action.nargs == "+":
@@ -167,10 +187,3 @@ class _Help(argparse.HelpFormatter):
 
 def _first_line(dtype: type) -> str:
     return (dtype.__doc__ or dtype.__name__).partition(".")[0]
-
-
-def _overridden(cls: type) -> list[str]:
-    """The fields that a class below transformers' own declares."""
-    if cls is TrainingArguments or not issubclass(cls, TrainingArguments):
-        return []
-    return [name for name in inspect.get_annotations(cls) if name not in ALTERNATIVES]

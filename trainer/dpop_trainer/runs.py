@@ -16,9 +16,10 @@ from dpop_trainer.data.encode import check_tokenizer
 from dpop_trainer.data.mixture import DatasetSource, mix_pairs, mix_streams, parse_sources
 from dpop_trainer.data.stream import RowStream, ShuffledStream
 from dpop_trainer.files import check_writable
-from dpop_trainer.model_setup import init_kwargs, lora_config, model_name, quantization_config, tokenizer_of
+from dpop_trainer.model_setup import init_kwargs, lora_config, quantization_config, tokenizer_of
 from dpop_trainer.run_end import is_finished, mark_finished
 from dpop_trainer.run_files import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, PLOT_FILE
+from dpop_trainer.run_inputs import check_data, model_name
 from dpop_trainer.sft import SFTTrainer
 from dpop_trainer.trainer import DPOPTrainer
 
@@ -135,14 +136,8 @@ def _train_and_save(trainer: HeadTrainer, config: HeadConfig) -> None:
 
 def _load_data(arguments: DataArguments, config: HeadConfig, *, completions: bool = False) -> tuple[Any, Any]:
     """The training data and the evaluation data (one data set, several by name, or none), read but not tokenised."""
-    source, mixture = arguments.dataset_name, arguments.dataset_mixture
-    if not source and not mixture:
-        raise ValueError("dataset_name: expected a hub id or a local file, got none. Set it in the YAML or as a flag.")
-    if source and mixture:
-        raise ValueError("dataset_mixture: expected none beside dataset_name, got both. Put all into the mixture.")
-    limit = arguments.max_train_pairs
-    if limit is not None and limit < 1:
-        raise ValueError(f"max_train_pairs: expected at least 1, got {limit}. Leave it out to train on all.")
+    check_data(arguments)
+    source, mixture, limit = arguments.dataset_name, arguments.dataset_mixture, arguments.max_train_pairs
     options: dict[str, Any] = {"name": arguments.dataset_config, "completions": completions}
     if arguments.streaming:
         return _stream(arguments, config, limit, options), _load_eval(arguments, config, options)

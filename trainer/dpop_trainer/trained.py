@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
+from dpop_trainer.loading import load_model
+from dpop_trainer.model_paths import check_trained_path
 from dpop_trainer.quantised import widened
 from dpop_trainer.renamed import without_renaming_warnings
+from dpop_trainer.tokenizer_loading import load_tokenizer, prepare_tokenizer
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
 
@@ -33,22 +35,13 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
         ValueError: a local path with neither a model nor an adapter, a hub id that cannot be had, or an adapter that
             names no base.
     """
+    check_trained_path(name_or_path)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         config_file = path / "adapter_config.json"
         if not config_file.exists():
-            if not (path / "config.json").exists():
-                raise ValueError(
-                    f"model: expected a folder with config.json or adapter_config.json, found neither in "
-                    f"{name_or_path!r}. Name the output_dir of a finished run, or one of its checkpoints."
-                )
             return None
     else:
-        if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-            raise ValueError(
-                f"model: expected an existing folder or a hub id, found nothing at {name_or_path!r}. Check the path "
-                "(it is relative to the working directory)."
-            )
         found = find_adapter_config_file(name_or_path, revision=revision)
         if found is None:
             try:

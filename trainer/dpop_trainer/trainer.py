@@ -22,8 +22,9 @@ from dpop_trainer.data.shares import FILLER_KEY
 from dpop_trainer.data.stream import first_records
 from dpop_trainer.flat_attention import use_flat_attention
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out
-from dpop_trainer.loading import Policy, check_local_path, disable_dropout, prepare_policy
+from dpop_trainer.loading import Policy, disable_dropout, prepare_policy
 from dpop_trainer.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
+from dpop_trainer.model_paths import check_local_path
 from dpop_trainer.quantised import make_trainable
 from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
 from dpop_trainer.split_preparation import tokenise_for_training

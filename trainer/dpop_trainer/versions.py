@@ -1,14 +1,13 @@
-"""Which versions a result was made with, and on what."""
+"""Which versions a result was made with, and on what. Imports nothing to find out."""
 
 import os
 import platform
+import sys
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-
-import dpop_kernels
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _BESIDE = (
     "triton",
@@ -26,15 +25,23 @@ _BESIDE = (
 def versions() -> dict[str, str]:
     """Names and versions of what decides a run's numbers."""
     return {
-        "dpop-kernels": dpop_kernels.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "dpop-kernels": _version("dpop-kernels"),
+        "torch": _version("torch"),
+        "transformers": _version("transformers"),
         "python": platform.python_version(),
     }
 
 
-def environment(args: transformers.TrainingArguments) -> dict[str, Any]:
+def _version(distribution: str) -> str:
+    """What the module says where it is there, which is what runs; else what is installed."""
+    module = sys.modules.get(distribution.replace("-", "_"))
+    return str(getattr(module, "__version__", None) or metadata.version(distribution))
+
+
+def environment(args: "TrainingArguments") -> dict[str, Any]:
     """What a run ran on: versions, device, threads, ranks. Nothing about the user, the folders or the network."""
+    import torch
+
     found = {}
     for name in _BESIDE:
         try:

@@ -10,11 +10,10 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from dpop_trainer.data.arrow_cache import cached_arrow, replacing
-from dpop_trainer.data.read_json import is_json, read_json_records
+from dpop_trainer.data.read_json import read_json_records
 from dpop_trainer.data.records import BadRecord
 from dpop_trainer.data.sound_cache import drop_unreadable
-
-_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+from dpop_trainer.data.source_path import check_source_path, loader_of
 
 
 class _Records(NamedTuple):
@@ -93,14 +92,10 @@ def open_source(
                 f"source: expected a folder of data files or one that save_to_disk wrote, got {source} ({reason}). "
                 "Name one file of it, or another folder."
             ) from error
-    loader = "json" if is_json(path) else _LOADERS.get(path.suffix)
+    check_source_path(source, split)
     if path.is_file():
-        if loader is None:
-            raise ValueError(
-                f"source: expected a file ending in {', '.join(_LOADERS)} (JSON also with .gz), got {source}. "
-                "Convert it: one JSON object per line, with the fields that docs/data.md lists."
-            )
-        check_plain_split(split)
+        loader = loader_of(path)
+        assert loader is not None
         if loader == "json":
             return _read_json(path)
         try:
@@ -108,11 +103,6 @@ def open_source(
         except (DatasetGenerationError, pa.ArrowException) as error:
             reason = error.__cause__ or error
             raise ValueError(f"source: expected a readable {path.suffix} file, got {path} ({reason}).") from error
-    if loader or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise FileNotFoundError(
-            f"source: expected an existing file or folder, got {source}. "
-            f"Check the path; a relative one begins at {Path.cwd()}."
-        )
     try:
         return datasets.load_dataset(source, name, split=split, revision=revision, **options)
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -121,17 +111,6 @@ def open_source(
             f"first two in {Path.cwd()}. Check the name, and log in if the data set is private or gated. Asking the "
             f"hub: {error}"
         ) from error
-
-
-def check_plain_split(split: str) -> None:
-    """
-    Raises:
-        ValueError: a slice or a sum of splits is asked of a file, which has one split.
-    """
-    if "[" in split or "+" in split:
-        raise ValueError(
-            f"split: expected a plain name for a file, got {split!r}. Load the file, then use Dataset.select."
-        )
 
 
 def _read_json(path: Path) -> Dataset:

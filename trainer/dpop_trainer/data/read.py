@@ -20,9 +20,10 @@ from dpop_trainer.data.convert import (
     sample_of_records,
 )
 from dpop_trainer.data.forms import Form
-from dpop_trainer.data.load import check_plain_split, load_pairs, open_source
-from dpop_trainer.data.read_json import PlacedRecord, is_json, progress, read_json_records
+from dpop_trainer.data.load import load_pairs, open_source
+from dpop_trainer.data.read_json import PlacedRecord, progress, read_json_records
 from dpop_trainer.data.records import BadRecord, raise_bad_records
+from dpop_trainer.data.source_path import check_plain_split, is_json
 
 Item = PlacedRecord | BadRecord
 

@@ -11,6 +11,7 @@ from typing import IO, Any, NamedTuple
 from tqdm.auto import tqdm
 
 from dpop_trainer.data.records import BadRecord
+from dpop_trainer.data.source_path import json_suffix
 
 _BLOCK = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -24,11 +25,6 @@ class PlacedRecord(NamedTuple):
     record: dict[str, Any]
 
 
-def is_json(path: Path) -> bool:
-    """Whether the file's name says that it holds JSON: .jsonl or .json, compressed by gzip or not."""
-    return _suffix(path) in (".jsonl", ".json")
-
-
 def read_json_records(path: Path) -> Iterator[PlacedRecord | BadRecord]:
     """Every record of a file, in order: one per line, or, in a .json file that begins with a bracket, of one list.
 
@@ -39,7 +35,7 @@ def read_json_records(path: Path) -> Iterator[PlacedRecord | BadRecord]:
         with _open(path) as file:
             if file.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:  # which some editors write
                 file.seek(0)
-            if _suffix(path) == ".json" and _begins_with_bracket(file):
+            if json_suffix(path) == ".json" and _begins_with_bracket(file):
                 yield from _list_records(file, path)
             else:
                 yield from _line_records(file, path)
@@ -51,10 +47,6 @@ def excerpt(content: bytes | str) -> str:
     """The beginning of what was found, for messages."""
     text = (content if isinstance(content, str) else content.decode("utf-8", errors="replace")).strip()
     return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _suffix(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def _open(path: Path) -> Any:

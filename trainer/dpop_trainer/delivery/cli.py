@@ -1,19 +1,26 @@
 """The options of `dpop export`."""
 
-import argparse
+from dpop_trainer.command_parser import CommandParser
+from dpop_trainer.delivery.inputs import check_out, evaluation_file
+from dpop_trainer.model_paths import check_trained_path
 
 
 def main(argv: list[str]) -> int:
-    """Parse and export."""
+    """Parse, look for what is named, export."""
+    options = vars(_parser().parse_args(argv))
+    check_trained_path(options["run"])
+    if options["base"]:
+        check_trained_path(options["base"])
+    check_out(options["out"])
+    evaluation_file(options["evaluation"])
     from dpop_trainer.delivery.export import run_export
 
-    options = vars(_parser().parse_args(argv))
     run_export(options.pop("run"), **options)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         "dpop export",
         description="A run as a folder that anyone can load: the adapter merged into its base, "
         "safetensors, tokenizer, chat template, and a model card from the run's records.",

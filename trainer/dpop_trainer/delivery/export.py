@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from dpop_trainer.delivery.card import model_card, shown_model
+from dpop_trainer.delivery.inputs import check_out, evaluation_file
 from dpop_trainer.delivery.merge import Merged, largest_change, merge_run, probe_logps
 from dpop_trainer.loading import load_model
 from dpop_trainer.quantised import as_trained
@@ -60,9 +61,8 @@ def run_export(
             run did.
     """
     folder = Path(out)
-    if (folder / "config.json").exists():
-        raise ValueError(f"out: expected a folder without a model, found one in {out!r}. Give another, or remove it.")
-    evaluation_file = _evaluation_file(evaluation)
+    check_out(out)
+    results = evaluation_file(evaluation)
     run_config = read_run_config(Path(run))
     if merge_into not in (None, "rounded", "full"):
         raise ValueError(f"merge_into: expected 'rounded' or 'full', got {merge_into!r}.")
@@ -98,15 +98,15 @@ def run_export(
         base=base,
         license_id=license_id,
         merge_note=note,
-        evaluation=evaluation_file,
+        evaluation=results,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     if run_config:
         (folder / "training_config.yaml").write_text(
             yaml.safe_dump(_shareable(run_config), sort_keys=True), encoding="utf-8"
         )
-    if evaluation_file is not None:
-        shutil.copy(evaluation_file, folder / "evaluation.json")
+    if results is not None:
+        shutil.copy(results, folder / "evaluation.json")
     print(f"{note}\nWritten: {folder}")
     if push_to_hub is not None:
         print(f"Pushed: {push(folder, push_to_hub, private=private)}")
@@ -165,18 +165,6 @@ def _merge_note(merged: Merged, run_config: dict[str, Any], dtype: torch.dtype, 
             "answers differ from those in training by that rounding."
         )
     return note
-
-
-def _evaluation_file(evaluation: str | None) -> Path | None:
-    if evaluation is None:
-        return None
-    path = Path(evaluation)
-    path = path / "results.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(
-            f"evaluation: expected results.json of `dpop eval` or its folder, found none at {evaluation!r}."
-        )
-    return path
 
 
 def _shareable(config: dict[str, Any]) -> dict[str, Any]:

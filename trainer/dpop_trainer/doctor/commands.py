@@ -1,7 +1,13 @@
 """`dpop pairs inspect` as the command line calls it."""
 
 import argparse
+import sys
 from pathlib import Path
+
+from dpop_trainer.command_parser import CommandParser
+from dpop_trainer.data.source_path import check_source_path
+from dpop_trainer.data.truncate import check_truncation
+from dpop_trainer.model_paths import check_local_path
 
 EPILOG = """exit code: 0 nothing serious, 1 the file cannot be examined, 2 wrong usage, 3 something serious was found
 (--exit_zero turns 3 into 0). Written to --out: report.html, doctor.json, measures.parquet."""
@@ -9,7 +15,7 @@ EPILOG = """exit code: 0 nothing serious, 1 the file cannot be examined, 2 wrong
 
 def inspect_pairs(argv: list[str]) -> int:
     """Examine, report, clean -> exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "dpop pairs inspect",
         description="Look at preference pairs before training on them.",
         epilog=EPILOG,
@@ -36,17 +42,28 @@ def inspect_pairs(argv: list[str]) -> int:
     parser.add_argument("--exit_zero", action="store_true", help="exit with 0 also where something serious was found")
     options = parser.parse_args(argv)
 
-    from dpop_trainer.data.truncate import check_truncation
+    check_truncation(options.max_length, options.truncation_mode)
+    for source, split in ((options.file, options.split), (options.eval, options.eval_split)):
+        if source:
+            check_source_path(source, split)
+    name = options.tokenizer or options.model
+    if name:
+        check_local_path(name, "")
     from dpop_trainer.doctor.examine import examine_pairs
     from dpop_trainer.doctor.report import write_report
     from dpop_trainer.doctor.summary import as_text, write_clean, write_json, write_measures
 
-    check_truncation(options.max_length, options.truncation_mode)
     tokenizer = model = None
-    name = options.tokenizer or options.model
     if name:
-        from dpop_trainer.loading import load_chat_template, load_tokenizer, prepare_tokenizer
+        from dpop_trainer.tokenizer_loading import (
+            load_chat_template,
+            load_tokenizer,
+            prepare_tokenizer,
+            transformers_without_torch,
+        )
 
+        if options.model is None and _is_own_process():
+            transformers_without_torch()
         tokenizer = load_tokenizer(name)
         prepare_tokenizer(tokenizer)
         if options.chat_template_path:
@@ -82,3 +99,9 @@ def inspect_pairs(argv: list[str]) -> int:
         kept = write_clean(examination, Path(options.write_clean))
         print(f"Written: {options.write_clean} with {kept:,} pairs; {len(examination.drop):,} left out")
     return 3 if examination.is_serious and not options.exit_zero else 0
+
+
+def _is_own_process() -> bool:
+    """Whether this process is the console command's, which nobody asks for a model afterwards."""
+    program = Path(sys.argv[0])
+    return program.stem == "dpop" or program.parent.name == "dpop_trainer"

@@ -50,11 +50,11 @@ def as_dict(examination: Examination) -> dict[str, Any]:
 
 def model_summary(examination: Examination) -> dict[str, Any] | None:
     """What the model says, and whether edit distance would have said the same."""
-    from dpop_trainer.doctor.ches import rank_correlation
-
     scores = examination.model_scores
     if scores is None:
         return None
+    from dpop_trainer.doctor.ches import rank_correlation
+
     distance = examination.measures.token_distance[scores.rows]
     order = np.argsort(-scores.ches_normalised)
     return {

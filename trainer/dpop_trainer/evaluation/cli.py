@@ -1,19 +1,26 @@
 """The options of `dpop eval`."""
 
-import argparse
 from pathlib import Path
 
-from dpop_trainer.evaluation.tasks import LEADERBOARD, SUITE
+from dpop_trainer.command_parser import CommandParser
+from dpop_trainer.data.source_path import check_source_path
+from dpop_trainer.evaluation.tasks import LEADERBOARD, SUITE, parse_tasks
+from dpop_trainer.model_paths import check_trained_path
 
 
 def main(argv: list[str]) -> int:
-    """Parse, evaluate, print the table."""
-    from dpop_trainer.evaluation.run import EvalSettings, run_eval
-
+    """Parse, look for what is named, evaluate, print the table."""
     options = vars(_parser().parse_args(argv))
     what = {name: options.pop(name) for name in ("models", "tasks", "local", "pairs", "pairs_split")}
     if not (what["tasks"] or what["local"] or what["pairs"]):
         what["tasks"] = [SUITE]
+    parse_tasks(what["tasks"], what["local"], options["num_fewshot"])
+    for model in what["models"]:
+        check_trained_path(model)
+    if what["pairs"]:
+        check_source_path(what["pairs"])
+    from dpop_trainer.evaluation.run import EvalSettings, run_eval
+
     settings = EvalSettings(**options)
     run_eval(what.pop("models"), settings, **what)
     print("\n" + (Path(settings.out) / "results.md").read_text(encoding="utf-8"))
@@ -21,9 +28,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     shots = ", ".join(f"{name} {task.num_fewshot}" for name, task in LEADERBOARD.items())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "dpop eval",
         description="Models before and after training on lm-eval's tasks and on held-out pairs, in one table. A "
         "finished result is not run again.",

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpop_trainer.data import load_pairs
-
 
 class KnownTask(NamedTuple):
     """A task of the first Open LLM Leaderboard."""
@@ -148,6 +146,8 @@ def _load_task(request: TaskRequest, manager: Any) -> Any:
 
 def _local_spec(request: TaskRequest, manager: Any) -> dict[str, Any]:
     """The task as lm-eval configures it, with the data of the files."""
+    from dpop_trainer.data import load_pairs
+
     assert request.questions_file is not None
     if request.name not in manager.all_subtasks:
         raise ValueError(

@@ -1,9 +1,12 @@
 """The options of `dpop mtbench answer` and `dpop mtbench judge`."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
+
+from dpop_trainer.command_parser import CommandParser
+from dpop_trainer.model_paths import check_trained_path
+from dpop_trainer.mtbench.files import read_questions
 
 
 def main(argv: list[str]) -> int:
@@ -13,6 +16,8 @@ def main(argv: list[str]) -> int:
 
 
 def _answer(options: dict) -> int:
+    check_trained_path(options["model"])
+    read_questions(options["questions"])
     from dpop_trainer.mtbench.answer import AnswerSettings, run_answer
 
     where = {name: options.pop(name) for name in ("model", "questions", "out", "model_id", "limit")}
@@ -48,8 +53,8 @@ def _judge(options: dict) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         "dpop mtbench",
         description="MT-Bench in FastChat's formats: answer the questions, then have the answers graded.",
     )

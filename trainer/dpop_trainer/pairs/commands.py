@@ -1,10 +1,11 @@
 """`dpop pairs build` and `dpop pairs inspect` as the command line calls them."""
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
+
+from dpop_trainer.command_parser import CommandParser, did_you_mean
 
 USAGE = """usage: dpop pairs COMMAND [options]
 
@@ -27,7 +28,8 @@ def run(argv: list[str]) -> int:
         return 0
     command = COMMANDS.get(argv[0])
     if command is None:
-        print(f"dpop pairs: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}.\n\n{USAGE}", file=sys.stderr)
+        hint = did_you_mean(argv[0], COMMANDS)
+        print(f"dpop pairs: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}.{hint}\n\n{USAGE}", file=sys.stderr)
         return 2
     return command(argv[1:])
 
@@ -36,7 +38,7 @@ def build(argv: list[str]) -> int:
     from dpop_trainer.pairs.build import build_file
     from dpop_trainer.pairs.recipes import RECIPES
 
-    parser = argparse.ArgumentParser("dpop pairs build", description="Build preference pairs; the source is streamed.")
+    parser = CommandParser("dpop pairs build", description="Build preference pairs; the source is streamed.")
     commands = parser.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
     for name, recipe in RECIPES.items():
         help_line = (recipe.__doc__ or "").splitlines()[0]
@@ -67,7 +69,7 @@ def inspect(argv: list[str]) -> int:
     return inspect_pairs(argv)
 
 
-def _add_build_options(parser: argparse.ArgumentParser) -> None:
+def _add_build_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--source", required=True, help="a file (.jsonl, .jsonl.gz, .json, .parquet) or the id of a data set on the hub"
     )

@@ -1,13 +1,24 @@
 """`dpop plan`: plan a run, print it, and say by the exit code whether it fits."""
 
+import importlib
 import json
 from dataclasses import replace
 
+from dpop_trainer.arguments import DataArguments, ModelArguments, check_arguments
+from dpop_trainer.data.source_path import check_source_path
+from dpop_trainer.plan.arguments import PlanArguments
+from dpop_trainer.plan.devices import find_device
+from dpop_trainer.run_parser import RunParser
+from dpop_trainer.source_classes import class_from_source
+
+CONFIG = ("dpop_trainer.plan.options", "PlanConfig")
 DOES_NOT_FIT = 3
+EXIT_CODES = "Exit codes: 0 the run fits; 3 it does not; 1 it cannot be planned, and says why; 2 wrong usage."
 
 
 def main(argv: list[str]) -> int:
     """-> 0 where the setting that was asked for fits, 3 where it does not."""
+    _check(argv)
     from dpop_trainer.plan.options import parse_plan
     from dpop_trainer.plan.report import as_json, as_text
     from dpop_trainer.plan.search import longest_pair, search
@@ -25,3 +36,25 @@ def main(argv: list[str]) -> int:
     else:
         print(as_text(planner, asked, found, longest, notes))
     return 0 if asked.fits else DOES_NOT_FIT
+
+
+def _check(argv: list[str]) -> None:
+    """Tell what is wrong before torch is imported; `--help` prints the plan's own options first, and stops."""
+    if "-h" in argv or "--help" in argv:
+        _print_help()
+        raise SystemExit(0)
+    told = check_arguments(*CONFIG, argv, "dpop plan", PlanArguments)
+    if told is None:
+        return
+    plan: PlanArguments = told[3]
+    if plan.device not in (None, "cpu"):  # which is measured when it is planned
+        find_device(plan.device, memory=plan.memory, tflops=plan.tflops, bandwidth=plan.bandwidth, utilisation=plan.mfu)
+    if plan.data is not None:
+        check_source_path(plan.data)
+
+
+def _print_help() -> None:
+    config = class_from_source(*CONFIG) or getattr(importlib.import_module(CONFIG[0]), CONFIG[1])
+    parser = RunParser((PlanArguments, ModelArguments, DataArguments, config), "dpop plan")
+    parser.epilog = EXIT_CODES
+    parser.print_help()

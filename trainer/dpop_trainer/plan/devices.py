@@ -4,10 +4,13 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
-
-import torch
+from typing import Literal
 
 GIB = 1 << 30
+
+Sharding = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
+SHARDINGS: tuple[Sharding, ...] = ("none", "ddp", "fsdp2", "zero2", "zero3")
+"""How several devices share a model."""
 
 ASSUMED_GPU_UTILISATION = 0.4
 """Of the peak, in matrix products over a whole step: an assumption, until a record of ours replaces it."""
@@ -111,6 +114,8 @@ def find_device(
 
 def _this_cpu() -> tuple[float, float, float]:
     """-> GiB, TFLOP/s of an fp32 product, GB/s of a copy; a quarter of a second."""
+    import torch
+
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     left, right = torch.randn(1024, 512), torch.randn(512, 4096)
     out = torch.zeros(1024, 4096)

@@ -1,16 +1,12 @@
 """Memory of one device: what a model holds and what a step needs, divided and gathered as the run is distributed."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from dpop_trainer.plan.devices import GIB, Device
+from dpop_trainer.plan.devices import GIB, Device, Sharding
 from dpop_trainer.plan.paper_model import ModelSetting, Sizes
 from dpop_trainer.plan.step import StepCost
-
-Sharding = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
-SHARDINGS: tuple[Sharding, ...] = ("none", "ddp", "fsdp2", "zero2", "zero3")
 
 FP32, BF16 = 4, 2
 CONTEXT_BYTES = 1.0 * GIB

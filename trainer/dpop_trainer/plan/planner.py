@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 from dpop_trainer.flat_attention import BLOCK_SIZE
 from dpop_trainer.layout import flat_obstacle, tree_obstacle
 from dpop_trainer.plan.batches import Batches, BatchSetting, Pairs, make_batches
-from dpop_trainer.plan.devices import Device
-from dpop_trainer.plan.memory import Memory, Sharding, device_memory, optimizer_named
+from dpop_trainer.plan.devices import Device, Sharding
+from dpop_trainer.plan.memory import Memory, device_memory, optimizer_named
 from dpop_trainer.plan.paper_model import LONGEST_PERIOD, ModelSetting, Sizes, build, count
 from dpop_trainer.plan.step import StepCost, StepSetting, step_cost
 from dpop_trainer.plan.timing import StepTime, step_time

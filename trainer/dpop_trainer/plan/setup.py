@@ -9,15 +9,16 @@ from dpop_kernels import needs_reference
 from dpop_trainer.arguments import DataArguments, ModelArguments
 from dpop_trainer.data import read_pairs, tokenise_pairs
 from dpop_trainer.data.mixture import mix_pairs, parse_sources
-from dpop_trainer.loading import load_chat_template, load_tokenizer, prepare_tokenizer
 from dpop_trainer.model_setup import lora_config
+from dpop_trainer.plan.arguments import PlanArguments
 from dpop_trainer.plan.batches import Pairs, of_statistics, worst_case
 from dpop_trainer.plan.devices import find_device
 from dpop_trainer.plan.memory import compute_dtype, optimizer_named
-from dpop_trainer.plan.options import PlanArguments, PlanConfig
+from dpop_trainer.plan.options import PlanConfig
 from dpop_trainer.plan.paper_model import ModelSetting
 from dpop_trainer.plan.planner import Choice, Planner, Run
 from dpop_trainer.plan.source import find_config
+from dpop_trainer.tokenizer_loading import load_chat_template, load_tokenizer, prepare_tokenizer
 
 NUM_READ = 2000
 """Pairs that lengths are taken from."""

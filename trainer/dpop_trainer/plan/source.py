@@ -11,7 +11,7 @@ import huggingface_hub
 from rapidfuzz import process
 from transformers import AutoConfig, PreTrainedConfig
 
-from dpop_trainer.loading import check_local_path
+from dpop_trainer.model_paths import check_local_path
 from dpop_trainer.plan.known_models import HUB_IDS, SHAPES, known_config, known_name
 
 HUB_SECONDS = 3.0

@@ -1,0 +1,59 @@
+"""Paths of data that can be seen to be wrong without reading anything."""
+
+from pathlib import Path
+
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+"""The ending of a file of pairs -> what reads it."""
+
+
+def is_json(path: Path) -> bool:
+    """Whether the file's name says that it holds JSON: .jsonl or .json, compressed by gzip or not."""
+    return json_suffix(path) in (".jsonl", ".json")
+
+
+def json_suffix(path: Path) -> str:
+    """The ending of a file's name, under that of gzip where there is one."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def loader_of(path: Path) -> str | None:
+    """What reads a file of this name, of `LOADERS`; None where nothing does."""
+    return "json" if is_json(path) else LOADERS.get(path.suffix)
+
+
+def check_source_path(source: str, split: str = "train") -> None:
+    """
+    Args:
+        source: a file, a folder, or the id of a data set on the hub, which is not asked.
+        split: what is to be taken of it.
+
+    Raises:
+        FileNotFoundError: the name is that of a file or folder, and there is none.
+        ValueError: the file is of a kind that is not read, or a slice of it is asked for.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return
+    if path.is_file():
+        if loader_of(path) is None:
+            raise ValueError(
+                f"source: expected a file ending in {', '.join(LOADERS)} (JSON also with .gz), got {source}. "
+                "Convert it: one JSON object per line, with the fields that docs/data.md lists."
+            )
+        check_plain_split(split)
+    elif loader_of(path) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(
+            f"source: expected an existing file or folder, got {source}. "
+            f"Check the path; a relative one begins at {Path.cwd()}."
+        )
+
+
+def check_plain_split(split: str) -> None:
+    """
+    Raises:
+        ValueError: a slice or a sum of splits is asked of a file, which has one split.
+    """
+    if "[" in split or "+" in split:
+        raise ValueError(
+            f"split: expected a plain name for a file, got {split!r}. Load the file, then use Dataset.select."
+        )
