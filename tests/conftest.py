@@ -10,13 +10,14 @@ import pytest
 import third_party
 
 third_party.drop_deprecations_between_libraries()  # before the libraries take `warn` by name
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # of this process and of all that it starts: threads of two workers would wait for one another's cores
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("DPOP_TEST_THREADS", "1")
 
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(int(os.environ.get("DPOP_TEST_THREADS", "1")))
 os.environ["HF_HUB_OFFLINE"] = "1"
 # `with torch.device(...)` lists torch's allocating functions at its first use: now, while they are not poisoned yet
 with torch.device("meta"):
@@ -24,9 +25,6 @@ with torch.device("meta"):
 # what an earlier run of the tests has computed must not stand in for what this one is to compute
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dpop-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
-
-with torch.device("meta"):  # torch remembers which functions it moves there: before they are wrapped below
-    torch.empty(0)
 
 SHARED = Path(__file__).parents[2] / "shared"
 HAS_SHARED = all((SHARED / name).is_dir() for name in ("data", "tokenizers", "models/stories260K"))
