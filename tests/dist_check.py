@@ -128,8 +128,7 @@ def main() -> None:
         environment.install(*TESTS_NEED)
         check_tests(environment, unpacked)
 
-        shutil.rmtree(ROOT / "dist", ignore_errors=True)
-        shutil.copytree(folder / "dist", ROOT / "dist")
+        shutil.copytree(folder / "dist", ROOT / "dist", dirs_exist_ok=True)
     say(f"dist/{wheel.name} and dist/{sdist.name} hold what they promise")
 
 
@@ -196,18 +195,9 @@ from importlib.metadata import distributions
 print(json.dumps({found.metadata["Name"]: found.requires or [] for found in distributions()}))
 """
     found = {plain(name): requires for name, requires in json.loads(environment.run_code(code)).items()}
-    needs = {
-        name: {plain(re.split(r"[^\w.-]", item)[0]) for item in requires if "extra ==" not in item}
-        for name, requires in found.items()
-    }
-    if needs["dpop-kernels"] != {"torch", "triton"}:
-        fail(f"requirements: expected torch and triton, got {', '.join(sorted(needs['dpop-kernels']))}")
-    expected, ahead = {"dpop-kernels", "pip", "setuptools"}, {"torch", "triton"}
-    while ahead:
-        name = ahead.pop()
-        expected.add(name)
-        ahead |= needs.get(name, set()) - expected
-    if more := found.keys() - expected:
+    if (asked := {name for name, _ in needs(found["dpop-kernels"])}) != {"torch", "triton"}:
+        fail(f"requirements: expected torch and triton, got {', '.join(sorted(asked))}")
+    if more := found.keys() - needed(found, "dpop-kernels") - {"pip", "setuptools"}:
         fail(f"installed: expected torch, triton and what they need, got also {', '.join(sorted(more))}")
     say(f"the wheel alone brings {', '.join(sorted(found.keys() - {'dpop-kernels', 'pip', 'setuptools'}))}")
 
@@ -287,6 +277,28 @@ def shell_commands(text: str) -> list[list[str]]:
     """The words of each command in the sh blocks, continued lines joined, comments left out."""
     lines = "".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def needs(requires: list[str], extras: frozenset[str] = frozenset()) -> set[tuple[str, frozenset[str]]]:
+    """Requirements as a distribution's metadata give them, with these of its extras -> names, and extras of those."""
+    found = set()
+    for item in requires:
+        named, _, marker = item.partition(";")
+        name, _, asked = named.partition("[")
+        extra = re.search(r"extra == ['\"]([^'\"]+)", marker)
+        if extra is None or plain(extra[1]) in extras:
+            of_it = frozenset(plain(one.strip()) for one in asked.partition("]")[0].split(",") if one)
+            found.add((plain(re.split(r"[^\w.-]", name.strip())[0]), of_it))
+    return found
+
+
+def needed(found: dict[str, list[str]], name: str) -> set[str]:
+    """Itself and all that it needs, and they need in turn, of the installed: name -> requirements."""
+    met, ahead = set(), {(name, frozenset[str]())}
+    while ahead:
+        met |= ahead
+        ahead = {more for one, extras in ahead for more in needs(found.get(one, []), extras)} - met
+    return {one for one, _ in met}
 
 
 def plain(name: str) -> str:

@@ -3,7 +3,19 @@
 from pathlib import Path
 
 import pytest
-from dist_check import COMMANDS, HUB_MODELS, PREAMBLES, blocks, plain, preamble_of, run, shell_commands, trial_of
+from dist_check import (
+    COMMANDS,
+    HUB_MODELS,
+    PREAMBLES,
+    blocks,
+    needed,
+    needs,
+    plain,
+    preamble_of,
+    run,
+    shell_commands,
+    trial_of,
+)
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -46,3 +58,14 @@ def test_a_failed_command_ends_the_check(tmp_path, capsys):
 
 def test_distributions_go_by_one_spelling():
     assert plain("Typing_extensions") == plain("typing.extensions") == "typing-extensions"
+
+
+def test_what_is_needed_follows_the_extras_that_are_asked_for_and_no_others():
+    found = {
+        "ours": ["torch>=2.8", "triton>=3.4; sys_platform == 'linux'", "yaml>=6; extra == 'trainer'"],
+        "torch": ["Cuda_Toolkit[cublas, nvrtc]==13; platform_system == 'Linux'", 'numpy>1; extra == "all"'],
+        "cuda-toolkit": ["nvidia-cublas==13.*; extra == 'cublas'", "nvidia-npp==13.*; extra == 'npp'"],
+        "yaml": ["numpy"],
+    }
+    assert {name for name, _ in needs(found["ours"])} == {"torch", "triton"}
+    assert needed(found, "ours") == {"ours", "torch", "triton", "cuda-toolkit", "nvidia-cublas"}
