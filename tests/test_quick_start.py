@@ -93,7 +93,11 @@ MISTAKES = [
     (["trian"], 2, "got 'trian'. Did you mean 'train'?"),
     (["pairs", "inspct"], 2, "got 'inspct'. Did you mean 'inspect'?"),
     (["pairs", "build", "metamat"], 2, "invalid choice: 'metamat'"),
-    (["inspect", "--paris", "x"], 2, "--paris: expected an option, got an unknown one. Did you mean '--pairs'?"),
+    (
+        ["inspect", "--paris", "x"],
+        2,
+        "--paris: expected an option, got an unknown one. Did you mean '--pairs'? `dpop inspect",
+    ),
     (["train", "--learning_rte", "1"], 2, "Did you mean 'learning_rate'?"),
     (["train", "--eval_strategy", "stpes"], 2, "--eval-strategy: invalid choice: 'stpes'"),
     (["train", "--log_level", "loud"], 2, "--log-level: invalid choice: 'loud'"),

@@ -23,7 +23,8 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
+        end = "" if message.endswith((".", "?")) else "."
+        raise UsageError(f"{message}{end} `{self.prog} --help` lists the options.")
 
     def _check_flags(self, words: Iterable[str]) -> None:
         known = [flag for action in self._actions for flag in action.option_strings]

@@ -24,7 +24,9 @@ def check_inputs(model: ModelArguments, data: DataArguments, output_dir: str | N
         check_writable(output_dir)
         if Path(output_dir).exists():
             return
-    for source in (data.dataset_name, data.eval_dataset_name):
+    if data.dataset_name or data.dataset_mixture:
+        check_data(data)
+    for source in (data.dataset_name, None if data.eval_datasets else data.eval_dataset_name):
         if source:
             check_source_path(source)
     if model.model_name_or_path:
