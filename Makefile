@@ -1,17 +1,25 @@
-# make demo   train DPO and DPOP on generated low-edit pairs and compare them (offline, minutes)
-# make test   lint, then the test suite
-# make lint   ruff and pyright
-# make bench  measure against the peers that are installed (ten minutes), then write the figures in README and docs
+# make demo         train DPO and DPOP on generated low-edit pairs and compare them (offline, minutes)
+# make test         lint, then the test suite
+# make lint         ruff and pyright
+# make portability  the numeric tests under every arithmetic of this processor, and their closest bounds
+# make test-newest  the test suite on the newest versions of everything, in an environment of its own
+# make test-oldest  ... on the lower bounds of pyproject.toml
+# make test-device  ... on the versions of the machine that GPU figures are measured on
+# make dist-check   build the wheel and the sdist, and try both in an empty environment (four minutes, mostly pip)
+# make bench        measure against the peers that are installed (ten minutes), then write README's and docs' figures
+# make docs         the documentation as a site, site/index.html, in an environment of its own
+# make hub-kernel   the kernels as Hugging Face's `kernels` loads them, in build/hub
 #
 # Each target sets up .venv by itself, only when it is missing or its inputs changed.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+DOCS_VENV := .venv-docs
 READY  := $(VENV)/.ready
 TEST_WORKERS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint portability test-newest test-oldest test-device dist-check bench docs hub-kernel clean
 
 demo: $(READY)
 	@$(BIN)/dpop demo
@@ -24,10 +32,57 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
+dist-check: $(READY)
+	@$(BIN)/python tests/dist_check.py
+
 bench: $(READY)
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
 		--records benchmarks/results/levels.jsonl
 	@$(BIN)/python -m benchmarks.report
+
+portability: $(READY)
+	@$(BIN)/python tests/portability.py
+
+test-newest test-oldest test-device: test-%: .venv-%/.ready
+	@.venv-$*/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+# Python versions that each environment takes, the best first; what uv is asked for there
+PYTHONS_newest := 3.14 3.13 3.12 3.11 3.10
+PYTHONS_oldest := 3.12 3.11 3.10
+PYTHONS_device := 3.12 3.11
+VERSIONS_newest := --upgrade
+VERSIONS_oldest := --resolution lowest-direct
+VERSIONS_device := torch==2.11.0 triton==3.6.0 transformers==5.17.0 'numpy<2.4'
+
+.venv-newest/.ready .venv-oldest/.ready .venv-device/.ready: .venv-%/.ready: pyproject.toml
+	@python=$$(for v in $(PYTHONS_$*); do for p in python$$v "$$HOME"/.pyenv/versions/$$v.*/bin/python; do \
+		"$$p" -c '' 2>/dev/null && { echo "$$p"; exit; }; done; done); \
+	test -n "$$python" || { echo "python: expected one of $(PYTHONS_$*), found none. Install one."; exit 1; }; \
+	echo "Setting up .venv-$* (once; $$("$$python" --version); log: .venv-$*/install.log)"; \
+	"$$python" -m venv .venv-$* && .venv-$*/bin/python -m pip install --quiet uv && \
+	.venv-$*/bin/uv pip install --python .venv-$*/bin/python $(VERSIONS_$*) --editable '.[dev]' \
+		> .venv-$*/install.log 2>&1 || { tail -n 30 .venv-$*/install.log; exit 1; }
+	@touch $@
+
+# Pages and what they link to keep their places, so that every link works in the repository and on the site alike
+docs: $(DOCS_VENV)/.ready
+	@rm -rf build/pages && mkdir -p build/pages
+	@git ls-files --cached --others --exclude-standard -- '*.md' '*.png' '*.yaml' '*.sbatch' LICENSE CITATION.cff examples \
+		| tar -cf - -T - | tar -xf - -C build/pages
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@! grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' site --include='*.html' || \
+		{ echo "site: expected pages that load nothing from elsewhere, found the above."; exit 1; }
+	@echo "Written: site/index.html (its search wants a server: python -m http.server -d site)"
+
+$(DOCS_VENV)/.ready: pyproject.toml
+	@echo "Setting up $(DOCS_VENV) (once)"
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet 'pip>=25.1'
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	@touch $@
+
+hub-kernel: $(READY)
+	@$(BIN)/python hub/assemble.py build/hub
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; log: $(VENV)/install.log)"
@@ -37,4 +92,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) .venv-newest .venv-oldest .venv-device build dist site runs .pytest_cache .ruff_cache

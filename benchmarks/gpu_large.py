@@ -62,7 +62,7 @@ class Plan:
 
     shape: str = "qwen-72b"
     lora_rank: int = 64
-    """As in trainer/recipes/qwen-72b.yaml."""
+    """As in the recipe qwen-72b."""
     num_tokens: int = 1024
     """Of prompt and answer together; an answer is two thirds of it."""
     num_warm_up: int = 1

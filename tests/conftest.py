@@ -7,12 +7,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
+import third_party
+
+third_party.drop_deprecations_between_libraries()  # before the libraries take `warn` by name
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # of this process and of all that it starts: threads of two workers would wait for one another's cores
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("DPOP_TEST_THREADS", "1")
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
 # `with torch.device(...)` lists torch's allocating functions at its first use: now, while they are not poisoned yet
 with torch.device("meta"):
@@ -21,10 +26,8 @@ with torch.device("meta"):
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dpop-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
-with torch.device("meta"):  # torch remembers which functions it moves there: before they are wrapped below
-    torch.empty(0)
-
 SHARED = Path(__file__).parents[2] / "shared"
+HAS_SHARED = all((SHARED / name).is_dir() for name in ("data", "tokenizers", "models/stories260K"))
 
 
 @pytest.fixture(autouse=True)
@@ -52,18 +55,39 @@ def _poison_empty(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Public data sets beside the checkout."""
-    return _present(SHARED / "data")
+def generated(tmp_path_factory) -> Path:
+    """Stand-ins for the files of `../shared`."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    from stand_ins import write_stand_ins  # here: transformers is slow to import, and the kernels' tests need none
+
+    write_stand_ins(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["generated", *(["real"] if HAS_SHARED else [])])
+def shared(request) -> Path:
+    """Folder of `data/`, `tokenizers/` and `models/`: the generated files, and the real ones where they are as well."""
+    return SHARED if request.param == "real" else request.getfixturevalue("generated")
 
 
 @pytest.fixture(scope="session")
-def tiny_llama() -> Path:
-    """A pretrained Llama of 260 thousand parameters, beside the checkout."""
-    return _present(SHARED / "models" / "stories260K")
+def shared_once(request) -> Path:
+    """The same folder for tests that take seconds and learn nothing from the second kind: real files where they are."""
+    return SHARED if HAS_SHARED else request.getfixturevalue("generated")
 
 
-def _present(path: Path) -> Path:
-    if not path.exists():
-        pytest.skip(f"{path.relative_to(SHARED.parent)} is not beside this checkout")
-    return path
+@pytest.fixture(scope="module")
+def shared_data(shared) -> Path:
+    """Data sets, in turn the generated and the real ones."""
+    return shared / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(shared_once) -> Path:
+    """A Llama of some hundred thousand parameters that has learned to write stories: the real one where it is."""
+    folder = shared_once / "models" / "stories260K"
+    if not HAS_SHARED:
+        from stand_ins import write_weights
+
+        write_weights(folder)
+    return folder

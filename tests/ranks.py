@@ -4,14 +4,15 @@ import os
 import socket
 import sys
 import warnings
-from pathlib import Path
 
+import third_party
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from dpop_trainer.recipes import FOLDER
 from torch import multiprocessing as mp
 
-RECIPES = Path(__file__).parents[1] / "trainer" / "recipes" / "accelerate"
+RECIPES = FOLDER / "accelerate"
 
 
 def launcher_arguments(recipe):
@@ -42,6 +43,7 @@ def _as_rank(rank, function, args, env):
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
+    third_party.drop_deprecations_between_libraries()
     warnings.simplefilter("error")  # as pytest does in its own process
     function(rank, *args)
     torch.distributed.barrier()

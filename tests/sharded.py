@@ -5,6 +5,7 @@ import os
 import socket
 import warnings
 
+import third_party
 import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
@@ -25,6 +26,7 @@ def _in_group(rank, world_size, port, function, args):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60))
     torch.manual_seed(0)
+    third_party.drop_deprecations_between_libraries()
     warnings.simplefilter("error")  # as pytest does in its own process
     try:
         function(rank, *args)

@@ -1,4 +1,4 @@
-"""trainer/recipes/accelerate: each file is one that this accelerate takes, and asks for what its name says."""
+"""The recipes for accelerate: each file is one that this accelerate takes, and asks for what its name says."""
 
 import pytest
 import yaml

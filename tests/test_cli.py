@@ -83,7 +83,11 @@ def test_bad_files_are_named(tmp_path, capsys, text, message):
     [
         (["train", "--config", "no-such.yaml"], 1, "--config: expected a YAML file, found none at 'no-such.yaml'"),
         (["train"], 1, "dataset_name: expected a hub id or a local file, got none"),
-        (["tran"], 2, "one of train, sft, pairs, inspect, plan, compare, eval, mtbench, export, demo, got 'tran'"),
+        (
+            ["tran"],
+            2,
+            "one of train, sft, recipes, pairs, inspect, plan, compare, eval, mtbench, export, demo, got 'tran'",
+        ),
         (["pairs", "build", "metamath", "--source", "no-such.jsonl", "--out", "x.jsonl"], 1, "no-such.jsonl"),
         (["pairs", "bild"], 2, "expected one of build, inspect, got 'bild'"),
     ],

@@ -50,7 +50,9 @@ def test_help_shows_every_field_once_ours_first(capsys):
     shown = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
     expected = {item.name for part in (ModelArguments, DataArguments, DPOPConfig) for item in fields(part) if item.init}
     expected -= ALTERNATIVES.keys() - {"use_liger_kernel"}  # which may be set, but not changed
-    assert sorted(shown) == sorted([f"--{name}" for name in expected] + ["--help", "--config", "--print-config"])
+    assert sorted(shown) == sorted(
+        [f"--{name}" for name in expected] + ["--help", "--config", "--recipe", "--print-config"]
+    )
     places = [shown.index(f"--{name}") for name in ("model_name_or_path", "dataset_name", "dpop_lambda", "max_steps")]
     assert places == sorted(places)
     assert shown.index("--max_steps") < shown.index("--adam_beta1")

@@ -1,7 +1,6 @@
 """`dpop compare`: what a method may be, results through JSON, words that follow the numbers, a whole run."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,8 +283,7 @@ def test_nothing_is_trained_before_all_is_checked(setting, capsys, flags, messag
     ],
 )
 def test_recipes_of_the_paper_are_sound(name, num_methods, lambdas, flags):
-    recipe = Path(__file__).parents[1] / "trainer" / "recipes" / f"{name}.yaml"
-    argv = ["--config", str(recipe), *flags, "--eval_dataset_name", "e", "--output_dir", "o"]
+    argv = ["--recipe", name, *flags, "--eval_dataset_name", "e", "--output_dir", "o"]
     plan = plan_runs(*parse_arguments(DPOPConfig, argv, "dpop compare", ComparisonArguments))
     assert len({run.folder for run in plan}) == len(plan) == num_methods * 3
     assert {run.values["dpop_lambda"] for run in plan} == lambdas

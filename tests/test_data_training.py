@@ -66,9 +66,9 @@ def chats(words):
     ("name", "num_records"),
     [("dpo_en_demo.json", 300), ("orca_dpo_pairs_validation.jsonl", 284), ("tulu_preference_sample.jsonl", 100)],
 )
-def test_public_preference_files_train(tmp_path, capsys, shared_data, request, name, num_records):
+def test_public_preference_files_train(tmp_path, capsys, shared_once, request, name, num_records):
     """From the command line, each in its form, with nothing said about it; every record is accounted for."""
-    path, run = shared_data / "prefs" / name, tmp_path / "run"
+    path, run = shared_once / "data" / "prefs" / name, tmp_path / "run"
     pretrained = request.getfixturevalue("tiny_llama")  # the name of the random one of `tiny` here
     (tmp_path / "chat.jinja").write_text(CHAT)
     argv = ["train", *flags(model_name_or_path=pretrained, dataset_name=path, output_dir=run, max_length=256)]
@@ -202,7 +202,10 @@ def test_mixture_and_evaluation_sets_by_name(tmp_path, model):
         ({"max_train_pairs": 0}, "max_train_pairs: expected at least 1, got 0"),
         ({"dataset_test_split": "test"}, "dataset_test_split: expected a data set with several splits, got the file"),
         ({"chat_template_path": "nowhere.jinja"}, "chat_template_path: expected an existing file"),
-        ({"chat_template_path": "./nowhere"}, "chat_template_path: expected a .jinja file, a model to take it from"),
+        (
+            {"chat_template_path": "./nowhere"},
+            "chat_template_path: expected chatml, a .jinja file, a model to take it",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_named(tmp_path, model, capsys, more, message):

@@ -112,10 +112,10 @@ def test_sound_pairs(folder, capsys):
 
 
 @pytest.mark.parametrize("model", [[], ["--tokenizer", "gpt2"]])
-def test_nasty_pairs(folder, shared_data, capsys, model):
+def test_nasty_pairs(folder, shared, capsys, model):
     write(folder / f"{'<b>&' if not model else 'nasty'}.jsonl", NASTY)
     if model:
-        model = ["--tokenizer", str(shared_data.parent / "tokenizers" / "gpt2")]
+        model = ["--tokenizer", str(shared / "tokenizers" / "gpt2")]
     name = "<b>&" if not model else "nasty"
     assert main(["pairs", "inspect", f"{name}.jsonl", "--out", "report", *model]) == 3
     capsys.readouterr()
@@ -205,8 +205,8 @@ def test_words_that_differ():
     assert differing([1, 2, 3], [1, 9, 2, 3]) == ([False] * 3, [False, True, False, False])
 
 
-def test_token_texts_put_broken_characters_together(shared_data):
-    tokenizer = AutoTokenizer.from_pretrained(shared_data.parent / "tokenizers" / "gpt2")
+def test_token_texts_put_broken_characters_together(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     text = " a 👩‍👩‍👧🎉 שלום x"
     ids = tokenizer(text)["input_ids"]
     texts = token_texts(ids, tokenizer)
@@ -220,8 +220,8 @@ def test_token_texts_put_broken_characters_together(shared_data):
     assert [piece.text.strip() for piece in rejected if piece.differs] == ["🎈"]
 
 
-def test_token_texts_keep_the_first_space(shared_data):
-    tokenizer = AutoTokenizer.from_pretrained(shared_data.parent / "tokenizers" / "mistral")
+def test_token_texts_keep_the_first_space(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "mistral")
     prompt, whole = tokenizer("Answer:")["input_ids"], tokenizer("Answer: yes or no")["input_ids"]
     answer = whole[len(prompt) :]
     assert whole[: len(prompt)] == prompt

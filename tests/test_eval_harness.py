@@ -23,8 +23,13 @@ LIMIT = 4
 
 
 @pytest.fixture(scope="module")
+def eval_data(shared_once):
+    return shared_once / "data"
+
+
+@pytest.fixture(scope="module")
 def run_folder(tiny_llama, tmp_path_factory):
-    """An adapter on stories260K that changes its answers."""
+    """An adapter that changes the model's answers."""
     folder = tmp_path_factory.mktemp("adapter") / "run"
     torch.manual_seed(0)
     config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, lora_alpha=64)
@@ -32,12 +37,12 @@ def run_folder(tiny_llama, tmp_path_factory):
     return folder
 
 
-def local_tasks(shared_data):
+def local_tasks(eval_data):
     return [
-        f"arc={shared_data / 'arc' / 'ARC-Challenge_validation.jsonl'}",
-        f"hellaswag={shared_data / 'hellaswag' / 'hellaswag_val_1000.jsonl'}",
-        f"gsm8k={shared_data / 'gsm8k' / 'test.jsonl'}",
-        f"gsm8k.examples={shared_data / 'gsm8k' / 'train.jsonl'}",
+        f"arc={eval_data / 'arc' / 'ARC-Challenge_validation.jsonl'}",
+        f"hellaswag={eval_data / 'hellaswag' / 'hellaswag_val_1000.jsonl'}",
+        f"gsm8k={eval_data / 'gsm8k' / 'test.jsonl'}",
+        f"gsm8k.examples={eval_data / 'gsm8k' / 'train.jsonl'}",
     ]
 
 
@@ -46,11 +51,11 @@ def records(path, count):
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny_llama, shared_data, run_folder, tmp_path_factory):
+def evaluated(tiny_llama, eval_data, run_folder, tmp_path_factory):
     """The three local tasks, base and adapter, through the command line."""
     out = tmp_path_factory.mktemp("eval")
     argv = ["eval", "--models", str(tiny_llama), str(run_folder), "--out", str(out), "--limit", str(LIMIT)]
-    argv += ["--local", *local_tasks(shared_data), "--num_fewshot", "0", "--device", "cpu"]
+    argv += ["--local", *local_tasks(eval_data), "--num_fewshot", "0", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         # GSM8K generates up to 256 tokens; the harness's path is the same for a few
         from lm_eval.models.huggingface import HFLM
@@ -73,7 +78,7 @@ def best_choice(trained, context, choices):
     return max(range(len(choices)), key=scores.__getitem__)
 
 
-def test_figures_are_those_of_plain_forwards(evaluated, tiny_llama, run_folder, shared_data):
+def test_figures_are_those_of_plain_forwards(evaluated, tiny_llama, run_folder, eval_data):
     results = json.loads((evaluated[1] / "results.json").read_text())
     rows = {row["task"]: row for row in results["rows"]}
     assert rows["arc_challenge"]["metric"] == rows["hellaswag"]["metric"] == "acc_norm"
@@ -81,14 +86,14 @@ def test_figures_are_those_of_plain_forwards(evaluated, tiny_llama, run_folder, 
     for label, folder in [(tiny_llama.name, tiny_llama), ("run", run_folder)]:
         trained = load_trained(str(folder), device="cpu")
         right = []
-        for record in records(shared_data / "arc" / "ARC-Challenge_validation.jsonl", LIMIT):
+        for record in records(eval_data / "arc" / "ARC-Challenge_validation.jsonl", LIMIT):
             best = best_choice(trained, f"Question: {record['question']}\nAnswer:", record["choices"]["text"])
             right.append(record["choices"]["label"][best] == record["answerKey"])
         assert rows["arc_challenge"]["figures"][label]["value"] == sum(right) / LIMIT
         stored = json.loads((evaluated[1] / label / "arc_challenge.json").read_text())
         assert list(stored["metrics"]["acc_norm"]["by_question"].values()) == right
         right = []
-        for record in records(shared_data / "hellaswag" / "hellaswag_val_1000.jsonl", LIMIT):
+        for record in records(eval_data / "hellaswag" / "hellaswag_val_1000.jsonl", LIMIT):
             ids = trained.tokenizer(record["query"] + max(record["choices"], key=len))["input_ids"]
             assert len(ids) < 512  # else the harness would cut the beginning, and this test not
             right.append(best_choice(trained, record["query"], record["choices"]) == record["gold"])
@@ -154,11 +159,11 @@ def contexts(task, **kwargs):
     return list(dict.fromkeys(instance.args[0] for instance in task.instances))
 
 
-def test_prompts_are_the_published_ones(shared_data):
-    requests = parse_tasks(None, local_tasks(shared_data), None)
+def test_prompts_are_the_published_ones(eval_data):
+    requests = parse_tasks(None, local_tasks(eval_data), None)
     tasks = load_tasks(requests)
     arc, hellaswag, gsm8k = (tasks[request.name]["tasks"][request.name] for request in requests)
-    questions = records(shared_data / "arc" / "ARC-Challenge_validation.jsonl", LIMIT)
+    questions = records(eval_data / "arc" / "ARC-Challenge_validation.jsonl", LIMIT)
     asked = contexts(arc, num_fewshot=2)
     for question, context in zip(questions, asked, strict=True):
         examples = context.split("\n\n")
@@ -168,20 +173,20 @@ def test_prompts_are_the_published_ones(shared_data):
         assert question["question"] not in "".join(examples[:2])  # which come from the same file
     assert contexts(arc, num_fewshot=2) == asked  # the next model is asked the same
     (first,) = contexts(hellaswag, num_fewshot=0)[:1]
-    assert first == records(shared_data / "hellaswag" / "hellaswag_val_1000.jsonl", 1)[0]["query"]
+    assert first == records(eval_data / "hellaswag" / "hellaswag_val_1000.jsonl", 1)[0]["query"]
     (first,) = contexts(gsm8k, num_fewshot=1)[:1]
     example, question = first.split("\n\n")
-    assert question == f"Question: {records(shared_data / 'gsm8k' / 'test.jsonl', 1)[0]['question']}\nAnswer:"
-    train = {record["question"]: record["answer"] for record in records(shared_data / "gsm8k" / "train.jsonl", None)}
+    assert question == f"Question: {records(eval_data / 'gsm8k' / 'test.jsonl', 1)[0]['question']}\nAnswer:"
+    train = {record["question"]: record["answer"] for record in records(eval_data / "gsm8k" / "train.jsonl", None)}
     asked, _, answer = example.removeprefix("Question: ").partition("\nAnswer: ")
     assert train[asked] == answer
 
 
-def test_a_group_is_the_mean_over_all_questions_of_its_tasks(tiny_llama, shared_data):
+def test_a_group_is_the_mean_over_all_questions_of_its_tasks(tiny_llama, eval_data):
     """As MMLU is: its 57 subjects weigh as much as they have questions."""
     from lm_eval.tasks import TaskManager
 
-    requests = parse_tasks(None, local_tasks(shared_data)[:2], None)
+    requests = parse_tasks(None, local_tasks(eval_data)[:2], None)
     members = [task for loaded in load_tasks(requests).values() for task in loaded["tasks"].values()]
     manager = TaskManager(include_defaults=False)
     group = manager.load(

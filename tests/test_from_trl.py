@@ -238,8 +238,8 @@ def test_scripts_own_parts_are_used(model_path, tmp_path):
     assert type(trainer.optimizer.optimizer).__name__ == "SGD"
 
 
-def test_same_run_on_real_conversations(shared_data, tiny_llama, tmp_path):
-    lines = (shared_data / "prefs" / "tulu_preference_sample.jsonl").read_text().splitlines()
+def test_same_run_on_conversations_of_a_file(shared_once, tiny_llama, tmp_path):
+    lines = (shared_once / "data" / "prefs" / "tulu_preference_sample.jsonl").read_text().splitlines()
     shortest = sorted(lines, key=len)[:8]
     records = [{key: json.loads(line)[key] for key in ("chosen", "rejected")} for line in shortest]
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"

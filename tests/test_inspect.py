@@ -3,7 +3,6 @@
 import json
 import math
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +18,6 @@ from dpop_trainer.inspection import subject_of
 from dpop_trainer.token_text import token_texts
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoTokenizer
-
-SHARED = Path(__file__).parents[2] / "shared"
 
 
 def evaluation_of(*answers):
@@ -84,10 +81,8 @@ def test_token_texts_join_to_the_text():
 
 
 @pytest.mark.parametrize("folder", ["tokenizers/gpt2", "tokenizers/mistral", "models/stories260K"])
-def test_token_texts_of_real_tokenizers(folder):
-    if not (SHARED / folder).exists():
-        pytest.skip(f"{SHARED / folder} is absent")
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / folder)
+def test_token_texts_of_subword_tokenizers(shared, folder):
+    tokenizer = AutoTokenizer.from_pretrained(shared / folder)
     text = "Answer: naïve 🎉🧑‍💻 مرحبا 你好 <b> 48/2\n" * 3
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = token_texts(tokenizer, ids)

@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,27 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from dpop_trainer.cli import main
 from dpop_trainer.data.mixture import parse_sources
+from dpop_trainer.recipes import recipe_file
 from torch.distributed.run import get_args_parser
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
-SBATCH = ROOT / "trainer" / "recipes" / "slurm" / "train.sbatch"
+SBATCH = recipe_file("slurm/train.sbatch")
 PAGES = ("recipes", "distributed")
 
 
 def commands(page):
-    """The shell lines of a page that start a run: words without comments, continued lines as one."""
+    """The shell lines of a page that start a run: words without comments, continued lines as one, recipes found."""
     text = (ROOT / "docs" / f"{page}.md").read_text()
     lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
+    words = [[found(word) for word in shlex.split(line, comments=True)] for line in lines]
     return [line for line in words if line]
+
+
+def found(word):
+    """As a shell expands "$(dpop recipes --path NAME)"."""
+    name = re.fullmatch(r"\$\(dpop recipes --path (\S+)\)", word)
+    return str(recipe_file(name[1])) if name else word
 
 
 LINES = [(page, line) for page in PAGES for line in commands(page)]
@@ -54,7 +62,7 @@ def takes(words):
 def test_a_line_of_the_docs_is_taken(page, words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     if words[0].startswith("ACCELERATE="):
-        assert Path(words.pop(0).partition("=")[2]).is_file()
+        assert recipe_file(words.pop(0).partition("=")[2]).is_file()
     program, *words = words
     if program == "dpop":
         takes(words)
@@ -66,9 +74,9 @@ def test_a_line_of_the_docs_is_taken(page, words, monkeypatch, capsys):
         takes(rest)
     else:
         assert program == "sbatch"
-        at = words.index("trainer/recipes/slurm/train.sbatch")
+        at = words.index(str(SBATCH))
         assert words[:at] in ([], ["--nodes", "2"])
-        takes(["train", "--config", *words[at + 1 :]])
+        takes(["train", "--recipe", *words[at + 1 :]])
 
 
 def test_there_are_lines_for_one_node_for_several_and_for_slurm():
@@ -84,6 +92,7 @@ def run_under_slurm(folder, *arguments, num_nodes=1, srun=None, **environment):
         "scontrol": 'echo "$@" >> "$OUT/scontrol.log"; printf "node%s\\n" $(seq "$SLURM_NNODES")',
         "srun": srun or 'shift; for i in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$i "$@"; done',
         "torchrun": 'printf "%s\\n" torchrun "$@" > "$OUT/node-${SLURM_NODEID}"; exit "${STATUS:-0}"',
+        "dpop": f'exec {sys.executable} -m dpop_trainer "$@"',
         "accelerate": 'printf "%s\\n" accelerate "$@" > "$OUT/node-${SLURM_NODEID}"',
     }
     for name, body in programs.items():
@@ -91,6 +100,7 @@ def run_under_slurm(folder, *arguments, num_nodes=1, srun=None, **environment):
         (folder / name).chmod(0o755)
     known = {
         "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         "OUT": str(folder),
         "SLURM_JOB_ID": "31234",
         "SLURM_JOB_NODELIST": "node[1-2]",
@@ -108,8 +118,7 @@ def run_under_slurm(folder, *arguments, num_nodes=1, srun=None, **environment):
 @pytest.mark.parametrize("num_nodes", [1, 2])
 def test_slurm_starts_torchrun_on_every_node(num_nodes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    recipe = "trainer/recipes/yi-34b.yaml"
-    nodes, run = run_under_slurm(tmp_path, recipe, "--run_name", "a b", num_nodes=num_nodes)
+    nodes, run = run_under_slurm(tmp_path, "yi-34b", "--run_name", "a b", num_nodes=num_nodes)
     assert run.returncode == 0, run.stderr
     assert len(nodes) == num_nodes
     assert nodes == [nodes[0]] * num_nodes  # they find each other
@@ -117,14 +126,14 @@ def test_slurm_starts_torchrun_on_every_node(num_nodes, tmp_path, monkeypatch, c
     assert (arguments.nnodes, arguments.nproc_per_node) == (str(num_nodes), "4")
     assert (arguments.rdzv_backend, arguments.rdzv_id) == ("c10d", "31234")
     assert arguments.rdzv_endpoint == "node1:31234"  # 20000 + 31234 % 20000
-    assert rest == ["train", "--config", recipe, "--run_name", "a b"]
+    assert rest == ["train", "--recipe", "yi-34b", "--run_name", "a b"]
     takes(rest)
 
 
-def test_slurm_starts_accelerate_with_each_nodes_rank(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    file = "trainer/recipes/accelerate/fsdp2_2x8.yaml"
-    words = ["trainer/recipes/llama-3-8b.yaml", "--use_peft", "false"]
+@pytest.mark.parametrize("by_name", [True, False])
+def test_slurm_starts_accelerate_with_each_nodes_rank(by_name, tmp_path, capsys):
+    file = "accelerate/fsdp2_2x8" if by_name else str(recipe_file("accelerate/fsdp2_2x8"))
+    words = [str(recipe_file("llama-3-8b")), "--use_peft", "false"]
     nodes, run = run_under_slurm(tmp_path, *words, num_nodes=2, ACCELERATE=file)
     assert run.returncode == 0, run.stderr
     for rank, node in enumerate(nodes):
@@ -137,18 +146,22 @@ def test_slurm_starts_accelerate_with_each_nodes_rank(tmp_path, monkeypatch, cap
 
 
 def test_slurm_hands_a_failure_on_and_says_what_is_missing(tmp_path):
-    _, run = run_under_slurm(tmp_path, "trainer/recipes/lora.yaml", STATUS="3")
+    _, run = run_under_slurm(tmp_path, "lora", STATUS="3")
     assert run.returncode == 3
     _, run = run_under_slurm(tmp_path, "lora.yaml")
     assert run.returncode == 2
-    assert "recipe: expected a file, found none at 'lora.yaml'" in run.stderr
+    assert "Did you mean lora?" in run.stderr
+    assert "recipe: expected a file or a recipe's name, got 'lora.yaml'." in run.stderr
+    _, run = run_under_slurm(tmp_path, "lora", ACCELERATE="accelerate/fsdp")
+    assert run.returncode == 2
+    assert "Did you mean accelerate/fsdp2_8 or accelerate/fsdp2_2x8" in run.stderr
     _, run = run_under_slurm(tmp_path)
     assert run.returncode != 0
-    assert "usage: sbatch [--nodes N] train.sbatch RECIPE.yaml" in run.stderr
+    assert "usage: sbatch [--nodes N] train.sbatch RECIPE" in run.stderr
 
 
 def test_slurm_takes_flags_as_they_are(tmp_path):
-    nodes, run = run_under_slurm(tmp_path, "trainer/recipes/lora.yaml", "--run_name", "$(exit 1)")
+    nodes, run = run_under_slurm(tmp_path, "lora", "--run_name", "$(exit 1)")
     assert run.returncode == 0, run.stderr
     assert nodes[0][-1] == "$(exit 1)"
 
@@ -156,7 +169,7 @@ def test_slurm_takes_flags_as_they_are(tmp_path):
 def test_slurm_queues_itself_again_when_time_is_nearly_up(tmp_path):
     _, run = run_under_slurm(
         tmp_path,
-        "trainer/recipes/lora.yaml",
+        "lora",
         srun='kill -USR1 "$PPID"; sleep 1 > "$OUT/unused" 2>&1',  # as Slurm does, while the run goes on
     )
     assert run.returncode == 128 + signal.SIGUSR1
@@ -168,7 +181,7 @@ def test_mixture_of_the_docs_is_one():
     text = (ROOT / "docs" / "recipes.md").read_text()
     (block,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "dataset_mixture" in block)
     sources = parse_sources(yaml.safe_load(block)["dataset_mixture"], "dataset_mixture")
-    recipe = yaml.safe_load((ROOT / "trainer" / "recipes" / "qwen-72b.yaml").read_text())
+    recipe = yaml.safe_load(recipe_file("qwen-72b").read_text())
     assert [source.path for source in sources] == [part["path"] for part in recipe["dataset_mixture"]]
 
 
@@ -176,7 +189,7 @@ def test_chat_template_by_hand():
     from tiny import word_tokenizer
 
     tokenizer: PreTrainedTokenizerFast = word_tokenizer()
-    tokenizer.chat_template = (ROOT / "trainer" / "recipes" / "chatml.jinja").read_text()
+    tokenizer.chat_template = recipe_file("chatml.jinja").read_text()
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
     prompt = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n"
     assert tokenizer.apply_chat_template(messages, tokenize=False) == prompt

@@ -10,7 +10,9 @@ from dpop_trainer import DPOPConfig, DPOPTrainer, flat_attention
 from dpop_trainer.data import PairCollator
 from dpop_trainer.flat_attention import FLAT_ATTENTION, block_mask, use_flat_attention
 from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out, layout_difference, tree_obstacle
+from dpop_trainer.renamed import enable_checkpointing
 from peft import LoraConfig, get_peft_model
+from rounding import CONTRACT_NATS, EQUAL
 from tiny import UNUSED_ID, VOCAB_SIZE, tiny_llama, token_pairs, word_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -50,6 +52,8 @@ def build(config_class, overrides, *, attn_implementation="sdpa", seed=0, dtype=
             del arguments[name]
     config = getattr(transformers, config_class)(**arguments)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
+    if dtype == torch.float64 and hasattr(config, "num_local_experts"):
+        model.set_experts_implementation("eager")  # the grouped product takes fp32 and shorter
     for module in model.modules():  # GPT-2 and Phi are built with dropout
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -98,7 +102,8 @@ def run(model, collator, records, *, loss_type="dpop", ref_shift=0.0):
     return sums, pairs, grads
 
 
-def assert_same(ours, theirs, bound):
+def assert_same(ours, theirs, bound=EQUAL):
+    """Two layouts are one algorithm in two orders: models of fp64 leave no room to a difference of another kind."""
     sums, pairs, grads = ours
     expected_sums, expected_pairs, expected_grads = theirs
     torch.testing.assert_close(sums, expected_sums, rtol=bound, atol=bound)
@@ -128,26 +133,44 @@ def siblings():
     ]
 
 
+@pytest.fixture
+def _nothing_in_fp32(monkeypatch):
+    """A model of fp64 computes its norms and the eager attention's softmax in fp64 too, where they ask for fp32."""
+    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+
+    def unchanged(tensor, *args, **kwargs):
+        is_cut = tensor.dtype == torch.float64 and torch.float32 in (*args, kwargs.get("dtype"))
+        return tensor if is_cut else to(tensor, *args, **kwargs)
+
+    def in_own_dtype(tensor, *args, dtype=None, **kwargs):
+        return softmax(tensor, *args, **kwargs, dtype=tensor.dtype if tensor.dtype == torch.float64 else dtype)
+
+    monkeypatch.setattr(torch.Tensor, "to", unchanged)
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: unchanged(tensor, torch.float32))
+    monkeypatch.setattr(torch.nn.functional, "softmax", in_own_dtype)
+
+
+@pytest.mark.usefixtures("_nothing_in_fp32")
 @pytest.mark.parametrize("prefix_sharing", [True, False], ids=["prefix", "prompt_only"])
 @pytest.mark.parametrize("ref_shift", [0.5, -0.5], ids=["hinge_active", "hinge_inactive"])
 @pytest.mark.parametrize(("layout", "attention"), RUNNABLE, ids=["-".join(pair) for pair in RUNNABLE])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layout_is_rows(name, layout, attention, ref_shift, prefix_sharing):
     records = edge_pairs() if layout == "tree" else edge_pairs() + siblings()
-    model = family(name, attn_implementation="eager" if attention == "eager" else "sdpa")
+    model = family(name, attn_implementation="eager" if attention == "eager" else "sdpa", dtype=torch.float64)
     # H = 4 makes rows of one or two pairs the cheapest
     rows = PairCollator(pad_token_id=PAD, prefix_sharing=prefix_sharing, hidden_size=4)
     expected = run(model, rows, records, ref_shift=ref_shift)
     # Δw is minus the shift: the penalty is λ / 2 for every pair, or 0
     penalties = torch.full((len(records),), 50 * max(ref_shift, 0.0))
-    torch.testing.assert_close(expected[1].penalties, penalties, rtol=1e-3, atol=0)
+    torch.testing.assert_close(expected[1].penalties, penalties.double(), rtol=1e-6, atol=0)
     if layout == "flat":
         use_flat_attention(model)
     laid = replace(rows, layout=layout)
     num_rows = len(laid(records)["input_ids"])
     assert num_rows == {"tree": len(records), "flat": 1}.get(layout, num_rows)
     assert layout != "packed" or 1 < num_rows < len(records)
-    assert_same(run(model, laid, records, ref_shift=ref_shift), expected, 1e-5)
+    assert_same(run(model, laid, records, ref_shift=ref_shift), expected)
 
 
 @pytest.fixture
@@ -183,7 +206,7 @@ def test_a_flat_row_under_a_block_mask_is_rows(name, flex_without_compiler, monk
         for batch in (rows(records), flat(records)):
             inputs = forward_inputs(batch, model)
             logps.append(head.token_logps(model, batch["score_positions"], batch["target_ids"], **inputs))
-    torch.testing.assert_close(logps[1], logps[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logps[1], logps[0], rtol=0, atol=3 * CONTRACT_NATS)  # two layers in fp32
     assert calls == [(1, 1, 128, 128)] * 2  # both layers, in whole blocks
 
 
@@ -200,11 +223,12 @@ def test_a_block_mask_under_autocast(flex_without_compiler):
         with torch.autocast("cpu", torch.bfloat16):
             states = [model.model(**inputs, attention_mask=mask).last_hidden_state[tokens] for mask in masks]
     by_sdpa, by_flex = ((hidden - truth).norm() for hidden in states)
-    assert 0 < by_flex <= 1.5 * by_sdpa
+    # errors of independent roundings: three times the norm would be nine times as many
+    assert 0 < by_flex <= 3 * by_sdpa
 
 
 def test_tree_is_rows_in_fp64():
-    model = family("gpt2", dtype=torch.float64)  # the others' RMSNorm computes in fp32 whatever the dtype
+    model = family("gpt2", dtype=torch.float64)  # LayerNorm computes in fp64 too
     rows = PairCollator(pad_token_id=PAD)
     expected = run(model, rows, edge_pairs(), ref_shift=0.5)
     assert_same(run(model, replace(rows, layout="tree"), edge_pairs(), ref_shift=0.5), expected, 1e-12)
@@ -229,29 +253,32 @@ def test_bf16_errs_as_rows_in_bf16():
         errors[layout] = torch.stack([(sums.double() - expected).norm(), grad_error])
     assert (errors["rows"] > 0).all()
     for layout in ("tree", "packed", "flat"):
-        assert (errors[layout] <= 1.5 * errors["rows"]).all(), (layout, errors)
+        assert (errors[layout] <= 3 * errors["rows"]).all(), (layout, errors)  # as above
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed", "flat"])
 def test_padding_changes_nothing(layout):
-    model, collator = family("gpt2"), PairCollator(pad_token_id=PAD, layout=layout)
+    model, collator = family("gpt2", dtype=torch.float64), PairCollator(pad_token_id=PAD, layout=layout)
     if layout == "flat":
         use_flat_attention(model)
     expected = run(model, collator, edge_pairs(), ref_shift=0.5)
     padded = replace(collator, pad_to_multiple_of=64)
     assert padded(edge_pairs())["input_ids"].shape[1] > collator(edge_pairs())["input_ids"].shape[1]
-    assert_same(run(model, padded, edge_pairs(), ref_shift=0.5), expected, 1e-5)
+    assert_same(run(model, padded, edge_pairs(), ref_shift=0.5), expected)
 
 
+@pytest.mark.usefixtures("_nothing_in_fp32")
 @pytest.mark.parametrize(("layout", "attention"), RUNNABLE, ids=["-".join(pair) for pair in RUNNABLE])
 def test_lora_and_gradient_checkpointing(layout, attention):
     def adapted():
         torch.manual_seed(3)
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-        base = family("llama", attn_implementation="eager" if attention == "eager" else "sdpa")
+        base = family("llama", attn_implementation="eager" if attention == "eager" else "sdpa", dtype=torch.float64)
         if layout == "flat":
             use_flat_attention(base)
         model = get_peft_model(base, lora)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.double()
         model.enable_input_require_grads()
         return model.train()
 
@@ -259,8 +286,8 @@ def test_lora_and_gradient_checkpointing(layout, attention):
     expected = run(adapted(), rows, edge_pairs(), ref_shift=0.5)
     assert all("lora" in name for name in expected[2])
     model = adapted()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert_same(run(model, replace(rows, layout=layout), edge_pairs(), ref_shift=0.5), expected, 1e-5)
+    enable_checkpointing(model)
+    assert_same(run(model, replace(rows, layout=layout), edge_pairs(), ref_shift=0.5), expected)
 
 
 def test_under_the_flat_attention_a_model_is_as_before():
@@ -435,10 +462,11 @@ def test_a_window_that_is_not_used_is_no_obstacle():
     assert tree_obstacle(build("Qwen2Config", {"sliding_window": 8, "use_sliding_window": False})) is None
 
 
+@pytest.mark.usefixtures("_nothing_in_fp32")
 @pytest.mark.parametrize("config_class", ["MistralConfig", "Gemma2Config"])
 def test_a_window_longer_than_any_sequence_is_no_obstacle(config_class):
     # the longest of the pairs' sequences is the low edit's: 7 prompt and 7 answer tokens
-    model = build(config_class, {"sliding_window": 14, "head_dim": 8})
+    model = build(config_class, {"sliding_window": 14, "head_dim": 8}, dtype=torch.float64)
     assert tree_obstacle(model, max_length=14) is None
     assert "sliding" in str(tree_obstacle(model, max_length=15))
     assert "sliding" in str(tree_obstacle(model))
@@ -446,7 +474,7 @@ def test_a_window_longer_than_any_sequence_is_no_obstacle(config_class):
     expected = run(model, rows, edge_pairs(), ref_shift=0.5)
     tree = replace(rows, layout="tree")
     assert tree(edge_pairs())["input_ids"].shape[1] == 14 + 5  # a tail of 5 more: longer than the window
-    assert_same(run(model, tree, edge_pairs(), ref_shift=0.5), expected, 1e-5)
+    assert_same(run(model, tree, edge_pairs(), ref_shift=0.5), expected)
 
 
 def test_attention_without_a_mask_of_its_own_uses_rows(caplog):

@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from rounding import GRADIENT, SUM, stored
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import head_inputs, relative_error, value_and_grads
 
@@ -129,10 +130,10 @@ def test_equals_fp64(backend, transform, hinge):
     loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, **options)
     assert loss.dtype == torch.float32
     # βλ = 15 multiplies the fp32 error of the sums
-    assert (loss - expected).abs() <= 15 * 2e-5
+    assert (loss - expected).abs() <= 15 * SUM
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert grad.dtype == torch.float32
-        assert relative_error(grad, expected_grad) <= 1e-5
+        assert relative_error(grad, expected_grad) <= GRADIENT
 
 
 @pytest.mark.usefixtures("_tiling")
@@ -145,9 +146,9 @@ def test_dead_zone_and_smoothed_labels_take_three_products_too(backend):
     expected, expected_grads = truth(inputs, labels, refs, **options)
     assert not torch.isclose(expected, truth(inputs, labels, refs)[0], rtol=1e-2)
     loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, **options)
-    assert (loss - expected).abs() <= 15 * 2e-5
+    assert (loss - expected).abs() <= 15 * SUM
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert relative_error(grad, expected_grad) <= 1e-5
+        assert relative_error(grad, expected_grad) <= GRADIENT
 
 
 @pytest.mark.usefixtures("_tiling")
@@ -160,9 +161,9 @@ def test_any_reduction_and_any_incoming_gradient(backend, reduction):
     expected, expected_grads = truth(inputs, labels, refs, **options)
     loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, **options)
     assert loss.shape == expected.shape
-    assert ((loss - expected).abs() <= 15 * 2e-5 * (len(LENGTHS) if reduction == "sum" else 1)).all()
+    assert ((loss - expected).abs() <= 15 * SUM * (len(LENGTHS) if reduction == "sum" else 1)).all()
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert relative_error(grad, expected_grad) <= 1e-5
+        assert relative_error(grad, expected_grad) <= GRADIENT
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,10 +174,10 @@ def test_bf16(backend):
     expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
     loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, grad_loss=0.3)
     assert loss.dtype == torch.float32
-    assert (loss - expected).abs() <= 15 * 2e-5
+    assert (loss - expected).abs() <= 15 * SUM
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert grad.dtype == torch.bfloat16
-        assert relative_error(grad, expected_grad) <= 3e-3
+        assert relative_error(grad, expected_grad) <= stored(torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -201,9 +202,8 @@ def test_16_bit_products_as_a_gpu_makes_them(backend, monkeypatch):
     expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
     loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, grad_loss=0.3)
     assert sixteen_bit == [True] * 6  # 203 columns in blocks of 96, two products each
-    assert (loss - expected).abs() <= 15 * 2e-5
-    # the interpreter cuts off what a GPU rounds to bf16: an error of up to one last place and not half of one
-    bound = 6e-3 if backend == "fused" else 3e-3
+    assert (loss - expected).abs() <= 15 * SUM
+    bound = stored(torch.bfloat16, times=2, cut=backend == "fused")  # the gradient of the logits, and the sum
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert relative_error(grad, expected_grad) <= bound
 
@@ -285,9 +285,12 @@ def test_workspace_and_dtype_choose(backend, dtype, tile_rows, expected, monkeyp
     set_tile_rows(monkeypatch, tile_rows)
     assert count_products(inputs, labels, refs, backend=backend) == expected
     loss, grads = loss_and_grads(inputs, labels, refs, backend=backend)
-    assert (loss - three).abs() <= 15 * 2e-5
+    assert (loss - three).abs() <= 15 * SUM
     for grad, of_three in zip(grads, three_grads, strict=True):
-        assert relative_error(grad, of_three.double()) <= (1e-5 if dtype == torch.float32 else 3e-3)
+        # each of the two is off by one rounding
+        assert relative_error(grad, of_three.double()) <= (
+            GRADIENT if dtype == torch.float32 else stored(dtype, times=2)
+        )
 
 
 def test_references_that_want_a_gradient_get_it():
@@ -346,7 +349,9 @@ def test_positions_without_a_label_get_no_gradient():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, GRADIENT), (torch.bfloat16, stored(torch.bfloat16, times=2))]
+)
 @pytest.mark.parametrize("backend", ["chunked", "fused"])
 def test_on_a_gpu(backend, dtype, bound):
     inputs, labels = batch(dtype)
@@ -354,9 +359,9 @@ def test_on_a_gpu(backend, dtype, bound):
     expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
     on_gpu = [tensor.cuda() for tensor in inputs], labels.cuda(), [ref.cuda() for ref in refs]
     loss, grads = loss_and_grads(*on_gpu, grad_loss=0.3, backend=backend)
-    assert (loss.cpu() - expected).abs() <= 15 * 2e-5
+    assert (loss.cpu() - expected).abs() <= 15 * SUM
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert relative_error(grad.cpu(), expected_grad) <= bound
+        assert relative_error(grad.cpu(), expected_grad) <= stored(dtype, times=2)
 
 
 def test_pairs_are_packed_in_order():

@@ -295,7 +295,7 @@ def test_bad_samples_and_labels_are_named(labels):
         FromSamples(labels=str(labels)).build({"question": "Who?", "sample": "#### 1"}, seed=0)
 
 
-def test_real_arc_and_hellaswag(shared_data):
+def test_whole_files_of_arc_and_hellaswag(shared_data):
     for name in ("ARC-Challenge", "ARC-Easy"):
         path = shared_data / "arc" / f"{name}_validation.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -26,12 +26,13 @@ from dpop_trainer.plan.planner import Choice, Planner, Run
 from dpop_trainer.plan.report import accelerate_file, setting_yaml
 from dpop_trainer.plan.search import RESERVE, longest_pair, search
 from dpop_trainer.plan.source import find_config
+from dpop_trainer.recipes import FOLDER, recipe_file
 from peft import LoraConfig
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import LlamaConfig
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "trainer" / "recipes").glob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 TINY = LlamaConfig(
     vocab_size=500,
     hidden_size=64,
@@ -89,8 +90,7 @@ def test_every_recipe_is_planned(recipe, capsys):
 
 def test_a_72b_model_in_four_bits(capsys):
     """Weights by hand: 80 layers of 4 h² and 3 h i in 4 bits with nested scales, all else in bf16."""
-    recipe = ROOT / "trainer" / "recipes" / "qwen-72b.yaml"
-    _, result = plan(capsys, "--config", str(recipe), "--device", "h100", "--no_search")
+    _, result = plan(capsys, "--recipe", "qwen-72b", "--device", "h100", "--no_search")
     linear = 80 * (4 * 8192**2 + 3 * 8192 * 24576)
     scales = linear // 64
     packed = linear // 2 + scales + 4 * scales // 256
@@ -107,7 +107,7 @@ def test_the_page_shows_what_is_printed(capsys):
     page = (ROOT / "docs" / "plan.md").read_text()
     command = page.partition("$ dpop plan ")[2].partition("\n")[0]
     shown = page.partition(command + "\n")[2].partition("```")[0]
-    argv = [str(ROOT / word) if word.startswith("trainer/") else word for word in command.split()]
+    argv = command.split()
     assert main(["plan", *argv]) == 0
     assert capsys.readouterr().out.strip() == shown.strip()
     for name in DEVICE_NAMES:
@@ -185,8 +185,8 @@ def test_a_proposed_setting_is_one_that_train_takes(tmp_path):
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (2, 4)
     assert (config.gradient_checkpointing, config.layout) == (True, "auto")
     for sharding in ("ddp", "fsdp2", "zero2", "zero3"):
-        assert (ROOT / str(accelerate_file(Choice("auto", 1, 1, True, None, sharding, 8)))).is_file()
-    assert (ROOT / str(accelerate_file(Choice("auto", 1, 1, True, None, "fsdp2", 16)))).is_file()
+        assert recipe_file(str(accelerate_file(Choice("auto", 1, 1, True, None, sharding, 8)))).is_file()
+    assert recipe_file(str(accelerate_file(Choice("auto", 1, 1, True, None, "fsdp2", 16)))).is_file()
 
 
 def test_lengths_are_those_of_the_data(tmp_path, capsys):

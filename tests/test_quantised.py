@@ -1,7 +1,6 @@
 """QLoRA for real: bitsandbytes' 4-bit layers through the trainer, the reference, a resumed run and the export."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -383,13 +382,11 @@ def test_quantisation_that_cannot_be_is_refused_before_anything_is_loaded(base, 
 @pytest.mark.parametrize("name", ["yi-34b", "qwen-72b"])
 def test_a_recipe_in_4_bits_runs_in_4_bits(name, base, tmp_path):
     """test_recipes.py runs it with quantisation off; here what the recipe says of its base holds."""
-    recipe = Path(__file__).parents[1] / "trainer" / "recipes" / f"{name}.yaml"
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs()))
     pairs = str(tmp_path / "pairs.jsonl")
-    argv = ["train", "--config", str(recipe), "--model_name_or_path", base, "--output_dir", str(tmp_path / "run")]
+    argv = ["train", "--recipe", name, "--model_name_or_path", base, "--output_dir", str(tmp_path / "run")]
     argv += ["--dataset_mixture", pairs, "--eval_datasets", pairs, "--use_cpu", "true", "--max_steps", "1"]
     argv += ["--bf16", "false", "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true"]
-    argv += ["--chat_template_path", str(recipe.parent / "chatml.jinja")]
     assert main([*argv, "--gradient_accumulation_steps", "2"]) == 0
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (written["load_in_4bit"], written["use_bnb_nested_quant"], written["dtype"]) == (True, True, "bfloat16")

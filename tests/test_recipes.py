@@ -8,14 +8,23 @@ import yaml
 from dpop_trainer.arguments import parse_arguments
 from dpop_trainer.cli import main
 from dpop_trainer.config import DPOPConfig
+from dpop_trainer.recipes import FOLDER, list_recipes, recipe_file, run_recipe
 from peft import PeftConfig
 from tiny import text_pairs, word_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen2Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen2Tokenizer,
+)
 
-RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"
-PREFERENCE = [*sorted(RECIPES.glob("*.yaml")), RECIPES / "gsm8k" / "preference.yaml"]
-DOCS = (RECIPES.parents[1] / "docs" / "recipes.md").read_text()
+PREFERENCE = [recipe.name for recipe in list_recipes() if recipe.command == "dpop train"]
+SFT = [recipe.name for recipe in list_recipes() if recipe.command == "dpop sft"]
+DOCS = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
 
 # the models' own architecture, and what of it matters to the head and the layouts
 ARCHITECTURES = {
@@ -107,11 +116,9 @@ def local_data(name, folder):
     return str(path)
 
 
-def run(command, recipe, models, folder):
-    values = yaml.safe_load(recipe.read_text())
-    argv = [command, "--config", str(recipe), *HERE]
-    if "chat_template_path" in values:  # from the repository's root
-        argv += ["--chat_template_path", str(RECIPES.parents[1] / values["chat_template_path"])]
+def run(command, name, models, folder):
+    values = yaml.safe_load(run_recipe(name).read_text())
+    argv = [command, "--recipe", name, *HERE]
     argv += ["--model_name_or_path", models(values["model_name_or_path"]), "--output_dir", str(folder / "run")]
     if "dataset_mixture" in values:
         paths = [local_data(part["path"], folder) for part in values["dataset_mixture"]]
@@ -124,30 +131,34 @@ def run(command, recipe, models, folder):
     return values
 
 
-@pytest.mark.parametrize("recipe", PREFERENCE, ids=lambda path: path.stem)
-def test_recipe_runs(recipe, models, tmp_path):
-    values = run("train", recipe, models, tmp_path)
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_recipe_runs(name, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what a recipe mentions is found from anywhere
+    values = run("train", name, models, tmp_path)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    for name in ("beta", "dpop_lambda", "learning_rate", "max_length"):
-        assert written[name] == values[name], name
+    for field in ("beta", "dpop_lambda", "learning_rate", "max_length"):
+        assert written[field] == values[field], field
+    if "chat_template_path" in values:
+        saved = AutoTokenizer.from_pretrained(tmp_path / "run").chat_template
+        assert saved == recipe_file("chatml.jinja").read_text()
     if values.get("use_peft"):
         assert PeftConfig.from_pretrained(tmp_path / "run").r == values["lora_r"]
 
 
-@pytest.mark.parametrize("folder", ["gsm8k", "high_edit"])
-def test_sft_recipe_runs(folder, models, tmp_path):
-    run("sft", RECIPES / folder / "sft.yaml", models, tmp_path)
+@pytest.mark.parametrize("name", SFT)
+def test_sft_recipe_runs(name, models, tmp_path):
+    run("sft", name, models, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama-2-7b-chat", "mistral-7b", "yi-34b", "qwen-72b"])
 def test_the_papers_settings_are_the_papers(name):
     # arXiv:2402.13228: β = 0.3, λ = 50, learning rate 5e-5, AdamW
-    _, _, config = parse_arguments(DPOPConfig, ["--config", str(RECIPES / f"{name}.yaml"), "--bf16", "false"], "dpop")
+    _, _, config = parse_arguments(DPOPConfig, ["--recipe", name, "--bf16", "false"], "dpop")
     assert (config.beta, config.dpop_lambda, config.learning_rate, config.optim) == (0.3, 50.0, 5e-5, "adamw_torch")
 
 
 def test_the_page_lists_every_recipe():
-    for recipe in RECIPES.glob("*.yaml"):
+    for recipe in FOLDER.glob("*.yaml"):
         values = yaml.safe_load(recipe.read_text())
         row = next((line for line in DOCS.splitlines() if f"[{recipe.name}]" in line), "")
         assert values["model_name_or_path"] in row, recipe.name

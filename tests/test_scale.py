@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dpop_trainer import scale
+from dpop_trainer.renamed import enable_checkpointing
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,7 +42,7 @@ def llama(size, *, lora, checkpointing=False, attention="eager"):
         linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         model = get_peft_model(model, LoraConfig(r=16, target_modules=linear, task_type="CAUSAL_LM"))
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
         model.enable_input_require_grads()
     model.train()
     return model.get_base_model().model if lora else model.model

@@ -35,9 +35,9 @@ WORLD = {
 
 
 @pytest.fixture(scope="module", params=["tokenizers/gpt2", "tokenizers/mistral", "models/stories260K"])
-def tokenizer(request, shared_data):
+def tokenizer(request, shared):
     """Byte-level BPE, and two that fall back to bytes: one that knows most characters, one that knows few."""
-    tokenizer = AutoTokenizer.from_pretrained(shared_data.parent / request.param)
+    tokenizer = AutoTokenizer.from_pretrained(shared / request.param)
     if tokenizer.eos_token is None:
         tokenizer.eos_token = "</s>"
     return tokenizer
@@ -61,8 +61,8 @@ def test_tokens_are_those_of_the_whole_text(tokenizer, script):
     assert shown[-1] == tokenizer.eos_token
 
 
-def test_answers_that_part_inside_a_character(tiny_llama):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+def test_answers_that_part_inside_a_character(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
     # 问 is E9 97 AE, 一 E4 B8 80, 丁 E4 B8 81; byte b is this tokenizer's token b + 3
     (row,), counts = tokenise_pairs(texts(("问", "一好", "丁好")), tokenizer)
     one, good = [0xE4 + 3, 0xB8 + 3, 0x80 + 3], [byte + 3 for byte in "好".encode()]
@@ -88,8 +88,8 @@ def test_answers_that_part_inside_a_character(tiny_llama):
     assert token_texts(tokenizer, row["chosen_ids"], row["prompt_ids"])[:6] == ["", "", "一", "", "", "好"]
 
 
-def test_what_never_becomes_a_character_does_not_spoil_the_rest(tiny_llama):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+def test_what_never_becomes_a_character_does_not_spoil_the_rest(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
     ids = [byte + 3 for byte in b"\x80\xb8" + "好一".encode() + b"\xe4"]
     shown = token_texts(tokenizer, ids)
     assert shown == ["\ufffd", "\ufffd", "", "", "好", "", "", "一", "\ufffd"]

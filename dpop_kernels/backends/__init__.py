@@ -38,7 +38,7 @@ def select_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Mo
         raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}.")
     elif backend == "fused" and (reason := _why_not_fused(device, dtype)):
         raise ValueError(f"backend: 'fused' cannot run here: {reason}. Use backend='auto' or 'chunked'.")
-    return importlib.import_module(f"dpop_kernels.backends.{backend}")
+    return importlib.import_module(f"{__name__}.{backend}")
 
 
 def _why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:

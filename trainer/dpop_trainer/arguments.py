@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from dpop_trainer.config_checks import check_data_fields, check_preference_fields
+from dpop_trainer.errors import UsageError
 from dpop_trainer.ranges import check_ranges
+from dpop_trainer.recipes import run_recipe
 from dpop_trainer.run_parser import RunParser, check_yaml_value, sections, training_arguments
 from dpop_trainer.source_classes import class_from_source, function_from_source
 from dpop_trainer.trl_fields import TRLFields, check_trl_fields, name_hint
@@ -150,10 +152,11 @@ class ComparisonArguments:
 def parse_arguments(
     config_class: type[Config], argv: list[str], program: str, *more_classes: type[Any]
 ) -> tuple[Any, ...]:
-    """Merge `--config FILE.yaml` with flags (flags win) into ModelArguments, DataArguments, the config and any more.
+    """Merge `--config FILE.yaml` or `--recipe NAME` with flags (flags win) into ModelArguments, DataArguments, the
+    config and any more.
 
     Raises:
-        UsageError: a flag does not exist, or lacks a value that it can take.
+        UsageError: a flag does not exist, or lacks a value that it can take; or there is no such recipe.
         ValueError: the file does not exist or parse, holds a key that no field has (the closest is named), or a value
             that its field cannot take.
     """
@@ -279,11 +282,23 @@ def _where(error: yaml.YAMLError) -> str:
 
 
 def _config_path(argv: list[str]) -> Path | None:
+    config, recipe = _value_of("--config", "a file name", argv), _value_of("--recipe", "a recipe's name", argv)
+    if config is not None and recipe is not None:
+        raise UsageError(
+            f"--recipe: expected it or --config, got both ({recipe!r}, {config!r}). Leave one out; to change a recipe, "
+            "give flags, or copy it first: dpop recipes --copy DIR."
+        )
+    if recipe is not None:
+        return run_recipe(recipe)
+    return None if config is None else Path(config)
+
+
+def _value_of(flag: str, what: str, argv: list[str]) -> str | None:
     for i, argument in enumerate(argv):
-        if argument == "--config":
+        if argument == flag:
             if i + 1 == len(argv):
-                raise ValueError("--config: expected a file name after it, got nothing.")
-            return Path(argv[i + 1])
-        if argument.startswith("--config="):
-            return Path(argument.partition("=")[2])
+                raise ValueError(f"{flag}: expected {what} after it, got nothing.")
+            return argv[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
     return None

@@ -23,6 +23,10 @@ COMMAND_TABLE = {
         "dpop_trainer.run_commands:sft",
         "supervised fine-tuning on the chosen answers, to start from: dpop sft --config run.yaml",
     ),
+    "recipes": (
+        "dpop_trainer.recipes.cli:main",
+        "run files for the paper's models and today's: dpop recipes, then dpop train --recipe lora",
+    ),
     "pairs": (
         "dpop_trainer.pairs.commands:run",
         "build preference pairs, or look at yours before training: dpop pairs inspect pairs.jsonl",

@@ -1,14 +1,13 @@
 """Configurations: transformers' TrainingArguments plus what this trainer needs, under TRL's names where TRL has one."""
 
 import importlib.util
-import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from dpop_kernels.backends import select_backend
@@ -17,6 +16,12 @@ from dpop_kernels.loss_options import LossOptions
 from dpop_kernels.loss_weights import check_options, resolve_losses
 from dpop_trainer.config_checks import check_data_fields, check_preference_fields
 from dpop_trainer.ranges import check_ranges
+from dpop_trainer.renamed import (
+    can_offload_activations,
+    mirror_checkpointing,
+    resolve_checkpointing,
+    set_checkpointing,
+)
 from dpop_trainer.trl_fields import TRLFields, check_trl_fields
 
 LAYOUTS = ("auto", "rows", "tree", "packed", "flat")
@@ -43,6 +48,12 @@ class HeadConfig(TrainingArguments):
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Recompute activations in backward: less memory, about a third more time."}
     )
+    activation_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "The name of gradient_checkpointing since transformers 5.24; either is taken."}
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "The name of gradient_checkpointing_kwargs since transformers 5.24."}
+    )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Mixed bf16 precision. Unset: on where the GPU has bf16 and fp16 is off."}
     )
@@ -51,7 +62,9 @@ class HeadConfig(TrainingArguments):
     )
 
     # what the command line may give as JSON
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
+        *dict.fromkeys([*TrainingArguments._VALID_DICT_FIELDS, "activation_checkpointing_kwargs", "model_init_kwargs"])
+    ]
 
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -97,8 +110,8 @@ class HeadConfig(TrainingArguments):
     chat_template_path: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template for a tokenizer that has none, or another: a .jinja file, a model's folder or hub "
-            "id to take it from, or the template itself."
+            "help": "Chat template for a tokenizer that has none, or another: chatml, a .jinja file, a model's folder "
+            "or hub id to take it from, or the template itself."
         },
     )
     pad_to_multiple_of: int | str | None = field(
@@ -129,9 +142,11 @@ class HeadConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
         _check_optimizer(self.optim)
         _check_backend(self.kernel_backend, self.use_cpu)
+        resolve_checkpointing(self)
         if self.activation_offloading:
             self._offload_activations()
         super().__post_init__()
+        mirror_checkpointing(self)
         if isinstance(self.model_init_kwargs, str):  # JSON has become a dict by now
             raise ValueError(
                 f"model_init_kwargs: expected a mapping, or one as JSON, got {self.model_init_kwargs!r}. "
@@ -144,13 +159,13 @@ class HeadConfig(TrainingArguments):
                 "activation_offloading: expected a GPU to take activations off, found none: they are in host memory "
                 "already. Leave it off here."
             )
-        if "offload" not in inspect.signature(PreTrainedModel.gradient_checkpointing_enable).parameters:
+        if not can_offload_activations():
             raise ValueError(
                 "activation_offloading: expected a transformers that can do it (5.17 can), got "
                 f"{transformers.__version__}. Upgrade transformers, or lower per_device_train_batch_size."
             )
-        self.gradient_checkpointing = True
-        self.gradient_checkpointing_kwargs = {**(self.gradient_checkpointing_kwargs or {}), "offload": True}  # type: ignore[dict-item]
+        kwargs: Any = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
+        set_checkpointing(self, True, {**kwargs, "offload": True})
 
 
 def _check_optimizer(name: Any) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from dpop_trainer.config import HeadConfig
 from dpop_trainer.model_paths import check_local_path
 from dpop_trainer.quantised import make_trainable
+from dpop_trainer.renamed import without_renaming_warnings
 from dpop_trainer.tokenizer_loading import load_chat_template, load_tokenizer, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ def prepare_policy(
             )
         if isinstance(loaded, PeftModel):
             raise ValueError("peft_config: expected None with a model that is a peft model already, got one.")
-        loaded = get_peft_model(loaded, peft_config)
+        with without_renaming_warnings():
+            loaded = get_peft_model(loaded, peft_config)
     if isinstance(loaded, PeftModel) and args.gradient_checkpointing:
         loaded.enable_input_require_grads()  # else no gradient reaches the checkpointed blocks' adapters
     return Policy(loaded, tokenizer, loaded.get_input_embeddings().weight.shape[0])

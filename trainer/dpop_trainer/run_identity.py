@@ -42,6 +42,8 @@ _FREE_FIELDS = frozenset(
         "debug",
         "enable_jit_checkpoint",
         "activation_offloading",
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
         "precompute_ref_batch_size",

@@ -55,7 +55,7 @@ class RunParser(HfArgumentParser):
         super().__init__(
             dataclass_types,  # type: ignore[arg-type]
             prog=program,
-            usage=f"{program} [--config FILE.yaml] [--FIELD VALUE ...] [--print-config]",
+            usage=f"{program} [--config FILE.yaml | --recipe NAME] [--FIELD VALUE ...] [--print-config]",
             description="Every field may stand in the YAML file or be a flag; flags win. What is on by default is "
             "switched off by --no_FIELD or by --FIELD false. Lists: --FIELD a b.",
             epilog=EXIT_CODES,
@@ -66,12 +66,15 @@ class RunParser(HfArgumentParser):
             if action.option_strings and action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
         self.add_argument("--config", metavar="FILE.yaml", help="read any of the fields below from this file")
+        self.add_argument("--recipe", metavar="NAME", help="or from this one that `dpop recipes` lists")
         self.add_argument("--print-config", action="store_true", help="print the complete YAML of the run, and stop")
 
     def field_actions(self) -> dict[str, argparse.Action]:
         """The fields of the dataclasses -> how each is parsed."""
         actions = {action.dest: action for action in reversed(self._actions)}  # the first of a name is no --no_FIELD
-        return {name: action for name, action in actions.items() if name not in ("help", "config", "print_config")}
+        return {
+            name: action for name, action in actions.items() if name not in ("help", "config", "recipe", "print_config")
+        }
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpop_trainer.model_paths import check_local_path
+from dpop_trainer.recipes import recipe_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,14 +55,14 @@ def load_tokenizer(
 
 
 def load_chat_template(path_or_text: str) -> str:
-    """A chat template from a .jinja file, from another model's tokenizer, or as it stands.
+    """A chat template by name (chatml), from a .jinja file, from another model's tokenizer, or as it stands.
 
     Raises:
         ValueError: there is no such file or tokenizer, or the tokenizer has no template.
     """
     if "{{" in path_or_text or "{%" in path_or_text:
         return path_or_text
-    path = Path(path_or_text).expanduser()
+    path = recipe_files().get(f"{path_or_text}.jinja") or Path(path_or_text).expanduser()
     if path.is_file():
         return path.read_text(encoding="utf-8")
     if path.suffix in (".jinja", ".j2"):
@@ -70,7 +71,7 @@ def load_chat_template(path_or_text: str) -> str:
         template = load_tokenizer(path_or_text).chat_template
     except ValueError as error:
         raise ValueError(
-            f"chat_template_path: expected a .jinja file, a model to take it from, or a template, "
+            f"chat_template_path: expected chatml, a .jinja file, a model to take it from, or a template, "
             f"got {path_or_text!r}. {error}"
         ) from error
     if not isinstance(template, str):

@@ -15,6 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from dpop_trainer.loading import load_model
 from dpop_trainer.model_paths import check_trained_path
 from dpop_trainer.quantised import widened
+from dpop_trainer.renamed import without_renaming_warnings
 from dpop_trainer.tokenizer_loading import load_tokenizer, prepare_tokenizer
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
@@ -103,7 +104,8 @@ def load_trained(
         num_rows = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > num_rows:
             model.resize_token_embeddings(len(tokenizer))
-        model = PeftModel.from_pretrained(model, name_or_path, revision=revision)
+        with without_renaming_warnings():
+            model = PeftModel.from_pretrained(model, name_or_path, revision=revision)
     if "device_map" not in init_kwargs and quantization_config is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return TrainedModel(model.eval(), tokenizer)

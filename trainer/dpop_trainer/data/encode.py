@@ -72,8 +72,9 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", kinds: Iterable[Kind])
     if "messages" in kinds and not tokenizer.chat_template:
         raise ValueError(
             "processing_class: expected a tokenizer with a chat template, since the pairs are messages, got one "
-            "without. Give one with chat_template_path (a .jinja file, a chat model to take it from, or the template "
-            "itself), set tokenizer.chat_template, take the chat model's tokenizer, or write the pairs as text."
+            "without. Give one with chat_template_path (chatml, a .jinja file, a chat model to take it from, or the "
+            "template itself), set tokenizer.chat_template, take the chat model's tokenizer, or write the pairs as "
+            "text."
         )
 
 

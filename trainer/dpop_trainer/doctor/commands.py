@@ -35,7 +35,7 @@ def inspect_pairs(argv: list[str]) -> int:
     parser.add_argument("--num_proc", type=int, help="processes that tokenise")
     parser.add_argument(
         "--chat_template_path",
-        help="a chat template, for a tokenizer that has none: a .jinja file, a model to take it from, or the text",
+        help="chat template for a tokenizer without one: chatml, a .jinja file, a model to take it from, or the text",
     )
     parser.add_argument("--out", help="folder of the report (default runs/doctor/<name of FILE>)")
     parser.add_argument("--write_clean", metavar="OUT.jsonl", help="write the pairs that need not be dropped")

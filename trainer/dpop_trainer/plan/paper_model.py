@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dpop_trainer.loading import disable_dropout
 from dpop_trainer.plan.stand_ins import quantise
+from dpop_trainer.renamed import without_renaming_warnings
 
 LONGEST_PERIOD = 8
 """Layers after which a model's pattern of layers begins again, at most."""
@@ -85,7 +86,8 @@ def build(config: PreTrainedConfig, setting: ModelSetting, *, num_layers: int | 
         if setting.bits is not None:
             quantise(model, bits=setting.bits, nested=setting.nested, compute_dtype=torch.bfloat16)
         if setting.lora is not None:
-            model = get_peft_model(model, copy.deepcopy(setting.lora))
+            with without_renaming_warnings():
+                model = get_peft_model(model, copy.deepcopy(setting.lora))
     disable_dropout(model)
     return model
 

@@ -88,11 +88,11 @@ def setting_yaml(choice: Choice, *, nested: bool = True) -> list[str]:
 
 
 def accelerate_file(choice: Choice) -> str | None:
-    """The launcher's file for a setting, of trainer/recipes/accelerate."""
+    """The name of the recipe for the launcher that a setting takes."""
     if choice.num_devices == 1:
         return None
     kind = "fsdp2_2x8" if choice.sharding == "fsdp2" and choice.num_devices > 8 else f"{choice.sharding}_8"
-    return f"trainer/recipes/accelerate/{kind}.yaml"
+    return f"accelerate/{kind}"
 
 
 _NONE = "longest pair    none: what is there before the first token does not fit"
@@ -174,7 +174,8 @@ def _setting_lines(planner: Planner, asked: Choice, outcome: Outcome) -> list[st
     launcher = accelerate_file(choice)
     if launcher is not None:
         processes = f"--num_processes {choice.num_devices}"
-        lines.append(f"  accelerate launch --config_file {launcher} {processes} -m dpop_trainer train ...")
+        file = f'"$(dpop recipes --path {launcher})"'
+        lines.append(f"  accelerate launch --config_file {file} {processes} -m dpop_trainer train ...")
     pace = f"{outcome.device_seconds_per_pair:.3g} device-seconds a pair"
     return [*lines, f"  {outcome.memory.total / GIB:.1f} GiB a device, {outcome.spare / GIB:.1f} to spare; {pace}"]
 

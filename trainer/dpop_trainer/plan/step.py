@@ -28,6 +28,7 @@ from dpop_trainer.plan.flat_on_paper import PAPER_ATTENTION, flat_row_on_paper
 from dpop_trainer.plan.paper_model import ModelSetting, Sizes, build, decoder_layers, on_paper
 from dpop_trainer.plan.stand_ins import PaperHead, grouped_experts
 from dpop_trainer.plan.tape import Moment, Tape
+from dpop_trainer.renamed import enable_checkpointing
 
 BEGINS, BETWEEN, ENDS = "backward begins", "backward", "backward ends"
 
@@ -137,7 +138,7 @@ def _run(model: Any, setting: StepSetting, batch: Mapping[str, Tensor], *, is_fl
     if is_flat:
         base.set_attn_implementation(PAPER_ATTENTION)
     if setting.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
         if isinstance(model, PeftModel):
             model.enable_input_require_grads()
     model.train()

@@ -1,0 +1,150 @@
+"""The numeric tests under every kind of arithmetic that this processor can be told to do: `make portability`.
+
+    python tests/portability.py [--only avx2 ...] [pytest's own arguments]
+
+Torch, MKL and oneDNN choose their code by the processor's instructions, and sum in another order for another number of
+threads. Each setting below is one run of the numeric tests with the margins of their bounds recorded (`margins.py`).
+Printed are the comparisons that came closest to their bound; those that gave the same number under every setting do not
+depend on rounding and are left out. The exit status is 1 where a test fails or a margin is below `SMALLEST_MARGIN`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SMALLEST_MARGIN = 3.0
+SHOWN = 15
+
+SETTINGS = {
+    "default": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "MKL_CBWR": "AVX512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "own": {},  # whatever the libraries choose, matrix units included
+}
+THREADS = {"default": 1, "avx2": 2, "avx512": 4, "own": 1}
+
+NUMERIC = [
+    "test_budget.py",
+    "test_ches.py",
+    "test_collate.py",
+    "test_compare.py",
+    "test_data_training.py",
+    "test_distributed.py",
+    "test_elementary.py",
+    "test_eval_compare.py",
+    "test_eval_export.py",
+    "test_evaluate.py",
+    "test_examples.py",
+    "test_from_trl.py",
+    "test_fused.py",
+    "test_fused_linear.py",
+    "test_fused_pairs.py",
+    "test_head.py",
+    "test_head_models.py",
+    "test_head_sharded.py",
+    "test_inspect.py",
+    "test_layouts.py",
+    "test_linear_logps.py",
+    "test_linear_pairs.py",
+    "test_lora_head.py",
+    "test_loss_formulas.py",
+    "test_losses.py",
+    "test_pair_loss.py",
+    "test_quantised.py",
+    "test_reference.py",
+    "test_reference_cache.py",
+    "test_step_zero.py",
+    "test_trainer.py",
+    "test_trainer_losses.py",
+    "test_trl_integration.py",
+    "test_vocab_parallel.py",
+]
+
+
+class Comparison(NamedTuple):
+    """One comparison with its bound, under the setting that came closest."""
+
+    margin: float
+    setting: str
+    test: str
+    what: str
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, help="settings; all that the processor has if absent")
+    arguments, of_pytest = parser.parse_known_args()
+    names = [name for name in arguments.only or SETTINGS if is_available(SETTINGS[name])]
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            start = time.monotonic()
+            passed = run(name, Path(folder) / name, of_pytest)
+            failed += [] if passed else [name]
+            told = "passed" if passed else "FAILED"
+            print(f"{name}, {THREADS[name]} threads: {told} in {time.monotonic() - start:.0f} s", flush=True)
+        comparisons = closest({name: read(Path(folder) / name) for name in names})
+    print(f"\nThe closest of {len(comparisons)} comparisons that depend on rounding:")
+    print(f"{'bound / error':>13}  {'setting':8} test, comparison")
+    for comparison in comparisons[:SHOWN]:
+        print(f"{comparison.margin:13.1f}  {comparison.setting:8} {comparison.test}  {comparison.what}")
+    near = [comparison for comparison in comparisons if comparison.margin < SMALLEST_MARGIN]
+    if near:
+        print(f"{len(near)} are nearer than a factor of {SMALLEST_MARGIN:g}: the code or the bound is wrong.")
+    return int(bool(failed or near))
+
+
+def is_available(setting: dict[str, str]) -> bool:
+    """Whether torch on this processor does as it is told."""
+    asked = setting.get("ATEN_CPU_CAPABILITY")
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"
+    told = subprocess.run([sys.executable, "-c", code], env={**os.environ, **setting}, capture_output=True, text=True)
+    return asked is None or told.stdout.strip() in (asked, "no avx" if asked == "default" else asked)
+
+
+def run(name: str, folder: Path, of_pytest: list[str]) -> bool:
+    threads = str(THREADS[name])
+    environment = {**os.environ, **SETTINGS[name], "DPOP_TEST_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    # assertions are rewritten for the hook: the ordinary runs' compiled tests know nothing of it
+    for compiled in (ROOT / "tests").rglob("__pycache__/*pytest*.pyc"):
+        compiled.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-p", "margins"]
+    command += ["--margins", str(folder), "-o", "enable_assertion_pass_hook=true", *of_pytest]
+    return subprocess.run([*command, *(f"tests/{file}" for file in NUMERIC)], cwd=ROOT, env=environment).returncode == 0
+
+
+def read(folder: Path) -> dict[tuple, dict]:
+    """(test, count, what) -> error and bound."""
+    lines = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+    return {(line["test"], line["count"], line["what"]): line for line in lines}
+
+
+def closest(found: dict[str, dict[tuple, dict]]) -> list[Comparison]:
+    """What depends on rounding, closest first; of a parametrised test's many comparisons the closest alone."""
+    by_comparison = defaultdict(dict)
+    for setting, lines in found.items():
+        for key, line in lines.items():
+            by_comparison[key][setting] = line
+    best: dict[tuple[str, str], Comparison] = {}
+    for (test, _, what), lines in by_comparison.items():
+        if len(lines) > 1 and len({line["error"] for line in lines.values()}) == 1:
+            continue
+        for setting, line in lines.items():
+            if line["error"] > 0:
+                comparison = Comparison(line["bound"] / line["error"], setting, test, what)
+                key = (test.partition("[")[0], what)
+                best[key] = min(best.get(key, comparison), comparison)
+    return sorted(best.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
