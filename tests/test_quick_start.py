@@ -296,7 +296,7 @@ def test_without_the_source_the_class_itself_answers(monkeypatch, capsys):
     assert main(["train", "--dpop_lamda", "5"]) == 2
     assert "Did you mean 'dpop_lambda'?" in capsys.readouterr().err
     assert main(["plan", "--help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: dpop plan [--config FILE.yaml]")
+    assert capsys.readouterr().out.startswith("usage: dpop plan [--config FILE.yaml")
 
 
 def test_the_parser_of_transformers_is_the_installed_one():

@@ -1,13 +1,13 @@
 """`dpop recipes`: list the recipes, say where one is, or copy all of them to edit."""
 
-import argparse
 from itertools import groupby
 
+from dpop_trainer.command_parser import CommandParser
 from dpop_trainer.recipes import STARTED_BY, copy_recipes, list_recipes, recipe_file
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("dpop recipes", description="The recipes that come with this package.")
+    parser = CommandParser("dpop recipes", description="The recipes that come with this package.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--path", metavar="NAME", help="print where the file of this name is")
     what.add_argument("--copy", metavar="DIR", help="copy all of them to this folder, to edit; overwrites nothing")
