@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dpop_trainer.data import PairCollator
-from dpop_trainer.flat_attention import use_flat_attention
-from dpop_trainer.layout import forward_inputs
-from dpop_trainer.pairs.metamath import build_pairs
+from dpop_trainer.batches import PairCollator
+from dpop_trainer.batches.choose_layout import forward_inputs
+from dpop_trainer.batches.flat_attention import use_flat_attention
+from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.reference import frozen_copy, reference_segment_logps
-from dpop_trainer.tokenizer_loading import load_tokenizer, prepare_tokenizer
+from dpop_trainer.tools.pairs.metamath import build_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.layout_counts import count, read_lines, tokenised

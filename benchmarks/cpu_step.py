@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 import torch
 from datasets import Dataset
-from dpop_trainer.data.layouts import Layout
+from dpop_trainer.batches.layouts import Layout
 from transformers import TrainerCallback
 
 from benchmarks.cpu_head import machine

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer.pairs.metamath import build_pairs
+from dpop_trainer.tools.pairs.metamath import build_pairs
 
 # name -> how the reference is computed, and how it is trained; None computes it online
 SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {

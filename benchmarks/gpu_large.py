@@ -8,7 +8,7 @@ Needs bitsandbytes. The weights are random and made on the device (random_base.p
 user runs it: DPOPTrainer, its reference by switching the adapter off, its layouts, the head behind lm_head, AdamW,
 gradient checkpointing. One pair of two answers of 1024 tokens each, prompt included, which differ in one token. Each
 candidate has a process of its own; one JSON record per candidate goes to OUT/gpu_large.jsonl as soon as it is there:
-seconds per step, tokens per second, peak memory of each phase, and beside it what dpop_trainer.scale says.
+seconds per step, tokens per second, peak memory of each phase, and beside it what dpop_trainer.tools.plan.scale says.
 
 Running out of memory is a result, and is recorded as one. What there is no time for is recorded as skipped. Where the
 first loss is not log 2, or log-probs are not those of the first candidate, no time is reported and the command exits
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from dpop_trainer import scale
+from dpop_trainer.tools.plan import scale
 from transformers import TrainerCallback
 
 from benchmarks.gpu_head import environment
@@ -138,7 +138,7 @@ def the_pair(plan: Plan) -> dict[str, str]:
 
 def measure(candidate: str, plan: Plan, device: torch.device, seconds: float) -> dict[str, Any]:
     """One trainer in this process -> step times, memory by phase, tokens per second."""
-    from dpop_trainer.quantised import four_bit_config
+    from dpop_trainer.models.quantised import four_bit_config
     from peft import LoraConfig
 
     start = time.monotonic()

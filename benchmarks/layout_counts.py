@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from dpop_trainer.data import Budget, PairCollator, plan_batches, tokenise_pairs
-from dpop_trainer.pairs.metamath import build_pairs
-from dpop_trainer.tokenizer_loading import load_tokenizer, prepare_tokenizer
+from dpop_trainer.batches import Budget, PairCollator, plan_batches
+from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
+from dpop_trainer.tools.pairs.metamath import build_pairs
 
 BUDGET = 4096
 """Positions of a batch."""

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dpop_trainer.versions import versions
+from dpop_trainer.run_folder.versions import versions
 
 RESULTS = Path(__file__).parent / "results" / "pairs_scale.jsonl"
 NAMES = ("Ana", "Ben", "Chi", "Dov", "Eli", "Fay", "Gus", "Hal")

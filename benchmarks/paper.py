@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dpop_trainer.compare.answers import Answers
-from dpop_trainer.compare.report import (
+from dpop_trainer.report.plots import plot_logratios, plot_token_shift
+from dpop_trainer.tools.compare.answers import Answers
+from dpop_trainer.tools.compare.report import (
     Comparison,
     RunResult,
     read_comparison,
@@ -16,8 +17,7 @@ from dpop_trainer.compare.report import (
     token_shifts,
     verdict,
 )
-from dpop_trainer.compare.report import curves as curves_of
-from dpop_trainer.plots import plot_logratios, plot_token_shift
+from dpop_trainer.tools.compare.report import curves as curves_of
 
 from benchmarks.levels import table
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from dpop_trainer.data import load_pairs, tokenise_pairs
-from dpop_trainer.edits import edit_regions
-from dpop_trainer.loading import load_model, load_tokenizer, prepare_tokenizer
-from dpop_trainer.versions import versions
+from dpop_trainer.data.edits import edit_regions
+from dpop_trainer.models.loading import load_model, load_tokenizer, prepare_tokenizer
+from dpop_trainer.run_folder.versions import versions
 from torch import Tensor
 from tqdm.auto import tqdm
 

@@ -1,7 +1,7 @@
 """The report's pictures: time, memory and fraction of the floor, and precision against speed.
 
 Every peer keeps its colour (Okabe and Ito's), line and marker in all pictures, so that they read in grey; made without
-pyplot, as `dpop_trainer.plots` are.
+pyplot, as `dpop_trainer.report.plots` are.
 """
 
 import math

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from dpop_trainer.quantised import make_trainable
-from dpop_trainer.scale import ModelSize
+from dpop_trainer.models.quantised import make_trainable
+from dpop_trainer.tools.plan.scale import ModelSize
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer

@@ -26,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpop_trainer import scale
-from dpop_trainer.evaluation.compare import as_markdown
-from dpop_trainer.plots import plot_logratios
+from dpop_trainer.report.plots import plot_logratios
+from dpop_trainer.tools.evaluation.compare import as_markdown
+from dpop_trainer.tools.plan import scale
 
 from benchmarks import gpu_large, levels, paper, plots
 from benchmarks.levels import table
@@ -113,7 +113,7 @@ def pictures() -> str:
 
 
 def longest() -> str:
-    """docs/benchmarks.md: the longest pair in 80 GB by `dpop_trainer.scale`, and most tokens a head has run with."""
+    """docs/benchmarks.md: the longest pair in 80 GB by `plan.scale`, and most tokens a head has run with."""
     budget = 80e9
     ways = {
         "LoRA": (scale.Training(), scale.Training(head="logits")),

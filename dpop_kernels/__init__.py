@@ -9,14 +9,14 @@ needs_reference                              names of losses                 -> 
 ScoringHead                                  the above behind a Hugging Face model's own lm_head
 """
 
-from dpop_kernels.dpop_losses import linear_dpop_loss, logits_dpop_loss
-from dpop_kernels.head import ScoringHead
-from dpop_kernels.linear_logps import linear_token_logps
-from dpop_kernels.loss_weights import needs_reference
-from dpop_kernels.losses import dpo_loss, dpop_loss, ipo_loss, slic_loss
+from dpop_kernels.logps.linear import linear_token_logps
+from dpop_kernels.logps.logits import token_logps
+from dpop_kernels.losses.on_sums import dpo_loss, dpop_loss, ipo_loss, slic_loss
+from dpop_kernels.losses.pair_loss import pair_loss
+from dpop_kernels.losses.weights import needs_reference
+from dpop_kernels.model_head.head import ScoringHead
 from dpop_kernels.outputs import PairLosses, TokenStats
-from dpop_kernels.pair_loss import pair_loss
-from dpop_kernels.token_logps import token_logps
+from dpop_kernels.padded import linear_dpop_loss, logits_dpop_loss
 
 __version__ = "0.1.0"
 

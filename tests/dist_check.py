@@ -44,7 +44,7 @@ for name in ("pairs.jsonl", "held_out.jsonl"):
 """
 
 SMALL_DEMO = """
-from dpop_trainer.demo.run import DemoSettings, run_demo
+from dpop_trainer.tools.demo.run import DemoSettings, run_demo
 
 run_demo(settings=DemoSettings(
     num_train_problems=64, num_eval_problems=8, num_exact_match=4, num_pairs=32, hidden_size=32, num_layers=2,

@@ -9,7 +9,7 @@ import third_party
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from dpop_trainer.recipes import FOLDER
+from dpop_trainer.settings.recipes import FOLDER
 from torch import multiprocessing as mp
 
 RECIPES = FOLDER / "accelerate"

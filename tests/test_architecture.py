@@ -10,34 +10,51 @@ ROOT = Path(__file__).parents[1]
 # file or folder -> what of the project it may import; anything else of the project is a wrong direction
 KERNEL_RULES = {
     "outputs.py": [],
-    "loss_options.py": [],
-    "loss_formulas.py": ["loss_options"],
-    "loss_weights.py": ["loss_formulas", "loss_options"],
-    "losses.py": ["loss_formulas", "loss_options", "outputs"],
     "validate.py": [],
+    "losses/options.py": [],
+    "losses/formulas.py": ["losses"],
+    "losses/weights.py": ["losses"],
+    "losses/on_sums.py": ["losses", "outputs"],
+    "losses/pair_loss.py": ["backends", "losses", "outputs", "validate"],
     "backends/__init__.py": [],
     "backends/reference.py": ["losses", "outputs"],
     "backends/products.py": [],
     "backends/linear_tiles.py": ["backends", "outputs"],
     "backends/chunked.py": ["backends", "losses", "outputs"],
-    "backends/fused.py": ["backends", "kernels", "loss_options", "outputs"],
+    "backends/fused.py": ["backends", "kernels", "losses", "outputs"],
     "backends/linear_parts.py": ["backends", "outputs"],
     "backends/fused_launches.py": ["backends", "kernels", "outputs"],
     "backends/linear_pairs.py": ["backends", "losses"],
     "backends/fused_linear.py": ["backends", "kernels", "outputs"],
     "backends/fused_logits.py": ["backends", "kernels", "outputs"],
     "kernels": ["kernels"],
-    "token_logps.py": ["backends", "outputs", "validate"],
-    "linear_logps.py": ["backends", "outputs", "validate"],
-    "pair_loss.py": ["backends", "loss_formulas", "loss_options", "loss_weights", "losses", "outputs", "validate"],
-    "dpop_losses.py": ["backends", "linear_logps", "loss_options", "losses", "pair_loss", "token_logps", "validate"],
-    "lora_logps.py": ["backends", "linear_logps", "losses", "outputs", "validate"],
-    "vocab_parallel.py": ["backends", "linear_logps", "validate"],
-    "head_transforms.py": [],
-    "head_layers.py": ["linear_logps", "lora_logps", "outputs", "vocab_parallel"],
-    "head.py": ["head_layers", "head_transforms", "outputs"],
-    "integrations": ["loss_formulas", "loss_options", "losses"],
+    "logps/logits.py": ["backends", "outputs", "validate"],
+    "logps/linear.py": ["backends", "outputs", "validate"],
+    "logps/lora.py": ["backends", "logps", "losses", "outputs", "validate"],
+    "logps/vocab_parallel.py": ["backends", "logps", "validate"],
+    "padded.py": ["backends", "logps", "losses", "validate"],
+    "model_head/transforms.py": [],
+    "model_head/layers.py": ["logps", "outputs"],
+    "model_head/head.py": ["model_head", "outputs"],
+    "integrations": ["losses"],
 }
+
+# The trainer's rooms: each imports those above it in this list and itself, never one below. "" is the package's root.
+TRAINER_ROOMS = [
+    "data",
+    "run_folder",
+    "settings",
+    "models",
+    "batches",
+    "reference",
+    "measure",
+    "report",
+    "training",
+    "tools",
+    "",
+]
+# tools that are made of two; any other tool imports no other
+TOOLS_OF_TWO = {("pairs", "doctor"), ("demo", "pairs"), ("delivery", "evaluation")}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -78,51 +95,75 @@ def test_trl_is_imported_by_its_integration_alone():
             assert not uses or path == ROOT / "dpop_kernels/integrations/trl.py", (path, uses)
 
 
-def test_data_path_knows_no_model_and_no_kernel():
-    for path in (ROOT / "trainer" / "dpop_trainer" / "data").rglob("*.py"):
-        for module in imported_modules(path):
-            assert not module.startswith("dpop_kernels"), (path, module)
-            assert not module.startswith("dpop_trainer") or module.startswith(
-                ("dpop_trainer.data", "dpop_trainer.edits")
-            ), (
-                path,
-                module,
-            )
-
-
-def test_the_reference_is_asked_by_the_trainer_and_asks_no_trainer():
-    for path in (ROOT / "trainer" / "dpop_trainer" / "reference").rglob("*.py"):
+def trainer_imports():
+    """Every import between modules of the trainer that happens when it runs -> (importing path, imported path)."""
+    package = ROOT / "trainer" / "dpop_trainer"
+    for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text())
         checked_only = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
-        imported = {
-            node.module
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and id(node) not in checked_only and node.module is not None
-        }
-        wrong = {"dpop_trainer.trainer", "dpop_trainer.config", "dpop_trainer.runs", "dpop_trainer.cli"}
-        assert not imported & wrong, (path, imported & wrong)
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or id(node) in checked_only or node.module is None:
+                continue
+            if node.module.partition(".")[0] == "dpop_trainer":
+                base = package.joinpath(*node.module.split(".")[1:])
+                for alias in node.names:  # a module of a package, or a name of a module
+                    named = base / alias.name
+                    is_module = named.with_suffix(".py").exists() or named.is_dir()
+                    yield path.relative_to(package), (named if is_module else base).relative_to(package)
 
 
 def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+def test_the_trainer_s_rooms_import_upwards_alone():
+    ranks = {room: rank for rank, room in enumerate(TRAINER_ROOMS)}
+    seen = set()
+    for path, imported in trainer_imports():
+        room = path.parts[0] if len(path.parts) > 1 else ""
+        other = imported.parts[0] if imported.parts and imported.parts[0] in ranks else ""
+        assert ranks[other] <= ranks[room], f"{path} imports {imported}"
+        seen |= {room, other}
+    folders = {path.parent.name for path in (ROOT / "trainer" / "dpop_trainer").glob("*/__init__.py")}
+    assert seen == set(TRAINER_ROOMS)
+    assert folders - {"recipes"} == set(TRAINER_ROOMS) - {""}
+
+
+def test_a_tool_imports_no_other_tool():
+    pairs = {
+        (path.parts[1], imported.parts[1])
+        for path, imported in trainer_imports()
+        if path.parts[0] == "tools" and len(imported.parts) > 1 and imported.parts[0] == "tools"
+    }
+    assert {(tool, other) for tool, other in pairs if tool != other} == TOOLS_OF_TWO
+
+
+def test_the_trainer_s_root_holds_the_way_in_alone():
+    names = {path.name for path in (ROOT / "trainer" / "dpop_trainer").glob("*.py")}
+    assert names == {"__init__.py", "__main__.py", "cli.py"}
+
+
+def test_every_room_says_what_lives_there():
+    for path in (ROOT / "trainer" / "dpop_trainer").glob("*/__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert len(text.split()) > 20, f"{path.relative_to(ROOT)}: what lives there, what it may import, what to change"
+
+
+def test_data_knows_no_model_and_no_kernel():
+    for path in (ROOT / "trainer" / "dpop_trainer" / "data").rglob("*.py"):
+        for module in imported_modules(path):
+            assert not module.startswith(("dpop_kernels", "peft")), (path, module)
+
+
 def test_the_scale_model_is_arithmetic_alone():
-    modules = imported_modules(ROOT / "trainer" / "dpop_trainer" / "scale.py")
+    modules = imported_modules(ROOT / "trainer" / "dpop_trainer" / "tools" / "plan" / "scale.py")
     assert modules == {"dataclasses", "typing"}
 
 
 def test_a_plan_is_made_without_training():
-    """It reads the run's configuration, data and batches; nothing imports it but the command line."""
-    package = ROOT / "trainer" / "dpop_trainer"
-    for path in package.rglob("*.py"):
-        is_plan = path.relative_to(package).parts[0] == "plan"
-        for module in imported_modules(path):
-            if is_plan:
-                wrong = ("dpop_trainer.trainer", "dpop_trainer.runs", "dpop_trainer.base", "benchmarks")
-                assert not module.startswith(wrong), (path, module)
-            elif module.startswith("dpop_trainer.plan"):
-                assert path.name == "cli.py", (path, module)
+    """It reads the run's configuration, data and batches."""
+    for path, imported in trainer_imports():
+        assert path.parts[:2] != ("tools", "plan") or imported.parts[:1] != ("training",), (path, imported)
 
 
 def test_benchmarks_reach_the_house_from_outside():
@@ -146,37 +187,13 @@ def test_benchmarks_reach_the_house_from_outside():
         assert all(root.partition(".")[0] in allowed for root in roots), (path, roots)
 
 
-def test_recipes_know_nothing_of_training():
-    """Building pairs needs no torch: it runs where the data is. `datasets` is asked for the hub alone."""
-    allowed = ("dpop_trainer.pairs", "dpop_trainer.doctor.commands", "dpop_trainer.command_parser")
-    for path in (ROOT / "trainer" / "dpop_trainer" / "pairs").glob("*.py"):
-        for module in imported_modules(path):
-            assert not module.startswith(("torch", "transformers", "dpop_kernels")), (path, module)
-            assert not module.startswith("dpop_trainer") or module.startswith(allowed), (path, module)
-
-
-def test_doctor_trains_nothing():
-    """Pairs are examined without the trainer; only the model's view of them needs the kernels."""
-    allowed = ("command_parser", "data", "doctor", "edits", "graphemes", "loading", "model_paths", "pairs.write")
-    allowed += ("token_text", "tokenizer_loading", "versions")
-    for path in (ROOT / "trainer" / "dpop_trainer" / "doctor").glob("*.py"):
-        for module in imported_modules(path):
-            if path.name != "ches.py":
-                assert not module.startswith("dpop_kernels"), (path, module)
-                assert not module.startswith("dpop_trainer.") or module.split(".", 1)[1].startswith(allowed), module
-
-
-def test_what_comes_after_training_is_known_to_the_command_line_alone():
-    package = ROOT / "trainer" / "dpop_trainer"
-    after = ("evaluation", "mtbench", "delivery")
-    for path in package.rglob("*.py"):
-        relative = path.relative_to(package)
-        for module in imported_modules(path):
-            part = module.removeprefix("dpop_trainer.").partition(".")[0]
-            if module.startswith("dpop_trainer.") and part in after:
-                # the card shows an evaluation's table
-                allowed = relative.parts[0] == part or (relative.parts[0], part) == ("delivery", "evaluation")
-                assert allowed or relative.name == "cli.py", f"{relative} imports {module}"
+def test_pairs_are_built_and_examined_without_the_kernels():
+    """Building pairs needs no torch: it runs where the data is. Only the model's view of pairs needs the kernels."""
+    for tool in ("pairs", "doctor"):
+        for path in (ROOT / "trainer" / "dpop_trainer" / "tools" / tool).glob("*.py"):
+            wrong = ("dpop_kernels",) if tool == "doctor" else ("torch", "transformers", "dpop_kernels")
+            for module in imported_modules(path):
+                assert path.name == "ches.py" or not module.startswith(wrong), (path, module)
 
 
 def test_import_needs_neither_triton_nor_transformers():

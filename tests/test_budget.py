@@ -7,8 +7,9 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, skip_first_batches
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer.data import Budget, BudgetBatchSampler, PairCollator, PairTree, pair_units, plan_batches
-from dpop_trainer.data.budget import Unit
+from dpop_trainer.batches import Budget, BudgetBatchSampler, PairCollator, pair_units, plan_batches
+from dpop_trainer.batches.budget import Unit
+from dpop_trainer.data import PairTree
 from tiny import tiny_llama, token_pairs, word_tokenizer
 from torch.utils.data import DataLoader
 

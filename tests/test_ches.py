@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from dpop_trainer.doctor.ches import ches_score, rank_correlation, score_pairs
+from dpop_trainer.tools.doctor.ches import ches_score, rank_correlation, score_pairs
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, token_pairs
 

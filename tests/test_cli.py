@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 import yaml
-from dpop_trainer.arguments import parse_arguments, run_config
 from dpop_trainer.cli import main
-from dpop_trainer.config import DPOPConfig
-from dpop_trainer.model_setup import lora_config
+from dpop_trainer.models.model_setup import lora_config
+from dpop_trainer.settings.arguments import parse_arguments, run_config
+from dpop_trainer.settings.config import DPOPConfig
 from peft import AutoPeftModelForCausalLM
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM

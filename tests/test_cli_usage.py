@@ -11,12 +11,12 @@ from dataclasses import fields
 import pytest
 import yaml
 from dpop_trainer import cli
-from dpop_trainer.arguments import DataArguments, ModelArguments, parse_arguments, run_config
 from dpop_trainer.cli import COMMANDS, main
-from dpop_trainer.config import DPOPConfig
-from dpop_trainer.errors import UsageError
-from dpop_trainer.model_setup import init_kwargs, lora_config, quantization_config
-from dpop_trainer.trl_fields import ALTERNATIVES
+from dpop_trainer.models.model_setup import init_kwargs, lora_config, quantization_config
+from dpop_trainer.settings.arguments import DataArguments, ModelArguments, parse_arguments, run_config
+from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.errors import UsageError
+from dpop_trainer.settings.trl_fields import ALTERNATIVES
 from tiny import text_pairs, tiny_llama, word_tokenizer
 
 
@@ -198,7 +198,7 @@ def test_quantisation_that_cannot_be_had_is_refused(name, monkeypatch):
 
 
 def test_bf16_without_a_gpu_is_refused_with_the_remedy(monkeypatch, capsys):
-    monkeypatch.setattr("dpop_trainer.config.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("dpop_trainer.settings.config.is_torch_bf16_gpu_available", lambda: False)
     assert main(["train", "--bf16", "true", "--print-config"]) == 1
     assert "bf16: expected a GPU that computes in bfloat16, found none. Set bf16 to false" in capsys.readouterr().err
     assert main(["train", "--bf16", "true", "--use_cpu", "--print-config"]) == 0
@@ -231,7 +231,7 @@ def test_usage_errors_of_other_commands_are_2(capsys):
 
 
 def test_interrupted_run_says_where_it_goes_on_from(setting, tmp_path, monkeypatch, capsys):
-    from dpop_trainer import runs
+    from dpop_trainer.training import runs
 
     def interrupted(*parts):
         raise KeyboardInterrupt

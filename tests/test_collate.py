@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from dpop_trainer.data import PairCollator, PairTree, padded_rows
-from dpop_trainer.edits import common_prefix_length
+from dpop_trainer.batches import PairCollator, padded_rows
+from dpop_trainer.data import PairTree
+from dpop_trainer.data.edits import common_prefix_length
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PAD = 0

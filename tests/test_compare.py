@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
-from dpop_trainer.arguments import ComparisonArguments, parse_arguments
 from dpop_trainer.cli import main
-from dpop_trainer.compare import answers as compare_answers
-from dpop_trainer.compare.answers import Answers, Grading, Problem, grade_answers, problems_of
-from dpop_trainer.compare.methods import parse_method, parse_methods
-from dpop_trainer.compare.report import Comparison, RunResult, read_comparison, table_rows, table_titles, verdict
-from dpop_trainer.compare.run import plan_runs
-from dpop_trainer.config import DPOPConfig
 from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs
-from dpop_trainer.token_shift import mean_token_shift, token_shift_as_dict, token_shift_from_dict
-from dpop_trainer.trained import TrainedModel
+from dpop_trainer.measure.pairs_under_model import PairTokenLogps, evaluate_pairs
+from dpop_trainer.measure.token_shift import mean_token_shift, token_shift_as_dict, token_shift_from_dict
+from dpop_trainer.models.trained import TrainedModel
+from dpop_trainer.settings.arguments import ComparisonArguments, parse_arguments
+from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.tools.compare import answers as compare_answers
+from dpop_trainer.tools.compare.answers import Answers, Grading, Problem, grade_answers, problems_of
+from dpop_trainer.tools.compare.methods import parse_method, parse_methods
+from dpop_trainer.tools.compare.report import Comparison, RunResult, read_comparison, table_rows, table_titles, verdict
+from dpop_trainer.tools.compare.run import plan_runs
 from tiny import text_pairs, tiny_llama, word_tokenizer
 
 

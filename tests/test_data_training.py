@@ -7,8 +7,8 @@ import pytest
 import yaml
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer, SFTConfig, SFTTrainer
-from dpop_trainer.arguments import parse_arguments, run_config
 from dpop_trainer.cli import main
+from dpop_trainer.settings.arguments import parse_arguments, run_config
 from tiny import text_pairs, tiny_llama, token_pairs, word_tokenizer
 from transformers import AutoTokenizer
 

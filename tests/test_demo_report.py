@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from dpop_trainer.demo.report import format_table, format_verdict, write_report
-from dpop_trainer.edits import EditRegions
-from dpop_trainer.plots import plot_logratios, plot_token_shift
-from dpop_trainer.token_shift import token_shift
+from dpop_trainer.data.edits import EditRegions
+from dpop_trainer.measure.token_shift import token_shift
+from dpop_trainer.report.plots import plot_logratios, plot_token_shift
+from dpop_trainer.tools.demo.report import format_table, format_verdict, write_report
 
 SUMMARY = {
     "config": {"beta": 0.3, "note": "<b>&"},

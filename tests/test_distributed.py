@@ -11,7 +11,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer.non_finite import NonFiniteError
+from dpop_trainer.training.non_finite import NonFiniteError
 from peft import LoraConfig
 from ranks import launch, launcher_environment
 from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from dpop_trainer.doctor.examine import examine_pairs
-from dpop_trainer.doctor.findings import percent, repeated
-from dpop_trainer.doctor.measure import CUT, EMPTY, FITS, NO_ROOM, SAME_AFTER_CUT, has_hidden_characters
-from dpop_trainer.doctor.texts import PairTexts, fingerprint, normalised, pair_texts
+from dpop_trainer.tools.doctor.examine import examine_pairs
+from dpop_trainer.tools.doctor.findings import percent, repeated
+from dpop_trainer.tools.doctor.measure import CUT, EMPTY, FITS, NO_ROOM, SAME_AFTER_CUT, has_hidden_characters
+from dpop_trainer.tools.doctor.texts import PairTexts, fingerprint, normalised, pair_texts
 from tiny import tiny_llama, token_pairs, word_tokenizer
 
 

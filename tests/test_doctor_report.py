@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from dpop_trainer.cli import main
-from dpop_trainer.doctor.charts import Axis, histogram, scatter
-from dpop_trainer.doctor.marks import Piece, differing, mark_tokens, mark_words, shortened, token_texts
+from dpop_trainer.tools.doctor.charts import Axis, histogram, scatter
+from dpop_trainer.tools.doctor.marks import Piece, differing, mark_tokens, mark_words, shortened, token_texts
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoTokenizer
 

@@ -8,14 +8,14 @@ import pytest
 from datasets import Dataset
 from dpop_trainer.cli import main
 from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.evaluate import evaluate_pairs, pair_token_logps
-from dpop_trainer.evaluation import run as eval_run
-from dpop_trainer.evaluation.compare import as_markdown, compare, difference
-from dpop_trainer.evaluation.held_out import compare_with_reference, metric_of, score_pairs
-from dpop_trainer.evaluation.records import Metric, TaskResult, labels, read_result, write_result
-from dpop_trainer.evaluation.run import EvalSettings, run_eval
-from dpop_trainer.evaluation.tasks import LEADERBOARD, parse_tasks
-from dpop_trainer.trained import TrainedModel, load_trained
+from dpop_trainer.measure.pairs_under_model import evaluate_pairs, pair_token_logps
+from dpop_trainer.models.trained import TrainedModel, load_trained
+from dpop_trainer.tools.evaluation import run as eval_run
+from dpop_trainer.tools.evaluation.compare import as_markdown, compare, difference
+from dpop_trainer.tools.evaluation.held_out import compare_with_reference, metric_of, score_pairs
+from dpop_trainer.tools.evaluation.records import Metric, TaskResult, labels, read_result, write_result
+from dpop_trainer.tools.evaluation.run import EvalSettings, run_eval
+from dpop_trainer.tools.evaluation.tasks import LEADERBOARD, parse_tasks
 from peft import LoraConfig, get_peft_model
 from tiny import text_pairs, tiny_llama, word_tokenizer
 

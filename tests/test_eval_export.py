@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 from dpop_trainer.cli import main
-from dpop_trainer.delivery import export as export_module
-from dpop_trainer.delivery.card import base_license
-from dpop_trainer.trained import load_trained
+from dpop_trainer.models.trained import load_trained
+from dpop_trainer.tools.delivery import export as export_module
+from dpop_trainer.tools.delivery.card import base_license
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import text_pairs, tiny_llama, word_tokenizer

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 from dpop_trainer.cli import main
-from dpop_trainer.evaluation import run as eval_run
-from dpop_trainer.evaluation.harness import harness_model, run_task
-from dpop_trainer.evaluation.records import read_result
-from dpop_trainer.evaluation.tasks import LEADERBOARD, TaskRequest, load_tasks, parse_tasks
-from dpop_trainer.trained import load_trained
+from dpop_trainer.models.trained import load_trained
+from dpop_trainer.tools.evaluation import run as eval_run
+from dpop_trainer.tools.evaluation.harness import harness_model, run_task
+from dpop_trainer.tools.evaluation.records import read_result
+from dpop_trainer.tools.evaluation.tasks import LEADERBOARD, TaskRequest, load_tasks, parse_tasks
 from peft import LoraConfig, get_peft_model
 
 pytestmark = [

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from dpop_trainer.cli import main
-from dpop_trainer.mtbench import answer as answer_module
-from dpop_trainer.mtbench.endpoint import Endpoint, EndpointError, JudgeError
-from dpop_trainer.mtbench.files import append_records, read_answers, read_questions
-from dpop_trainer.mtbench.judge import rating_of, run_judge
-from dpop_trainer.mtbench.prompts import FASTCHAT_NAMES, load_prompts
-from dpop_trainer.trained import load_trained
+from dpop_trainer.models.trained import load_trained
+from dpop_trainer.tools.mtbench import answer as answer_module
+from dpop_trainer.tools.mtbench.endpoint import Endpoint, EndpointError, JudgeError
+from dpop_trainer.tools.mtbench.files import append_records, read_answers, read_questions
+from dpop_trainer.tools.mtbench.judge import rating_of, run_judge
+from dpop_trainer.tools.mtbench.prompts import FASTCHAT_NAMES, load_prompts
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}<assistant> "
 QUESTIONS = [

@@ -5,7 +5,12 @@ import pytest
 import torch
 from datasets import Dataset
 from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs, generate_completions, pair_token_logps
+from dpop_trainer.measure.pairs_under_model import (
+    PairTokenLogps,
+    evaluate_pairs,
+    generate_completions,
+    pair_token_logps,
+)
 from tiny import text_pairs, tiny_llama, token_pairs, word_tokenizer
 
 

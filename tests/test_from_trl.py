@@ -14,8 +14,8 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer.arguments import DataArguments, ModelArguments
-from dpop_trainer.trl_fields import ALTERNATIVES
+from dpop_trainer.settings.arguments import DataArguments, ModelArguments
+from dpop_trainer.settings.trl_fields import ALTERNATIVES
 from peft import LoraConfig, get_peft_model
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
@@ -406,7 +406,7 @@ def test_model_by_name_is_loaded_in_float32_unless_told(model_path, tmp_path):
 
 
 def test_output_dir_without_a_configuration():
-    from dpop_trainer.trainer import default_output_dir
+    from dpop_trainer.training.trainer import default_output_dir
 
     assert default_output_dir("Qwen/Qwen2.5-0.5B") == "Qwen2.5-0.5B-DPOP"
     assert default_output_dir(tiny_llama()) == "LlamaForCausalLM-DPOP"

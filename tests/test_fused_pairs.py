@@ -13,7 +13,7 @@ from truth import value_and_grads
 
 from dpop_kernels.backends import fused, reference
 from dpop_kernels.kernels.launch import LAUNCH
-from dpop_kernels.losses import losses_of_segments
+from dpop_kernels.losses.on_sums import losses_of_segments
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = math.inf, math.nan

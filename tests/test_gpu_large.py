@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e '.[qlora]'")
 
-from dpop_trainer.quantised import four_bit_config
+from dpop_trainer.models.quantised import four_bit_config
 
 from benchmarks import gpu_large, random_base
 

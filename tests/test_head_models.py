@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.backends import reference
-from dpop_kernels.head_transforms import logit_transform
+from dpop_kernels.model_head.transforms import logit_transform
 
 VOCAB_SIZE = 97
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

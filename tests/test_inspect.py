@@ -11,11 +11,11 @@ from datasets import Dataset
 from dpop_trainer.cli import main
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.data.counts import TokeniseCounts
-from dpop_trainer.edits import EditRegions
-from dpop_trainer.evaluate import PairTokenLogps, Ranking, evaluate_pairs
-from dpop_trainer.inspect_report import AnswerTokens, Inspection, PairChange, verdict, write_inspection
-from dpop_trainer.inspection import subject_of
-from dpop_trainer.token_text import token_texts
+from dpop_trainer.data.edits import EditRegions
+from dpop_trainer.measure.pairs_under_model import PairTokenLogps, Ranking, evaluate_pairs
+from dpop_trainer.report.token_text import token_texts
+from dpop_trainer.tools.inspect.inspection import subject_of
+from dpop_trainer.tools.inspect.report import AnswerTokens, Inspection, PairChange, verdict, write_inspection
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoTokenizer
 

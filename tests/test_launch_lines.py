@@ -13,7 +13,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from dpop_trainer.cli import main
 from dpop_trainer.data.mixture import parse_sources
-from dpop_trainer.recipes import recipe_file
+from dpop_trainer.settings.recipes import recipe_file
 from torch.distributed.run import get_args_parser
 from transformers import PreTrainedTokenizerFast
 

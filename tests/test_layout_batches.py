@@ -3,9 +3,10 @@
 import pytest
 import torch
 from dpop_trainer import DPOPConfig
-from dpop_trainer.data import PairCollator, PairTree, flat_row, packed_rows, tree_rows, trie_mask
-from dpop_trainer.data.layouts import cheaper_layout, pack_pairs
-from dpop_trainer.flat_attention import Run, block_mask, runs
+from dpop_trainer.batches import PairCollator, flat_row, packed_rows, tree_rows, trie_mask
+from dpop_trainer.batches.flat_attention import Run, block_mask, runs
+from dpop_trainer.batches.layouts import cheaper_layout, pack_pairs
+from dpop_trainer.data import PairTree
 
 PAD = 0
 # answers that part after one token; one answer that is the beginning of the other

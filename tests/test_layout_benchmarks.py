@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dpop_trainer.data import PairCollator
+from dpop_trainer.batches import PairCollator
 from transformers import LlamaConfig
 
 from benchmarks import cpu_layouts, layout_counts

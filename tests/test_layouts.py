@@ -6,11 +6,18 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from dpop_trainer import DPOPConfig, DPOPTrainer, flat_attention
-from dpop_trainer.data import PairCollator
-from dpop_trainer.flat_attention import FLAT_ATTENTION, block_mask, use_flat_attention
-from dpop_trainer.layout import ScoredModel, choose_layout, forward_inputs, laid_out, layout_difference, tree_obstacle
-from dpop_trainer.renamed import enable_checkpointing
+from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer.batches import PairCollator, flat_attention
+from dpop_trainer.batches.choose_layout import (
+    ScoredModel,
+    choose_layout,
+    forward_inputs,
+    laid_out,
+    layout_difference,
+    tree_obstacle,
+)
+from dpop_trainer.batches.flat_attention import FLAT_ATTENTION, block_mask, use_flat_attention
+from dpop_trainer.settings.renamed import enable_checkpointing
 from peft import LoraConfig, get_peft_model
 from rounding import CONTRACT_NATS, EQUAL
 from tiny import UNUSED_ID, VOCAB_SIZE, tiny_llama, token_pairs, word_tokenizer
@@ -18,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpop_kernels import ScoringHead, pair_loss
-from dpop_kernels.pair_loss import segment_sums
+from dpop_kernels.losses.pair_loss import segment_sums
 
 PAD = 0
 SMALL = {
@@ -187,14 +194,14 @@ def flex_without_compiler(monkeypatch):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"gpt2"}))
 def test_a_flat_row_under_a_block_mask_is_rows(name, flex_without_compiler, monkeypatch):
-    monkeypatch.setattr("dpop_trainer.layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
+    monkeypatch.setattr("dpop_trainer.batches.choose_layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
     model = family(name)
     records = edge_pairs() + siblings()
     rows = PairCollator(pad_token_id=PAD)
     flat = replace(rows, layout="flat", pad_to_multiple_of=128)
     calls = []
     monkeypatch.setattr(
-        "dpop_trainer.flat_attention.flex_attention_forward",
+        "dpop_trainer.batches.flat_attention.flex_attention_forward",
         lambda *args, forward=transformers.integrations.flex_attention.flex_attention_forward, **kwargs: (
             calls.append(args[-1].shape) or forward(*args, **kwargs)
         ),
@@ -376,7 +383,7 @@ def test_code_that_takes_no_attention_of_ours_runs_trees(caplog, monkeypatch):
 
 def test_a_model_that_takes_no_block_mask_runs_trees(caplog, monkeypatch):
     # GPT-2's forward asks the mask for its number of dimensions, which a BlockMask does not tell
-    monkeypatch.setattr("dpop_trainer.layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
+    monkeypatch.setattr("dpop_trainer.batches.choose_layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
     model = family("gpt2")
     assert choose(model) == "auto"
     assert attention(model) == "sdpa"
@@ -386,7 +393,7 @@ def test_a_model_that_takes_no_block_mask_runs_trees(caplog, monkeypatch):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_flat_attention_without_a_backward_is_found_out(flex_without_compiler, caplog, monkeypatch):
     """FlexAttention has none on a CPU. Its log-probs are right; training would fail at its first step."""
-    monkeypatch.setattr("dpop_trainer.layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
+    monkeypatch.setattr("dpop_trainer.batches.choose_layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
     model = family("llama")
     assert choose(model) == "auto"
     assert attention(model) == "sdpa"
@@ -420,7 +427,7 @@ def test_a_flat_attention_with_wrong_gradients_is_found_out(caplog, monkeypatch)
 def test_flat_rows_on_cuda_come_in_whole_blocks(monkeypatch):
     collator = PairCollator(pad_token_id=PAD)
     assert laid_out(collator, "flat", family("llama")).pad_to_multiple_of is None
-    monkeypatch.setattr("dpop_trainer.layout._device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr("dpop_trainer.batches.choose_layout._device", lambda model: torch.device("cuda"))
     assert laid_out(collator, "flat", family("llama")).pad_to_multiple_of == 128
     assert laid_out(collator, "tree", family("llama")).pad_to_multiple_of is None
     assert laid_out(replace(collator, pad_to_multiple_of=8), "flat", family("llama")).pad_to_multiple_of == 8
@@ -452,7 +459,7 @@ def test_models_that_a_tree_would_break_use_rows(name, caplog):
     config_class, overrides, attn_implementation, reason = REFUSED[name]
     model = build(config_class, overrides, attn_implementation=attn_implementation)
     assert choose(model) == "rows"
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "dpop_trainer.layout"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "dpop_trainer.batches.choose_layout"]
     assert line.startswith(f"Layout: two rows per pair, not a tree: {reason}")
     with pytest.raises(ValueError, match=f"layout: expected models that can run 'tree', got one that cannot: {reason}"):
         choose(model, "tree")

@@ -9,7 +9,7 @@ from truth import head_inputs, relative_error, value_and_grads
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.backends import linear_parts, reference
-from dpop_kernels.lora_logps import lora_token_logps
+from dpop_kernels.logps.lora import lora_token_logps
 
 OPTIONS = {"plain": {}, "scale_and_softcap": {"logit_scale": 0.5, "softcap": 4.0}}
 

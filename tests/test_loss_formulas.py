@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import dpop_kernels.loss_formulas
+import dpop_kernels.losses.formulas
 from dpop_kernels import dpo_loss, dpop_loss, needs_reference, pair_loss
-from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES, PairScores, register_loss
-from dpop_kernels.loss_options import LossOptions
-from dpop_kernels.loss_weights import REFUSED_LOSSES, resolve_losses
-from dpop_kernels.pair_loss import pair_loss_terms, segment_sums
+from dpop_kernels.losses.formulas import LOSSES, TRL_NAMES, PairScores, register_loss
+from dpop_kernels.losses.options import LossOptions
+from dpop_kernels.losses.pair_loss import pair_loss_terms, segment_sums
+from dpop_kernels.losses.weights import REFUSED_LOSSES, resolve_losses
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "losses.md"
 SMOOTHED = {"exo_pair": 0.1, "robust": 0.1}
@@ -477,8 +477,8 @@ def test_a_loss_is_one_function():
 
 def test_the_documents_examples():
     """The docstring's, and docs/losses.md's: SimPO by hand on answers of one and two tokens."""
-    assert doctest.testmod(dpop_kernels.loss_formulas).attempted > 0
-    assert doctest.testmod(dpop_kernels.loss_formulas).failed == 0
+    assert doctest.testmod(dpop_kernels.losses.formulas).attempted > 0
+    assert doctest.testmod(dpop_kernels.losses.formulas).failed == 0
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     (block,) = [block for block in blocks if "@register_loss" in block]
     try:
@@ -494,7 +494,7 @@ def test_every_loss_is_documented():
     table = DOCUMENT.read_text().partition("## Which one")[0]
     rows = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
     assert set(rows) == set(LOSSES)
-    assert all(f"    {name} " in dpop_kernels.loss_formulas.__doc__ for name in LOSSES)
+    assert all(f"    {name} " in dpop_kernels.losses.formulas.__doc__ for name in LOSSES)
 
 
 def test_names_and_weights_are_resolved():

@@ -5,8 +5,8 @@ import random
 import re
 
 import pytest
-from dpop_trainer.pairs.counts import PairCounts
-from dpop_trainer.pairs.metamath import (
+from dpop_trainer.tools.pairs.counts import PairCounts
+from dpop_trainer.tools.pairs.metamath import (
     NO_RESULT,
     build_pairs,
     corrupt_intermediate_result,

@@ -4,10 +4,10 @@ import random
 import unicodedata
 
 import pytest
-from dpop_trainer.pairs.edit import number_places
-from dpop_trainer.pairs.matchers import matches_choice, matches_number
-from dpop_trainer.pairs.metamath import corrupt_intermediate_result
-from dpop_trainer.pairs.numerals import HAN_NUMBER, change_one_digit, in_ascii
+from dpop_trainer.measure.matchers import matches_choice, matches_number
+from dpop_trainer.measure.numerals import HAN_NUMBER, change_one_digit, in_ascii
+from dpop_trainer.tools.pairs.edit import number_places
+from dpop_trainer.tools.pairs.metamath import corrupt_intermediate_result
 
 
 def value(number):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpop_kernels import dpo_loss, dpop_loss, ipo_loss, pair_loss, slic_loss
-from dpop_kernels.pair_loss import segment_sums
+from dpop_kernels.losses.pair_loss import segment_sums
 
 BACKENDS = ["reference", "chunked"]
 LOSSES = {"dpop": dpop_loss, "dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}

@@ -11,12 +11,12 @@ import pytest
 from datasets import Dataset
 from dpop_trainer.cli import main
 from dpop_trainer.data import load_pairs, tokenise_pairs
-from dpop_trainer.pairs.build import build_file
-from dpop_trainer.pairs.edit import EditRule
-from dpop_trainer.pairs.metamath import NO_RESULT, MetaMath
-from dpop_trainer.pairs.recipes import RECIPES
-from dpop_trainer.pairs.source import license_of, open_source
-from dpop_trainer.pairs.write import PairWriter
+from dpop_trainer.data.write import PairWriter
+from dpop_trainer.tools.pairs.build import build_file
+from dpop_trainer.tools.pairs.edit import EditRule
+from dpop_trainer.tools.pairs.metamath import NO_RESULT, MetaMath
+from dpop_trainer.tools.pairs.recipes import RECIPES
+from dpop_trainer.tools.pairs.source import license_of, open_source
 from tiny import word_tokenizer
 
 PLAIN = "She sold 48/2 = 24 clips.\nTogether 48+24 = 72 clips.\n#### 72"

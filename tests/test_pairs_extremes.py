@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from dpop_trainer.cli import main
-from dpop_trainer.doctor.examine import examine_pairs
+from dpop_trainer.tools.doctor.examine import examine_pairs
 from tiny import word_tokenizer
 
 PROBLEM = {"question": "How many?", "answer": "1+1 = 2, so 2+2 = 4.\n#### 4"}

@@ -4,14 +4,14 @@ import json
 import random
 
 import pytest
-from dpop_trainer.pairs.arc import NO_WRONG_OPTION, Arc
-from dpop_trainer.pairs.edit import OPPOSITES, EditRule, code_places, corrupt, number_places, word_places
-from dpop_trainer.pairs.from_samples import ALL_RIGHT, NO_ANSWER, NO_LABEL, FromSamples
-from dpop_trainer.pairs.hellaswag import NO_LABEL as NO_GOLD
-from dpop_trainer.pairs.hellaswag import HellaSwag, clean
-from dpop_trainer.pairs.matchers import matches_choice, matches_exactly, matches_number, regex_matcher
-from dpop_trainer.pairs.metamath import MetaMath
-from dpop_trainer.pairs.recipe import Edit, SkippedRecord, edit_between
+from dpop_trainer.measure.matchers import matches_choice, matches_exactly, matches_number, regex_matcher
+from dpop_trainer.tools.pairs.arc import NO_WRONG_OPTION, Arc
+from dpop_trainer.tools.pairs.edit import OPPOSITES, EditRule, code_places, corrupt, number_places, word_places
+from dpop_trainer.tools.pairs.from_samples import ALL_RIGHT, NO_ANSWER, NO_LABEL, FromSamples
+from dpop_trainer.tools.pairs.hellaswag import NO_LABEL as NO_GOLD
+from dpop_trainer.tools.pairs.hellaswag import HellaSwag, clean
+from dpop_trainer.tools.pairs.metamath import MetaMath
+from dpop_trainer.tools.pairs.recipe import Edit, SkippedRecord, edit_between
 
 ARC = {
     "id": "q1",

@@ -3,7 +3,7 @@
 import json
 
 import torch
-from dpop_trainer.edits import first_difference
+from dpop_trainer.data.edits import first_difference
 from tiny import text_pairs, tiny_llama, token_pairs, word_tokenizer
 
 from benchmarks.paper_gradient import expected_steps, main, pair_figures

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from dpop_trainer.compare.answers import Answers
-from dpop_trainer.compare.report import Comparison, RunResult, write_comparison
 from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.evaluate import PairTokenLogps, evaluate_pairs
+from dpop_trainer.measure.pairs_under_model import PairTokenLogps, evaluate_pairs
+from dpop_trainer.tools.compare.answers import Answers
+from dpop_trainer.tools.compare.report import Comparison, RunResult, write_comparison
 from tiny import word_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from dpop_trainer import scale
-from dpop_trainer.arguments import parse_arguments
 from dpop_trainer.cli import main
-from dpop_trainer.config import DPOPConfig
-from dpop_trainer.plan.batches import (
+from dpop_trainer.settings.arguments import parse_arguments
+from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.recipes import FOLDER, recipe_file
+from dpop_trainer.tools.plan import scale
+from dpop_trainer.tools.plan.batches import (
     BatchSetting,
     Pairs,
     longest_length,
@@ -19,14 +20,13 @@ from dpop_trainer.plan.batches import (
     stretched,
     worst_case,
 )
-from dpop_trainer.plan.devices import CPU_UTILISATION, DEVICE_NAMES, find_device
-from dpop_trainer.plan.known_models import HUB_IDS
-from dpop_trainer.plan.paper_model import ModelSetting
-from dpop_trainer.plan.planner import Choice, Planner, Run
-from dpop_trainer.plan.report import accelerate_file, setting_yaml
-from dpop_trainer.plan.search import RESERVE, longest_pair, search
-from dpop_trainer.plan.source import find_config
-from dpop_trainer.recipes import FOLDER, recipe_file
+from dpop_trainer.tools.plan.devices import CPU_UTILISATION, DEVICE_NAMES, find_device
+from dpop_trainer.tools.plan.known_models import HUB_IDS
+from dpop_trainer.tools.plan.paper_model import ModelSetting
+from dpop_trainer.tools.plan.planner import Choice, Planner, Run
+from dpop_trainer.tools.plan.report import accelerate_file, setting_yaml
+from dpop_trainer.tools.plan.search import RESERVE, longest_pair, search
+from dpop_trainer.tools.plan.source import find_config
 from peft import LoraConfig
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import LlamaConfig
@@ -310,7 +310,7 @@ def test_help_begins_with_the_plans_own(capsys):
 
 def test_an_unknown_model_names_the_close_ones(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("dpop_trainer.plan.source._hub_answers", lambda: False)
+    monkeypatch.setattr("dpop_trainer.tools.plan.source._hub_answers", lambda: False)
     with pytest.raises(ValueError, match=r"Close to it are: .*Qwen/Qwen2.5-72B"):
         find_config("Qwen/Qwen2.5-72B-Instrukt")
     for name in HUB_IDS:

@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from dpop_trainer import DPOPConfig, DPOPTrainer, scale
-from dpop_trainer.data import PairCollator
-from dpop_trainer.plan.devices import Device
-from dpop_trainer.plan.known_models import SHAPES, known_config
-from dpop_trainer.plan.memory import Optimizer, device_memory, optimizer_named
-from dpop_trainer.plan.paper_model import ModelSetting, build, count
-from dpop_trainer.plan.stand_ins import packed_bytes
-from dpop_trainer.plan.step import StepCost, StepSetting, step_cost
-from dpop_trainer.plan.tape import Moment
+from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer.batches import PairCollator
+from dpop_trainer.tools.plan import scale
+from dpop_trainer.tools.plan.devices import Device
+from dpop_trainer.tools.plan.known_models import SHAPES, known_config
+from dpop_trainer.tools.plan.memory import Optimizer, device_memory, optimizer_named
+from dpop_trainer.tools.plan.paper_model import ModelSetting, build, count
+from dpop_trainer.tools.plan.stand_ins import packed_bytes
+from dpop_trainer.tools.plan.step import StepCost, StepSetting, step_cost
+from dpop_trainer.tools.plan.tape import Moment
 from peft import LoraConfig
 from tiny import word_tokenizer
 from torch.profiler import ProfilerActivity, profile

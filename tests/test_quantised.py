@@ -6,11 +6,11 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from dpop_trainer import DPOPConfig, DPOPTrainer, quantised
+from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.cli import main
-from dpop_trainer.delivery.merge import largest_change, probe_logps
-from dpop_trainer.loading import load_model
-from dpop_trainer.quantised import (
+from dpop_trainer.models import quantised
+from dpop_trainer.models.loading import load_model
+from dpop_trainer.models.quantised import (
     as_arguments,
     as_trained,
     compute_dtype,
@@ -19,8 +19,9 @@ from dpop_trainer.quantised import (
     make_trainable,
     widened,
 )
+from dpop_trainer.models.trained import load_trained, read_run_config
 from dpop_trainer.reference.keys import weights_digest
-from dpop_trainer.trained import load_trained, read_run_config
+from dpop_trainer.tools.delivery.merge import largest_change, probe_logps
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import text_pairs, tiny_llama, token_pairs, word_tokenizer

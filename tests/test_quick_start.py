@@ -14,18 +14,18 @@ import dpop_trainer.data
 import pytest
 import torch
 import transformers
-from dpop_trainer import source_classes
-from dpop_trainer.arguments import ComparisonArguments, DataArguments, ModelArguments, parse_arguments
 from dpop_trainer.cli import COMMANDS, main
-from dpop_trainer.pairs.recipes import RECIPES
-from dpop_trainer.plan.arguments import PlanArguments
-from dpop_trainer.run_parser import RunParser
-from dpop_trainer.source_classes import class_from_source, function_from_source
-from dpop_trainer.versions import versions
+from dpop_trainer.run_folder.versions import versions
+from dpop_trainer.settings import source_classes
+from dpop_trainer.settings.arguments import ComparisonArguments, DataArguments, ModelArguments, parse_arguments
+from dpop_trainer.settings.run_parser import RunParser
+from dpop_trainer.settings.source_classes import class_from_source, function_from_source
+from dpop_trainer.tools.pairs.recipes import RECIPES
+from dpop_trainer.tools.plan.arguments import PlanArguments
 from tiny import text_pairs, word_tokenizer
 
 HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "matplotlib", "pandas", "pyarrow", "numpy", "scipy")
-CONFIGS = [("config", "DPOPConfig"), ("config", "SFTConfig"), ("plan.options", "PlanConfig")]
+CONFIGS = [("settings.config", "DPOPConfig"), ("settings.config", "SFTConfig"), ("tools.plan.options", "PlanConfig")]
 
 SUBCOMMANDS = [["pairs", "build"], *(["pairs", "build", name] for name in RECIPES), ["pairs", "inspect"]]
 SUBCOMMANDS += [["mtbench", "answer"], ["mtbench", "judge"]]
@@ -198,10 +198,10 @@ def _plain(value):
 
 
 def test_losses_are_resolved_from_the_source_as_by_the_kernels():
-    from dpop_kernels.loss_formulas import LOSSES, TRL_NAMES
-    from dpop_kernels.loss_weights import resolve_losses
+    from dpop_kernels.losses.formulas import LOSSES, TRL_NAMES
+    from dpop_kernels.losses.weights import resolve_losses
 
-    read = function_from_source("dpop_kernels.loss_weights", "resolve_losses")
+    read = function_from_source("dpop_kernels.losses.weights", "resolve_losses")
     for names in (["sigmoid", "sft"], list(LOSSES), list(TRL_NAMES)[:1]):
         assert read(names) == resolve_losses(names)
     with pytest.raises(ValueError, match=r"loss_weights: expected one for each loss, 1 for \['dpo'\], got 2"):
@@ -289,8 +289,8 @@ def test_a_class_that_cannot_be_read_is_none(name, why, package):
 def test_without_the_source_the_class_itself_answers(monkeypatch, capsys):
     assert main(["train", "--help"]) == 0
     expected = capsys.readouterr().out
-    monkeypatch.setattr("dpop_trainer.arguments.class_from_source", lambda module, name: None)
-    monkeypatch.setattr("dpop_trainer.plan.cli.class_from_source", lambda module, name: None)
+    monkeypatch.setattr("dpop_trainer.settings.arguments.class_from_source", lambda module, name: None)
+    monkeypatch.setattr("dpop_trainer.tools.plan.cli.class_from_source", lambda module, name: None)
     assert main(["train", "--help"]) == 0
     assert capsys.readouterr().out == expected
     assert main(["train", "--dpop_lamda", "5"]) == 2
@@ -300,7 +300,7 @@ def test_without_the_source_the_class_itself_answers(monkeypatch, capsys):
 
 
 def test_the_parser_of_transformers_is_the_installed_one():
-    from dpop_trainer.run_parser import HfArgumentParser
+    from dpop_trainer.settings.run_parser import HfArgumentParser
 
     assert issubclass(RunParser, HfArgumentParser)
     assert (
@@ -313,7 +313,7 @@ def test_the_parser_of_transformers_is_the_installed_one():
 
 
 def test_versions_are_told_without_an_import():
-    code = "import sys, json; from dpop_trainer.versions import versions; print(json.dumps(versions()), "
+    code = "import sys, json; from dpop_trainer.run_folder.versions import versions; print(json.dumps(versions()), "
     code += f"[m for m in {HEAVY!r} if m in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told == f"{json.dumps(versions())} []\n"

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from dpop_trainer.arguments import ComparisonArguments, parse_arguments, run_config
 from dpop_trainer.cli import main
-from dpop_trainer.config import DPOPConfig, SFTConfig
-from dpop_trainer.loading import load_chat_template
-from dpop_trainer.recipes import FOLDER, STARTED_BY, list_recipes, recipe_file, recipe_files
+from dpop_trainer.models.loading import load_chat_template
+from dpop_trainer.settings.arguments import ComparisonArguments, parse_arguments, run_config
+from dpop_trainer.settings.config import DPOPConfig, SFTConfig
+from dpop_trainer.settings.recipes import FOLDER, STARTED_BY, list_recipes, recipe_file, recipe_files
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {"dpop train": (DPOPConfig,), "dpop sft": (SFTConfig,), "dpop compare": (DPOPConfig, ComparisonArguments)}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dpop_trainer.arguments import parse_arguments
 from dpop_trainer.cli import main
-from dpop_trainer.config import DPOPConfig
-from dpop_trainer.recipes import FOLDER, list_recipes, recipe_file, run_recipe
+from dpop_trainer.settings.arguments import parse_arguments
+from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.recipes import FOLDER, list_recipes, recipe_file, run_recipe
 from peft import PeftConfig
 from tiny import text_pairs, word_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel

@@ -8,20 +8,20 @@ import torch
 import yaml
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer import trainer as trainer_module
-from dpop_trainer.arguments import parse_arguments
 from dpop_trainer.reference.adapters import adapter_changes_nothing
 from dpop_trainer.reference.second_model import check_init_kwargs
 from dpop_trainer.reference.source import eval_mode
 from dpop_trainer.reference.start_weights import RECORD_FILE, WEIGHTS_FILE, StartWeights
-from dpop_trainer.runs import run_train
+from dpop_trainer.settings.arguments import parse_arguments
+from dpop_trainer.training import trainer as trainer_module
+from dpop_trainer.training.runs import run_train
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import answer_logp, config, logged, trainer
 from tiny import text_pairs, tiny_llama, token_pairs, word_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from dpop_kernels.losses import LOSSES
+from dpop_kernels.losses.on_sums import LOSSES
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_an_adapter_is_held_against_its_own_start(tmp_path, tokenizer, kind):
 
 
 def _tree(run, batch):
-    from dpop_trainer.layout import forward_inputs
+    from dpop_trainer.batches.choose_layout import forward_inputs
 
     return forward_inputs(batch, run.model)
 

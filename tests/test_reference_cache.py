@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, concatenate_datasets
-from dpop_trainer.data import PairCollator
+from dpop_trainer.batches import PairCollator
 from dpop_trainer.reference.cache import ReferenceCache, cache_root
 from dpop_trainer.reference.keys import describe_reference, pair_keys, reference_key, weights_digest
 from dpop_trainer.reference.precompute import BATCHES_PER_ROUND, precompute_reference

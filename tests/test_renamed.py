@@ -2,7 +2,7 @@
 
 import pytest
 from dpop_trainer import DPOPConfig
-from dpop_trainer.renamed import enable_checkpointing
+from dpop_trainer.settings.renamed import enable_checkpointing
 from tiny import tiny_llama
 
 NAMES = ("activation_checkpointing", "gradient_checkpointing")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer.non_finite import NonFiniteError, load_non_finite
-from dpop_trainer.run_plot import draw_metrics
-from dpop_trainer.speed import TrainingClock
-from dpop_trainer.watch import ChosenWatch
+from dpop_trainer.run_folder.plot import draw_metrics
+from dpop_trainer.training.non_finite import NonFiniteError, load_non_finite
+from dpop_trainer.training.speed import TrainingClock
+from dpop_trainer.training.watch import ChosenWatch
 from peft import LoraConfig
 from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,7 +101,7 @@ def test_full_disk_does_not_hide_a_nan(tmp_path, monkeypatch, caplog):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dpop_trainer.non_finite.save_file", full)
+    monkeypatch.setattr("dpop_trainer.training.non_finite.save_file", full)
     model, records = with_a_bad_pair()
     with pytest.raises(NonFiniteError, match=r"pair ids \[3\]"):
         make_trainer(tmp_path, model, records=records).train()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dpop_trainer import scale
-from dpop_trainer.renamed import enable_checkpointing
+from dpop_trainer.settings.renamed import enable_checkpointing
+from dpop_trainer.tools.plan import scale
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM

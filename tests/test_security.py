@@ -31,14 +31,14 @@ MODULES = {
 MODULES |= {"urllib.request", "httpx", "aiohttp", "ftplib", "smtplib"}
 ALLOWED = {
     ("dpop_kernels/aot.py", "subprocess"),  # calls ptxas
-    ("trainer/dpop_trainer/mtbench/endpoint.py", "urllib.request"),  # the judge, where one is named
+    ("trainer/dpop_trainer/tools/mtbench/endpoint.py", "urllib.request"),  # the judge, where one is named
     # is the hub, or a proxy, there? before a model's configuration is asked for
-    ("trainer/dpop_trainer/plan/source.py", "socket"),
-    ("trainer/dpop_trainer/plan/source.py", "urllib.request"),
+    ("trainer/dpop_trainer/tools/plan/source.py", "socket"),
+    ("trainer/dpop_trainer/tools/plan/source.py", "urllib.request"),
 }
 
 # statements of the installed packages' own source, which importing them would run as well: nothing of a user's files
-ALLOWED_CALLS = {("trainer/dpop_trainer/source_classes.py", name) for name in ("compile", "eval", "exec")}
+ALLOWED_CALLS = {("trainer/dpop_trainer/settings/source_classes.py", name) for name in ("compile", "eval", "exec")}
 
 
 @functools.cache

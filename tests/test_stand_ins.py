@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
-from dpop_trainer.pairs.counts import PairCounts
-from dpop_trainer.pairs.metamath import NO_RESULT, build_pairs
+from dpop_trainer.tools.pairs.counts import PairCounts
+from dpop_trainer.tools.pairs.metamath import NO_RESULT, build_pairs
 from stand_ins import NUM_RECORDS, english, write_stand_ins
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from dpop_trainer.loading import disable_dropout
+from dpop_trainer.models.loading import disable_dropout
 from dpop_trainer.reference.step_zero import Setting, StepZero, active_dropout, explanation
 from test_reference import adapted
 from test_trainer import answer_logp, logged, trainer

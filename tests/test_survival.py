@@ -255,7 +255,7 @@ def test_full_disk_stops_with_the_older_checkpoint_kept(setting, capsys, monkeyp
                 torch, "save", lambda v, path, *a: full() if "checkpoint-4/opt" in str(path) else save(v, path, *a)
             )
         else:  # the very last file
-            import dpop_trainer.checkpoints as checkpoints
+            import dpop_trainer.run_folder.checkpoints as checkpoints
 
             write = checkpoints.write_json
             patch.setattr(checkpoints, "write_json", lambda p, v: full() if "point-4" in str(p) else write(p, v))
@@ -272,7 +272,7 @@ def test_full_disk_stops_with_the_older_checkpoint_kept(setting, capsys, monkeyp
 
 
 def test_full_disk_loses_no_line_of_the_log(setting, monkeypatch, caplog):
-    from dpop_trainer import run_files
+    from dpop_trainer.run_folder import run_files
 
     append, failures = Path.open, []
 
@@ -283,7 +283,7 @@ def test_full_disk_loses_no_line_of_the_log(setting, monkeypatch, caplog):
         return append(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", sometimes_full)
-    monkeypatch.setattr("dpop_trainer.run_plot.draw_metrics", lambda metrics: 1 / 0)
+    monkeypatch.setattr("dpop_trainer.run_folder.plot.draw_metrics", lambda metrics: 1 / 0)
     flags = ["--max_steps", "4", "--logging_steps", "1", "--save_strategy", "no"]
     with caplog.at_level(logging.WARNING):
         assert main(argv(setting, *flags)) == 0

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from dpop_trainer.edits import (
+from dpop_trainer.data.edits import (
     EditRegions,
     common_prefix_length,
     common_suffix_length,
     edit_regions,
     first_difference,
 )
-from dpop_trainer.token_shift import RegionShift, token_shift
+from dpop_trainer.measure.token_shift import RegionShift, token_shift
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer.non_finite import NonFiniteError
+from dpop_trainer.training.non_finite import NonFiniteError
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer
 from transformers import AutoModelForCausalLM, TrainingArguments

@@ -8,10 +8,10 @@ import torch
 import yaml
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer.arguments import parse_arguments, run_config
+from dpop_trainer.settings.arguments import parse_arguments, run_config
 from tiny import tiny_llama, token_pairs, word_tokenizer
 
-from dpop_kernels.loss_formulas import LOSSES, register_loss
+from dpop_kernels.losses.formulas import LOSSES, register_loss
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from truth import head_inputs, relative_error, value_and_grads
 
 from dpop_kernels.backends import chunked, linear_parts, reference
-from dpop_kernels.vocab_parallel import vocab_parallel_token_logps
+from dpop_kernels.logps.vocab_parallel import vocab_parallel_token_logps
 
 VOCAB_SIZE, NUM_TOKENS, HIDDEN_SIZE = 101, 24, 16
 # bounds of the ranks' slices: even, uneven, one row only

@@ -8,8 +8,9 @@ import sys
 from collections import Counter
 
 import pytest
-from dpop_trainer.demo import word_problems
-from dpop_trainer.demo.word_problems import (
+from dpop_trainer.data.edits import EditRegions, edit_regions
+from dpop_trainer.tools.demo import word_problems
+from dpop_trainer.tools.demo.word_problems import (
     MAX_NUMBER,
     OPENERS,
     STATES,
@@ -17,8 +18,7 @@ from dpop_trainer.demo.word_problems import (
     final_answer,
     generate,
 )
-from dpop_trainer.edits import EditRegions, edit_regions
-from dpop_trainer.pairs.metamath import corrupt_intermediate_result, format_completion
+from dpop_trainer.tools.pairs.metamath import corrupt_intermediate_result, format_completion
 from transformers import AutoTokenizer
 
 EQUATION = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
@@ -77,7 +77,7 @@ def test_the_seed_decides_and_a_longer_list_begins_with_the_shorter(problems):
 
 def test_problems_and_vocabulary_do_not_depend_on_string_hashing(problems, tokenizer):
     code = (
-        "from dpop_trainer.demo.word_problems import build_tokenizer, generate\n"
+        "from dpop_trainer.tools.demo.word_problems import build_tokenizer, generate\n"
         "print(repr(generate(20, seed=3)), build_tokenizer()(generate(1, seed=3)[0].answer)['input_ids'])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1"}

@@ -11,13 +11,13 @@ from datasets import Dataset
 from dpop_trainer.cli import main
 from dpop_trainer.data import PairTree, read_pairs, tokenise_pairs
 from dpop_trainer.data.convert import row_pair
-from dpop_trainer.doctor.marks import Piece, mark_tokens, mark_words
-from dpop_trainer.doctor.texts import pair_texts
-from dpop_trainer.edits import EditRegions
-from dpop_trainer.graphemes import columns, graphemes, pad, pad_left
-from dpop_trainer.inspect_report import AnswerTokens, _coloured
-from dpop_trainer.plots import plot_logratios
-from dpop_trainer.token_text import token_texts
+from dpop_trainer.data.edits import EditRegions
+from dpop_trainer.report.graphemes import columns, graphemes, pad, pad_left
+from dpop_trainer.report.plots import plot_logratios
+from dpop_trainer.report.token_text import token_texts
+from dpop_trainer.tools.doctor.marks import Piece, mark_tokens, mark_words
+from dpop_trainer.tools.doctor.texts import pair_texts
+from dpop_trainer.tools.inspect.report import AnswerTokens, _coloured
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WORLD = {

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from dpop_kernels.backends import linear_tiles
 from dpop_kernels.backends.linear_tiles import HeadOptions
-from dpop_kernels.losses import at_least_fp32, losses_of_segments
+from dpop_kernels.losses.on_sums import at_least_fp32, losses_of_segments
 from dpop_kernels.outputs import PairLosses, TokenStats
 
 # 1 MiB of fp32: half of a server core's L2, so a group and one temporary stay there.

@@ -14,7 +14,7 @@ from dpop_kernels.backends.fused_linear import linear_token_logps
 from dpop_kernels.backends.fused_logits import tile_backward, tile_forward, token_logps
 from dpop_kernels.kernels.launch import LAUNCH, Launch, meta
 from dpop_kernels.kernels.pair_loss import pair_dpop_fwd_kernel, segment_broadcast_kernel, segment_sum_kernel
-from dpop_kernels.loss_options import LossOptions
+from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.outputs import PairLosses
 
 __all__ = [

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from dpop_kernels.backends.linear_tiles import HeadOptions, tile_shape
 from dpop_kernels.backends.products import accumulator_dtype, chunks, matmul, matmul_add, product_dtype, raw_logits
-from dpop_kernels.losses import Reduction, reduce_losses
+from dpop_kernels.losses.on_sums import Reduction, reduce_losses
 
 LossesOfSums = Callable[[Tensor, slice], Tensor]
 """Sums [P, 2] of the log-probs of chosen and rejected answers, and which pairs they are, to losses [P]. Differentiable

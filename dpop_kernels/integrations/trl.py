@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpop_kernels.loss_formulas import dpop_penalties
-from dpop_kernels.loss_options import check_hyperparameters
-from dpop_kernels.losses import dpop_loss
+from dpop_kernels.losses.formulas import dpop_penalties
+from dpop_kernels.losses.on_sums import dpop_loss
+from dpop_kernels.losses.options import check_hyperparameters
 
 try:
     import trl

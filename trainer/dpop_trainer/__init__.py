@@ -3,13 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpop_trainer.config import DPOPConfig, SFTConfig
-    from dpop_trainer.sft import SFTTrainer
-    from dpop_trainer.trainer import DPOPTrainer
+    from dpop_trainer.settings.config import DPOPConfig, SFTConfig
+    from dpop_trainer.training.sft import SFTTrainer
+    from dpop_trainer.training.trainer import DPOPTrainer
 
 __all__ = ["DPOPConfig", "DPOPTrainer", "SFTConfig", "SFTTrainer"]
 
-_MODULES = {"DPOPConfig": "config", "DPOPTrainer": "trainer", "SFTConfig": "config", "SFTTrainer": "sft"}
+_MODULES = {
+    "DPOPConfig": "settings.config",
+    "DPOPTrainer": "training.trainer",
+    "SFTConfig": "settings.config",
+    "SFTTrainer": "training.sft",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,52 +10,52 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from dpop_trainer.command_parser import did_you_mean
-from dpop_trainer.errors import UsageError
+from dpop_trainer.settings.command_parser import did_you_mean
+from dpop_trainer.settings.errors import UsageError
 
 # name -> the function that runs it, as "module:function", and a line of help
 COMMAND_TABLE = {
     "train": (
-        "dpop_trainer.run_commands:train",
+        "dpop_trainer.training.commands:train",
         "preference fine-tuning: dpop train --config run.yaml [--any_field value]",
     ),
     "sft": (
-        "dpop_trainer.run_commands:sft",
+        "dpop_trainer.training.commands:sft",
         "supervised fine-tuning on the chosen answers, to start from: dpop sft --config run.yaml",
     ),
     "recipes": (
-        "dpop_trainer.recipes.cli:main",
+        "dpop_trainer.tools.recipes.cli:main",
         "run files for the paper's models and today's: dpop recipes, then dpop train --recipe lora",
     ),
     "pairs": (
-        "dpop_trainer.pairs.commands:run",
+        "dpop_trainer.tools.pairs.commands:run",
         "build preference pairs, or look at yours before training: dpop pairs inspect pairs.jsonl",
     ),
     "inspect": (
-        "dpop_trainer.inspect_command:main",
+        "dpop_trainer.tools.inspect.cli:main",
         "what training did to the chosen answers, token by token: dpop inspect RUN --pairs pairs.jsonl",
     ),
     "plan": (
-        "dpop_trainer.plan.cli:main",
+        "dpop_trainer.tools.plan.cli:main",
         "does it fit, how long, what does it cost, before booking: dpop plan --config run.yaml --device h100-80gb",
     ),
     "compare": (
-        "dpop_trainer.compare.cli:main",
+        "dpop_trainer.tools.compare.cli:main",
         "several losses on the same model, data and seeds: dpop compare --config run.yaml --methods dpo dpop",
     ),
     "eval": (
-        "dpop_trainer.evaluation.cli:main",
+        "dpop_trainer.tools.evaluation.cli:main",
         "benchmarks before and after training, one table: dpop eval --models BASE RUN --pairs held_out.jsonl",
     ),
     "mtbench": (
-        "dpop_trainer.mtbench.cli:main",
+        "dpop_trainer.tools.mtbench.cli:main",
         "MT-Bench: dpop mtbench answer --model RUN ..., then dpop mtbench judge --endpoint URL ...",
     ),
     "export": (
-        "dpop_trainer.delivery.cli:main",
+        "dpop_trainer.tools.delivery.cli:main",
         "merge a run's adapter, write a model card: dpop export RUN --out DIR [--push_to_hub ID]",
     ),
-    "demo": ("dpop_trainer.demo.cli:main", "DPO against DPOP on generated pairs, offline, in minutes: dpop demo"),
+    "demo": ("dpop_trainer.tools.demo.cli:main", "DPO against DPOP on generated pairs, offline, in minutes: dpop demo"),
 }
 
 USAGE = f"""usage: dpop COMMAND [options]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
+from dpop_trainer.data.edits import common_prefix_length
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.records import Kind, MessagesPair, Pair, TextPair
-from dpop_trainer.edits import common_prefix_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

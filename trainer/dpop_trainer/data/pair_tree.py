@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from dpop_trainer.edits import common_prefix_length
+from dpop_trainer.data.edits import common_prefix_length
 
 
 class PairIds(NamedTuple):

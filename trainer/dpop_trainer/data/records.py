@@ -12,9 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from dpop_trainer.data.edits import common_prefix_length
 from dpop_trainer.data.messages import Message, described, read_messages, read_template_options
 from dpop_trainer.data.pair_tree import PairIds
-from dpop_trainer.edits import common_prefix_length
 
 Kind = Literal["text", "messages", "tokens"]
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpop_kernels import ScoringHead
-from dpop_trainer.data import PairCollator
+from dpop_trainer.batches import PairCollator
+from dpop_trainer.batches.choose_layout import forward_inputs
 from dpop_trainer.data.records import REF_COLUMNS
-from dpop_trainer.layout import forward_inputs
 from dpop_trainer.reference.adapters import adapter_changes_nothing
 from dpop_trainer.reference.cache import ReferenceCache, cache_root
 from dpop_trainer.reference.keys import describe_reference, weights_digest
@@ -33,10 +33,10 @@ from dpop_trainer.reference.second_model import offload_reference
 from dpop_trainer.reference.source import FrozenModel, PolicyAsReference, Reference, adapter_off, eval_mode
 from dpop_trainer.reference.start_weights import ReferenceRecord, StartWeights
 from dpop_trainer.reference.step_zero import Columns, Setting, StepZero, attention_of
-from dpop_trainer.versions import versions
+from dpop_trainer.run_folder.versions import versions
 
 if TYPE_CHECKING:
-    from dpop_trainer.trainer import DPOPTrainer
+    from dpop_trainer.training.trainer import DPOPTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from accelerate import cpu_offload
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from dpop_trainer.loading import load_model
-from dpop_trainer.quantised import check_bitsandbytes
+from dpop_trainer.models.loading import load_model
+from dpop_trainer.models.quantised import check_bitsandbytes
 
 
 def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] | str | None = None) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dpop_kernels import ScoringHead
-from dpop_kernels.pair_loss import segment_sums
+from dpop_kernels.losses.pair_loss import segment_sums
 
 
 class Reference(Protocol):

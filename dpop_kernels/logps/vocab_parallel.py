@@ -1,0 +1,76 @@
+"""Token log-probs behind a head whose vocabulary is spread over the ranks of a process group."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from dpop_kernels.backends import linear_parts, select_backend
+from dpop_kernels.logps.linear import as_autocast, check_linear
+from dpop_kernels.validate import check_softcap_and_scale
+
+
+def vocab_parallel_token_logps(
+    hidden_states: Tensor,
+    weight_shard: Tensor,
+    target_ids: Tensor,
+    *,
+    vocab_start: int,
+    process_group: Any = None,
+    bias_shard: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sum_grad_hidden: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """`linear_token_logps` of a head of which every rank holds some rows. Called by all ranks of the group together.
+
+    The ranks exchange three fp64 values per token in forward and the gradient of the hidden states in backward; no
+    logits and no weights travel. Every rank gets the same log-probs, to the bit. The backward makes the logits again:
+    three products of the slice's size with a frozen weight, four with a trainable one.
+
+    Args:
+        hidden_states: [N, H] float64, float32, bfloat16 or float16, the same on all ranks.
+        weight_shard: [V_rank, H], this rank's rows of the head, same dtype and device. Slices may differ in size.
+        target_ids: [N] int64 or int32, counted in the whole vocabulary, the same on all ranks.
+        vocab_start: the vocabulary id of weight_shard's first row.
+        process_group: the ranks that hold the head between them; None for all ranks.
+        bias_shard: [V_rank] or None.
+        logit_scale, softcap: as in `linear_token_logps`.
+        sum_grad_hidden: sum the gradient of the hidden states over the ranks. Switch it off where the layer before
+            does it (a tensor-parallel region whose entry all-reduces gradients): then each rank gets its own part.
+        backend: "auto", "chunked" or "fused" (Triton).
+
+    Returns:
+        [N] log-probs in nats, fp32 (fp64 for fp64 input). The gradients hold if every rank computes the same loss from
+        them; that of weight_shard and bias_shard is complete on its own rank.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, the backend is "reference" or cannot run here, or (on the CPU)
+            an id belongs to no slice or to several.
+    """
+    hidden_states, weight_shard, bias_shard = as_autocast(hidden_states, weight_shard, bias_shard)
+    check_linear(hidden_states, weight_shard, target_ids, bias_shard, whole_vocabulary=False)
+    check_softcap_and_scale(logit_scale, softcap)
+    if weight_shard.shape[0] == 0:
+        raise ValueError("weight_shard: expected at least one row, got none. Spread the head over fewer ranks.")
+    if backend == "reference":
+        raise ValueError(
+            "backend: expected 'auto', 'chunked' or 'fused' for a sliced head, got 'reference'. "
+            "The definition is linear_token_logps on the slices put together."
+        )
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        logps, _ = linear_parts.linear_token_logps(
+            select_backend(backend, hidden_states.device, hidden_states.dtype),
+            hidden_states,
+            weight_shard,
+            target_ids,
+            bias=bias_shard,
+            logit_scale=float(logit_scale),
+            softcap=None if softcap is None else float(softcap),
+            vocab_slice=linear_parts.VocabSlice(
+                vocab_start, dist.group.WORLD if process_group is None else process_group, sum_grad_hidden
+            ),
+        )
+    return logps

@@ -1,0 +1,102 @@
+"""Which losses are asked for, by our names or TRL's, and with what weights; checked before compute is spent."""
+
+import difflib
+import math
+from collections.abc import Sequence
+
+from dpop_kernels.losses.formulas import LOSSES, TRL_NAMES
+from dpop_kernels.losses.options import LossOptions, check_hyperparameters
+
+REFUSED_LOSSES = {
+    "aot": "it sorts the log-ratios of the batch, so its value depends on how pairs fall into micro-batches. Use 'dpo'",
+    "aot_unpaired": "it sorts the log-ratios of the batch, so its value depends on how pairs fall into micro-batches. "
+    "Use 'nca_pair' or 'bco_pair', which also judge each answer by itself",
+}
+
+
+def resolve_losses(
+    loss_type: str | Sequence[str], loss_weights: float | Sequence[float] | None = None
+) -> dict[str, float]:
+    """Names and weights as a user gives them -> our names of the losses and the weight of each, in the given order.
+
+    Args:
+        loss_type: one name or several; TRL's names are understood ("sigmoid" is "dpo", "hinge" is "slic").
+        loss_weights: one for each name; None is 1 for each. A loss of weight 0 is computed and not trained on.
+
+    Raises:
+        ValueError: a name that is unknown, refused (with the reason and an alternative) or there twice; weights that
+            are not as many, negative, not finite or all 0.
+    """
+    names = [_resolve_name(name) for name in ([loss_type] if isinstance(loss_type, str) else loss_type)]
+    if not names:
+        raise ValueError("loss_type: expected at least one loss, got none. The default is 'dpop'.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"loss_type: expected each loss once, got {list(loss_type)}. Give it the sum of its weights.")
+    if loss_weights is None:
+        weights = [1.0] * len(names)
+    else:
+        weights = [loss_weights] if isinstance(loss_weights, int | float | str) else list(loss_weights)
+    if len(weights) != len(names):
+        raise ValueError(
+            f"loss_weights: expected one for each loss, {len(names)} for {names}, got {len(weights)}: {weights}."
+        )
+    weights = [_as_weight(weight) for weight in weights]
+    if not any(weights):
+        raise ValueError(f"loss_weights: expected at least one above 0, got {weights}. Nothing would be trained.")
+    return dict(zip(names, weights, strict=True))
+
+
+def needs_reference(loss_type: str | Sequence[str]) -> bool:
+    """Whether any of the named losses reads the reference model's log-probs. "sft" alone does not.
+
+    Raises:
+        ValueError: a name is unknown or refused.
+    """
+    return any(LOSSES[name].needs_reference for name in resolve_losses(loss_type))
+
+
+def check_options(options: LossOptions, loss_types: Sequence[str]) -> None:
+    """The hyper-parameters by themselves, and with the losses that are to read them.
+
+    Args:
+        options: the hyper-parameters.
+        loss_types: our names of the losses, as `resolve_losses` gives them.
+
+    Raises:
+        ValueError: a value outside its range; label smoothing that no loss reads; none where one is defined by it.
+    """
+    check_hyperparameters(**options._asdict())
+    if options.label_smoothing and not any(LOSSES[name].uses_label_smoothing for name in loss_types):
+        readers = [name for name, loss in LOSSES.items() if loss.uses_label_smoothing]
+        raise ValueError(
+            f"label_smoothing: expected 0 with loss_type {list(loss_types)}, which does not read it, got "
+            f"{options.label_smoothing}. These do: {', '.join(readers)}."
+        )
+    if not options.label_smoothing and "exo_pair" in loss_types:
+        raise ValueError(
+            "label_smoothing: expected a value > 0 with 'exo_pair', whose target distribution is (1-ε, ε), got 0. Its "
+            "paper uses 1e-3."
+        )
+
+
+def _resolve_name(name: str) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"loss_type: expected names, got {name!r}. Known are {sorted(LOSSES)}.")
+    if name in REFUSED_LOSSES:
+        raise ValueError(f"loss_type: expected a loss of single pairs, got {name!r}: {REFUSED_LOSSES[name]}.")
+    resolved = TRL_NAMES.get(name, name)
+    if resolved not in LOSSES:
+        close = difflib.get_close_matches(name, [*LOSSES, *TRL_NAMES], n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"loss_type: expected one of {sorted(LOSSES)}, got {name!r}.{hint}")
+    return resolved
+
+
+def _as_weight(weight: float | str) -> float:
+    try:
+        value = float(weight)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"loss_weights: expected finite numbers >= 0, got {weight!r}.")
+    return value

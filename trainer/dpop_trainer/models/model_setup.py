@@ -1,0 +1,124 @@
+"""From `ModelArguments` to what a model, its tokenizer and its adapter are made with."""
+
+import logging
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from dpop_trainer.models.quantised import check_bitsandbytes, compute_dtype, four_bit_config
+from dpop_trainer.models.tokenizer_loading import load_tokenizer
+from dpop_trainer.settings.arguments import ModelArguments
+from dpop_trainer.settings.config import HeadConfig
+from dpop_trainer.settings.run_inputs import model_name
+from dpop_trainer.settings.trl_fields import name_hint
+
+logger = logging.getLogger(__name__)
+
+
+def tokenizer_of(arguments: ModelArguments, config: HeadConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer at the model's name and revision.
+
+    Raises:
+        ValueError: none is found there.
+    """
+    return load_tokenizer(
+        model_name(arguments), revision=arguments.model_revision, trust_remote_code=config.trust_remote_code
+    )
+
+
+def init_kwargs(arguments: ModelArguments, config: HeadConfig) -> dict[str, Any]:
+    """What `from_pretrained` is given; `config.model_init_kwargs` wins over the flags of the same meaning."""
+    kwargs = {
+        "revision": arguments.model_revision,
+        "dtype": arguments.dtype,
+        "attn_implementation": arguments.attn_implementation,
+        "trust_remote_code": config.trust_remote_code or None,
+        **(config.model_init_kwargs or {}),  # type: ignore[dict-item]
+    }
+    return {key: value for key, value in kwargs.items() if value is not None}
+
+
+def quantization_config(arguments: ModelArguments, config: HeadConfig | None = None) -> Any:
+    """A BitsAndBytesConfig, or None for weights as they are.
+
+    Args:
+        arguments: what is asked for.
+        config: tells by its autocast in which dtype the products are computed; None: in the weights'.
+
+    Raises:
+        ValueError: there is no adapter to train on it, bitsandbytes is not installed, or 8 bits are asked for on a CPU.
+    """
+    if not (arguments.load_in_4bit or arguments.load_in_8bit):
+        return None
+    name = "load_in_4bit" if arguments.load_in_4bit else "load_in_8bit"
+    if not (arguments.use_peft or arguments.peft_config):
+        raise ValueError(
+            f"{name}: expected an adapter to train, got none: rounded weights take no gradient. Set use_peft to true."
+        )
+    check_bitsandbytes(name)
+    if arguments.load_in_8bit:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "load_in_8bit: expected a CUDA device, found none. On a CPU bitsandbytes rounds the inputs of 8-bit "
+                "layers in evaluation and not in training, so that policy and reference would differ from the start. "
+                "Use load_in_4bit."
+            )
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return four_bit_config(
+        compute_dtype(arguments.dtype, config),
+        quant_type=arguments.bnb_4bit_quant_type,
+        nested=arguments.use_bnb_nested_quant,
+        storage=arguments.bnb_4bit_quant_storage,
+    )
+
+
+def lora_config(arguments: ModelArguments) -> LoraConfig | None:
+    """The adapter, or None where all weights are trained.
+
+    Raises:
+        ValueError: `peft_config` holds what is no field of LoraConfig.
+    """
+    more: Any = arguments.peft_config or {}
+    if not (arguments.use_peft or more):
+        _warn_of_unused_flags(arguments)
+        return None
+    known = [item.name for item in fields(LoraConfig) if item.init]
+    for name in more:
+        if name not in known:
+            hint = name_hint(str(name), known, "peft's documentation lists them.")
+            raise ValueError(f"peft_config: expected fields of peft's LoraConfig, got {name!r}. {hint}")
+    modules = arguments.lora_target_modules
+    chosen = {
+        "task_type": arguments.lora_task_type,
+        "r": arguments.lora_r,
+        "lora_alpha": arguments.lora_alpha,
+        "lora_dropout": arguments.lora_dropout,
+        # peft takes this word as text alone, not in a list
+        "target_modules": "all-linear" if modules in (None, ["all-linear"]) else modules,
+        "modules_to_save": arguments.lora_modules_to_save,
+        "use_rslora": arguments.use_rslora,
+        "use_dora": arguments.use_dora,
+    }
+    if arguments.lora_target_parameters is not None:
+        chosen["target_parameters"] = arguments.lora_target_parameters
+    return LoraConfig(**{**chosen, **more})
+
+
+def _warn_of_unused_flags(arguments: ModelArguments) -> None:
+    """Whoever sets a rank means to train an adapter, and would find out by the memory that all weights take."""
+    about_adapter = ("lora_", "use_rslora", "use_dora")
+    unused = [
+        f"{item.name}={getattr(arguments, item.name)}"
+        for item in fields(arguments)
+        if item.name.startswith(about_adapter) and getattr(arguments, item.name) != item.default
+    ]
+    if unused:
+        logger.warning(
+            "use_peft is off: all weights are trained, and %s has no effect. For LoRA add --use_peft true.",
+            ", ".join(unused),
+        )

@@ -1,0 +1,108 @@
+"""Tokenizers by name or path, ready for pairs. Needs no torch."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpop_trainer.settings.model_paths import check_local_path
+from dpop_trainer.settings.recipes import recipe_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def transformers_without_torch() -> None:
+    """Import transformers for its tokenizers alone: without torch that takes two seconds instead of seven.
+
+    What it finds missing at its import stays missing for the whole process, so this is for one that loads no model.
+    Does nothing where torch or transformers is there already.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # which says that it cannot be imported
+    advice = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would tell that models are not available
+    try:
+        from transformers import AutoTokenizer  # noqa: F401
+    finally:
+        del sys.modules["torch"]
+        if advice is None:
+            del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+
+
+def load_tokenizer(
+    name_or_path: str | None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ValueError: none is found there.
+    """
+    if not name_or_path:
+        raise ValueError(
+            "processing_class: expected a tokenizer, got None, and the model does not say where it came from. Pass the "
+            "tokenizer that the model was trained with."
+        )
+    check_local_path(name_or_path, "")
+    from transformers import AutoTokenizer
+
+    try:
+        revision = revision or "main"
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"processing_class: expected a tokenizer at {name_or_path!r}, found none. {error}") from error
+
+
+def load_chat_template(path_or_text: str) -> str:
+    """A chat template by name (chatml), from a .jinja file, from another model's tokenizer, or as it stands.
+
+    Raises:
+        ValueError: there is no such file or tokenizer, or the tokenizer has no template.
+    """
+    if "{{" in path_or_text or "{%" in path_or_text:
+        return path_or_text
+    path = recipe_files().get(f"{path_or_text}.jinja") or Path(path_or_text).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path.suffix in (".jinja", ".j2"):
+        raise ValueError(f"chat_template_path: expected an existing file, got {path_or_text!r}. Check the path.")
+    try:
+        template = load_tokenizer(path_or_text).chat_template
+    except ValueError as error:
+        raise ValueError(
+            f"chat_template_path: expected chatml, a .jinja file, a model to take it from, or a template, "
+            f"got {path_or_text!r}. {error}"
+        ) from error
+    if not isinstance(template, str):
+        raise ValueError(
+            f"chat_template_path: expected a model whose tokenizer has one chat template, got {path_or_text!r}. "
+            "Take it from a chat model, or write a .jinja file."
+        )
+    return template
+
+
+def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase", pad_token: str | None = None) -> None:
+    """Give it a padding token where it has none (the end of sequence: padding is masked, so any token will do).
+
+    Args:
+        tokenizer: changed in place.
+        pad_token: the token to pad with, whatever the tokenizer has.
+
+    Raises:
+        ValueError: the tokenizer does not know `pad_token`, or has neither a padding nor an end-of-sequence token.
+    """
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"pad_token: expected a token of the tokenizer's vocabulary, got {pad_token!r}. Leave it out: padding "
+                "is masked, so any token will do."
+            )
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "processing_class: expected a tokenizer with an end-of-sequence token, got one without. Set "
+                "tokenizer.eos_token to the token that ends an answer."
+            )
+        tokenizer.pad_token = tokenizer.eos_token

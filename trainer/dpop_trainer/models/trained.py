@@ -1,0 +1,165 @@
+"""Models as they are used after training: a folder or hub id, full weights or an adapter on its base, ready to run."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from dpop_trainer.models.loading import load_model
+from dpop_trainer.models.quantised import widened
+from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
+from dpop_trainer.settings.model_paths import check_trained_path
+from dpop_trainer.settings.renamed import without_renaming_warnings
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
+
+
+class TrainedModel(NamedTuple):
+    """A model in evaluation mode with its tokenizer."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
+def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
+    """The base model that an adapter names, by folder or hub id; None where `name_or_path` is a whole model.
+
+    Raises:
+        ValueError: a local path with neither a model nor an adapter, a hub id that cannot be had, or an adapter that
+            names no base.
+    """
+    check_trained_path(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        config_file = path / "adapter_config.json"
+        if not config_file.exists():
+            return None
+    else:
+        found = find_adapter_config_file(name_or_path, revision=revision)
+        if found is None:
+            try:
+                cached_file(name_or_path, "config.json", revision=revision)
+            except OSError as error:
+                raise ValueError(
+                    f"model: expected a folder, or a hub id that the hub or its cache knows, got {name_or_path!r}. "
+                    f"{error}"
+                ) from error
+            return None
+        config_file = Path(found)
+    base = json.loads(config_file.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"model: expected base_model_name_or_path in {config_file}, found none. Add the base model's hub id or "
+            "folder."
+        )
+    return base
+
+
+def load_trained(
+    name_or_path: str,
+    *,
+    init_kwargs: dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    device: str | None = None,
+    base: str | None = None,
+    widen: bool = False,
+) -> TrainedModel:
+    """A whole model, or an adapter on its base without merging, in evaluation mode.
+
+    The embedding keeps the base's size, padding rows included: base and adapter then normalise over the same rows.
+
+    Args:
+        name_or_path: folder or hub id of a model or of an adapter.
+        init_kwargs: for from_pretrained of the base; with `device_map` the model stays where that puts it.
+        quantization_config: loads the base quantised.
+        device: where to put it; by default the GPU if there is one.
+        base: puts an adapter on this model instead of the one that it names.
+        widen: of a quantised base, keep the rounded values and store them as ordinary weights again.
+
+    Raises:
+        ValueError: the model, the adapter or a tokenizer cannot be loaded.
+    """
+    init_kwargs = dict(init_kwargs or {})
+    revision = init_kwargs.get("revision")
+    if quantization_config is not None and device is not None:
+        init_kwargs.setdefault("device_map", {"": device})  # where it is rounded, and stays
+    named_base = adapter_base(name_or_path, revision)
+    base = named_base and (base or named_base)
+    tokenizer = load_trained_tokenizer(name_or_path, base)
+    if base is None:
+        model: Any = load_model(name_or_path, init_kwargs, quantization_config)
+    else:
+        # a revision is the adapter's; the base's is named in the adapter's own configuration
+        init_kwargs.pop("revision", None)
+        model = load_model(base, init_kwargs, quantization_config)
+        if widen and quantization_config is not None:
+            model = widened(model)
+        num_rows = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > num_rows:
+            model.resize_token_embeddings(len(tokenizer))
+        with without_renaming_warnings():
+            model = PeftModel.from_pretrained(model, name_or_path, revision=revision)
+    if "device_map" not in init_kwargs and quantization_config is None:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return TrainedModel(model.eval(), tokenizer)
+
+
+def load_trained_tokenizer(name_or_path: str, base: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model; of an adapter without one, its base's. It has a padding token.
+
+    Raises:
+        ValueError: no tokenizer is found.
+    """
+    path = Path(name_or_path).expanduser()
+    without_own = base is not None and path.is_dir() and not (path / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(base if without_own else name_or_path)
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def read_run_config(run: Path) -> dict[str, Any]:
+    """config.yaml of a run; of one of its checkpoints, that of the folder above. Empty where there is none.
+
+    Raises:
+        ValueError: it is not a mapping.
+    """
+    path = run_file(run, "config.yaml")
+    if path is None:
+        return {}
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of fields to values, got {type(values).__name__}.")
+    return values
+
+
+def run_file(run: Path, name: str) -> Path | None:
+    """A file that a run left in its folder; for a checkpoint of it, in the folder above. None where there is none."""
+    folders = [run, run.parent] if run.name.startswith("checkpoint-") else [run]
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def fingerprint(name_or_path: str, revision: str | None = None) -> str:
+    """A short text that changes when the weights behind a name do: file sizes and times, an adapter's base included.
+
+    Of a hub id it is the name and the revision: that a branch has moved on cannot be seen without asking the hub.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        return f"{name_or_path}@{revision or 'main'}"
+    files = sorted(file for pattern in WEIGHT_FILES for file in path.glob(pattern) if _is_weights(file))
+    parts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    base = adapter_base(name_or_path)
+    if base is not None:
+        parts.append(fingerprint(base))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix != ".json" or file.name in ("config.json", "adapter_config.json", "tokenizer.json")

@@ -1,0 +1,4 @@
+"""What a run leaves on disk: whole files, checkpoints' conditions, identity, environment, metrics and their picture.
+
+Imports `data` for what a record is, and nothing else. A file of a run is written here or not at all.
+"""

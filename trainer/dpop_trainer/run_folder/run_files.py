@@ -1,0 +1,111 @@
+"""What every run leaves on disk: config.yaml, environment.json, metrics.jsonl (one line per log) and metrics.png."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback, TrainingArguments
+
+from dpop_trainer.run_folder.files import write_atomically, write_json
+from dpop_trainer.run_folder.versions import environment
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "metrics.png"
+ENVIRONMENT_FILE = "environment.json"
+FINISHED_FILE = "finished.json"
+"""There once a run has reached its last step and its model is saved."""
+
+# seconds between two plots, and how many times as long as a plot takes: at most two percent of a run go into them
+_PLOT_INTERVAL = 30.0
+_PLOT_SHARE = 50.0
+
+
+class RunFiles(TrainerCallback):
+    """Writes the run's configuration and environment at its start, its metrics as they come, and a plot now and then.
+
+    A line or a plot that cannot be written, the disk being full, does not end the run: it is told once, and lines are
+    kept to be written later.
+
+    Args:
+        run_config: written to config.yaml; plain values only.
+        data_metrics: what happened to the data; written as step 0 of metrics.jsonl.
+    """
+
+    def __init__(self, run_config: dict[str, Any], data_metrics: dict[str, float]) -> None:
+        self._run_config, self._data_metrics = run_config, data_metrics
+        self._unwritten: list[str] = []
+        self._next_plot = 0.0
+        self._has_failed = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        folder = _folder(args)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FINISHED_FILE).unlink(missing_ok=True)
+        write_atomically(folder / CONFIG_FILE, yaml.safe_dump(self._run_config, sort_keys=True, allow_unicode=True))
+        write_json(folder / ENVIRONMENT_FILE, environment(args))
+        # a resumed run continues from its checkpoint: lines after that step are about to be written again
+        kept = [line for line in read_metrics(folder) if line["step"] <= state.global_step] if state.global_step else []
+        kept = kept or [{"step": 0, **self._data_metrics}]
+        write_atomically(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
+        self._unwritten, self._next_plot = [], time.monotonic() + _PLOT_INTERVAL
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        self._unwritten.append(json.dumps({"step": state.global_step, **logs}) + "\n")
+        try:
+            with (_folder(args) / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write("".join(self._unwritten))
+            self._unwritten = []
+        except OSError as error:
+            self._tell_once(f"{_folder(args) / METRICS_FILE}: {len(self._unwritten)} lines are not written yet", error)
+        if time.monotonic() >= self._next_plot:
+            self._plot(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._plot(args, state)
+
+    def _plot(self, args, state) -> None:
+        if not state.is_world_process_zero:
+            return
+        start = time.monotonic()
+        try:
+            from dpop_trainer.run_folder.plot import draw_metrics
+
+            write_atomically(_folder(args) / PLOT_FILE, draw_metrics(read_metrics(_folder(args))))
+        except Exception as error:  # a picture is never worth a run
+            self._tell_once(f"{_folder(args) / PLOT_FILE}: not drawn", error)
+        now = time.monotonic()
+        self._next_plot = now + max(_PLOT_INTERVAL, _PLOT_SHARE * (now - start))
+
+    def _tell_once(self, what: str, error: Exception) -> None:
+        if not self._has_failed:
+            logger.warning("%s (%s: %s). The run goes on.", what, type(error).__name__, error)
+        self._has_failed = True
+
+
+def _folder(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    path = folder / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    metrics = []
+    for number, line in enumerate(lines, 1):
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}.") from None
+    return metrics

@@ -1,0 +1,77 @@
+"""Checks of this package's own fields that need no torch: the command line makes them before anything is imported."""
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpop_trainer.settings.config import DPOPConfig, HeadConfig
+
+
+def check_data_fields(args: "HeadConfig") -> None:
+    """
+    Raises:
+        ValueError: a value outside its range, named with the remedy.
+    """
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(
+            f"truncation_mode: expected 'keep_start' or 'keep_end', got {args.truncation_mode!r}. keep_start cuts "
+            "the answers' ends, keep_end the prompt's start."
+        )
+    if args.max_length is not None and args.max_length < 2:
+        raise ValueError(
+            f"max_length: expected None or at least 2 tokens, got {args.max_length}. One is a prompt's, one "
+            "an answer's."
+        )
+    if args.on_bad_record not in ("error", "skip"):
+        raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {args.on_bad_record!r}.")
+
+
+def check_preference_fields(args: "DPOPConfig") -> None:
+    """
+    Raises:
+        ValueError: a value outside its range, or two that do not go together, named with the remedy.
+    """
+    if args.chosen_logratio_warning is not None and not args.chosen_logratio_warning > 0:
+        raise ValueError(
+            f"chosen_logratio_warning: expected nats > 0, or None to switch it off, got {args.chosen_logratio_warning}."
+        )
+    if not 0 <= args.dpop_dead_zone < math.inf:
+        raise ValueError(
+            f"dpop_dead_zone: expected a finite value >= 0, in nats, got {args.dpop_dead_zone}. 0 is the paper's loss."
+        )
+    warmup = args.dpop_lambda_warmup_steps
+    if not 0 <= warmup < math.inf or (warmup > 1 and warmup != int(warmup)):
+        raise ValueError(
+            f"dpop_lambda_warmup_steps: expected a whole number of steps, or a fraction below 1, got {warmup}."
+        )
+    _check_budget(args)
+    if args.precompute_ref_batch_size is not None and args.precompute_ref_batch_size < 1:
+        raise ValueError(
+            f"precompute_ref_batch_size: expected None or at least 1 pair, got {args.precompute_ref_batch_size}."
+        )
+
+
+def _check_budget(args: "DPOPConfig") -> None:
+    if args.max_tokens_per_batch is None:
+        if args.group_by_prompt:
+            raise ValueError("group_by_prompt: expected max_tokens_per_batch beside it, got None. Set both.")
+        return
+    if args.max_tokens_per_batch < 2:
+        raise ValueError(
+            f"max_tokens_per_batch: expected None or at least 2 positions, got {args.max_tokens_per_batch}."
+        )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            "train_sampling_strategy: expected 'random' with max_tokens_per_batch, which plans its own batches, "
+            f"got {args.train_sampling_strategy!r}. Leave one of the two out."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size: expected False with max_tokens_per_batch, which no number of pairs changes, "
+            "got True. Lower max_tokens_per_batch instead."
+        )
+    if args.group_by_prompt and args.layout in ("rows", "tree"):
+        raise ValueError(
+            f"group_by_prompt: expected layout 'auto', 'packed' or 'flat', got {args.layout!r}, which computes the "
+            "prompt for each pair anew."
+        )

@@ -1,0 +1,107 @@
+"""How many held-out problems a model solves: one greedy answer per prompt, graded against the chosen answer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+
+from dpop_trainer.measure.matchers import Verdict, find_matcher
+from dpop_trainer.measure.pairs_under_model import generate_completions
+from dpop_trainer.models.trained import TrainedModel
+
+
+class Answers(NamedTuple):
+    """A model's graded answers."""
+
+    num_right: int
+    num_without_answer: int
+    """Of those that are not right: nothing that the matcher takes for an answer, as where the model did not end."""
+    num_prompts: int
+
+    @property
+    def right_share(self) -> float:
+        return self.num_right / self.num_prompts
+
+
+@dataclass(frozen=True)
+class Grading:
+    """How answers are made and graded."""
+
+    matcher: str
+    """A name of `MATCHERS`, or "regex"."""
+    answer_regex: str | None = None
+    max_answers: int = 128
+    max_new_tokens: int = 256
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        self.matches()
+        for name in ("max_answers", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+
+    def matches(self) -> Callable[[str, str], Verdict]:
+        """Sample, label -> verdict."""
+        return find_matcher(self.matcher, self.answer_regex)
+
+
+class Problem(NamedTuple):
+    """A prompt, and the text that its answer is graded against."""
+
+    prompt_ids: list[int]
+    label: str
+
+
+def problems_of(dataset: Dataset, tokenizer: Any, grading: Grading) -> list[Problem]:
+    """The first prompts of tokenised pairs, each once, with the chosen answer of its first pair.
+
+    Args:
+        dataset: pairs as `tokenise_pairs` returns them, not truncated.
+        tokenizer: to read the chosen answers as text again.
+        grading: how many, and by which matcher.
+
+    Raises:
+        ValueError: a chosen answer holds nothing that the matcher could look for.
+    """
+    matches = grading.matches()
+    problems: dict[tuple[int, ...], Problem] = {}
+    for row, pair in enumerate(dataset):
+        key = tuple(pair["prompt_ids"])  # type: ignore[call-overload]
+        if key in problems:
+            continue
+        label = tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True)  # type: ignore[call-overload]
+        try:
+            if matches(label, label) is None:
+                raise ValueError("it announces no answer")
+        except ValueError as error:
+            raise ValueError(
+                f"held-out pair {row}: expected a chosen answer that matcher {grading.matcher!r} can grade against, "
+                f"got {label[-80:]!r} ({error}). Choose another --matcher."
+            ) from error
+        problems[key] = Problem(list(key), label)
+        if len(problems) == grading.max_answers:
+            break
+    return list(problems.values())
+
+
+def grade_answers(trained: TrainedModel, problems: Sequence[Problem], grading: Grading, *, desc: str) -> Answers:
+    """Let the model answer every problem, and count.
+
+    Args:
+        trained: model and tokenizer.
+        problems: from `problems_of`.
+        grading: how answers are made and graded.
+        desc: label of the progress bar.
+    """
+    completions = generate_completions(
+        trained.model,
+        trained.tokenizer,
+        [problem.prompt_ids for problem in problems],
+        max_new_tokens=grading.max_new_tokens,
+        batch_size=grading.batch_size,
+        desc=desc,
+    )
+    matches = grading.matches()
+    verdicts = [matches(text, problem.label) for text, problem in zip(completions, problems, strict=True)]
+    return Answers(verdicts.count(True), verdicts.count(None), len(verdicts))

@@ -1,0 +1,18 @@
+"""`dpop compare` as the command line calls it."""
+
+from dpop_trainer.settings.arguments import ComparisonArguments, check_arguments, parse_arguments
+from dpop_trainer.settings.run_inputs import check_inputs
+
+PROGRAM = "dpop compare"
+
+
+def main(argv: list[str]) -> int:
+    """Parse, train and measure every method with every seed."""
+    told = check_arguments("dpop_trainer.settings.config", "DPOPConfig", argv, PROGRAM, ComparisonArguments)
+    if told is not None:
+        check_inputs(told[0], told[1], told[2].output_dir)
+    from dpop_trainer.settings.config import DPOPConfig
+    from dpop_trainer.tools.compare.run import run_comparison
+
+    run_comparison(*parse_arguments(DPOPConfig, argv, PROGRAM, ComparisonArguments))
+    return 0

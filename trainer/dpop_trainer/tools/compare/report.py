@@ -1,0 +1,303 @@
+"""A comparison's results: means over seeds, a table, figures, a verdict in words, and an HTML page.
+
+Every sentence follows the numbers, also when they are not the expected ones.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpop_trainer.measure.pairs_under_model import LOST_NATS, PairEvaluation, Ranking
+from dpop_trainer.measure.token_shift import TokenShift, mean_token_shift, token_shift_as_dict, token_shift_from_dict
+from dpop_trainer.report import html_page
+from dpop_trainer.report.graphemes import columns, pad, pad_left
+from dpop_trainer.report.plots import plot_logratios, plot_token_shift
+from dpop_trainer.tools.compare.answers import Answers
+
+
+class RunResult(NamedTuple):
+    """One method with one seed, measured on held-out pairs."""
+
+    method: str
+    seed: int
+    num_pairs: int
+    evaluation: PairEvaluation
+    history: dict[str, list[float]]
+    """Equally long: "step", and the mean log-ratios of "chosen" and "rejected" answers, in nats per answer."""
+    seconds: float
+    """Of training, evaluations on the way included."""
+    gradients: dict[str, list[float]]
+    """Equally long: "step", and "grad_norm" before clipping, as they were logged."""
+    answers: Answers | None = None
+    """Held-out problems that the trained model solves; None where none were graded."""
+    ref_answers: Answers | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON: NaN becomes None."""
+        values: dict[str, Any] = self.evaluation._asdict()
+        evaluation: dict[str, Any] = {key: None if value != value else value for key, value in values.items()}
+        for shift in ("shift", "rejected_shift"):
+            evaluation[shift] = token_shift_as_dict(evaluation[shift])
+        for ranking in ("ranking", "ref_ranking"):
+            evaluation[ranking] = evaluation[ranking]._asdict()
+        graded = {name: answers and answers._asdict() for name, answers in self._answers().items()}
+        return {**self._asdict(), "evaluation": evaluation, **graded}
+
+    def _answers(self) -> dict[str, Answers | None]:
+        return {"answers": self.answers, "ref_answers": self.ref_answers}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunResult":
+        """Undo `as_dict`."""
+        evaluation: dict[str, Any] = {
+            key: math.nan if value is None else value for key, value in values["evaluation"].items()
+        }
+        for shift in ("shift", "rejected_shift"):
+            evaluation[shift] = token_shift_from_dict(evaluation[shift])
+        for ranking in ("ranking", "ref_ranking"):
+            evaluation[ranking] = Ranking(**evaluation[ranking])
+        graded = {name: Answers(**values[name]) if values[name] else None for name in ("answers", "ref_answers")}
+        return cls(**{**values, "evaluation": PairEvaluation(**evaluation), **graded})
+
+
+class Comparison(NamedTuple):
+    """All runs of a comparison."""
+
+    methods: list[str]
+    results: list[RunResult]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    def of(self, method: str) -> list[RunResult]:
+        """A method's runs, one per seed."""
+        return [result for result in self.results if result.method == method]
+
+
+class _Column(NamedTuple):
+    title: str
+    unit: str
+    value: Callable[[RunResult], float]
+    before: Callable[[RunResult], float] | None
+    """The same of the model before training, where it is no change."""
+    text: Callable[[float], str]
+    spread: Callable[[float], str]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _share_right(answers: Answers | None) -> float:
+    return math.nan if answers is None else answers.right_share
+
+
+_SIGNED = ("{:+.2f}".format, "{:.2f}".format)
+_SIGNED_PER_TOKEN = ("{:+.3f}".format, "{:.3f}".format)
+_SHARE = (_percent, _percent)
+_COLUMNS = (
+    _Column("chosen Δ", "nats", lambda run: run.evaluation.chosen_logratio, None, *_SIGNED),
+    _Column("rejected Δ", "nats", lambda run: run.evaluation.rejected_logratio, None, *_SIGNED),
+    _Column("after edit Δ", "nats/token", lambda run: run.evaluation.shift.after.mean_change, None, *_SIGNED_PER_TOKEN),
+    _Column("tokens that lost", "", lambda run: run.evaluation.lost_share, None, *_SHARE),
+    _Column("reward accuracy", "", lambda run: run.evaluation.reward_accuracy, None, *_SHARE),
+    _Column(
+        "ranking accuracy",
+        "",
+        lambda run: run.evaluation.ranking.accuracy,
+        lambda run: run.evaluation.ref_ranking.accuracy,
+        *_SHARE,
+    ),
+)
+_RIGHT = _Column(
+    "answers right", "", lambda run: _share_right(run.answers), lambda run: _share_right(run.ref_answers), *_SHARE
+)
+_LEGEND = (
+    "Δ is the log-prob under the trained model minus the log-prob under the model before, on held-out pairs: a mean "
+    "per answer, or per token of the chosen answers after the edit. Tokens that lost: share of the chosen answers' "
+    f"tokens whose log-prob fell by more than {LOST_NATS} nats. Reward accuracy: pairs whose chosen answer gained more "
+    "than the rejected one. Ranking accuracy: pairs whose chosen answer is the likelier one. Mean ± standard deviation "
+    "over seeds."
+)
+_RIGHT_LEGEND = " Answers right: held-out problems that the model itself answers rightly, one greedy answer each."
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """Write compare.json, curves.png, token_shift.png and compare.html."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "methods": comparison.methods,
+        "verdict": verdict(comparison),
+        "results": [result.as_dict() for result in comparison.results],
+        "config": comparison.config,
+        "versions": comparison.versions,
+    }
+    (folder / "compare.json").write_text(json.dumps(record, indent=2))
+    plot_logratios(curves(comparison), folder / "curves.png")
+    plot_token_shift(token_shifts(comparison), folder / "token_shift.png")
+    shown = _columns(comparison)
+    first = comparison.results[0]
+    introduction = (
+        f"{len(comparison.methods)} ways to train {comparison.config['model_name_or_path']} on the pairs of "
+        f"{comparison.config['dataset_name']}, with {_seeds(len(comparison.of(first.method)))} each, measured on "
+        f"{first.num_pairs:,} held-out pairs."
+    )
+    settings = {key: value for key, value in comparison.config.items() if value not in (None, [], {})}
+    sections = [
+        html_page.paragraph(introduction),
+        html_page.paragraph(verdict(comparison), "verdict"),
+        html_page.heading("Results"),
+        html_page.table([("", ""), *((column.title, column.unit) for column in shown)], table_rows(comparison)),
+        html_page.paragraph(_LEGEND + (_RIGHT_LEGEND if _RIGHT in shown else ""), "note"),
+        html_page.figure(
+            "Log-ratio to the model before, on held-out pairs, over training: mean over seeds, and their range",
+            folder / "curves.png",
+        ),
+        html_page.figure(
+            "Change per token of the chosen answers around the edit, mean over seeds", folder / "token_shift.png"
+        ),
+        html_page.heading("Configuration"),
+        html_page.folded(f"All {len(settings)} settings", html_page.facts(settings)),
+        html_page.heading("Versions"),
+        html_page.facts(comparison.versions),
+    ]
+    html_page.write_page("Preference losses compared", sections, folder / "compare.html")
+
+
+def read_comparison(path: Path) -> Comparison:
+    """What `write_comparison` left in compare.json."""
+    record = json.loads(path.read_text())
+    results = [RunResult.from_dict(values) for values in record["results"]]
+    return Comparison(record["methods"], results, record["config"], record["versions"])
+
+
+def curves(comparison: Comparison) -> dict[str, dict[str, list[float]]]:
+    """By method, what `plot_logratios` takes: mean over seeds, and their range."""
+    return {method: _band(comparison.of(method)) for method in comparison.methods}
+
+
+def token_shifts(comparison: Comparison) -> dict[str, TokenShift]:
+    """By method, the mean over its seeds."""
+    return {
+        method: mean_token_shift([result.evaluation.shift for result in comparison.of(method)])
+        for method in comparison.methods
+    }
+
+
+def table_titles(comparison: Comparison) -> list[str]:
+    """One title per column of `table_rows`, with its unit."""
+    return ["", *(f"{column.title}, {column.unit}".removesuffix(", ") for column in _columns(comparison))]
+
+
+def table_rows(comparison: Comparison) -> list[list[str]]:
+    """Rows of text: the model before training, then every method: mean ± standard deviation over seeds."""
+    shown = _columns(comparison)
+    start = comparison.results[0]
+    before = ["—" if column.before is None else _cell(column, [column.before(start)]) for column in shown]
+    rows = [["before training", *before]]
+    for method in comparison.methods:
+        runs = comparison.of(method)
+        rows.append([method, *(_cell(column, [column.value(run) for run in runs]) for column in shown)])
+    return rows
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """For the terminal: the table, then the verdict."""
+    rows = [table_titles(comparison), *table_rows(comparison)]
+    widths = [max(columns(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([pad(row[0], widths[0]), *(pad_left(cell, w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([*lines, "", verdict(comparison)])
+
+
+def verdict(comparison: Comparison) -> str:
+    """What the numbers say of the chosen answers, in a few sentences.
+
+    A change counts where its mean over seeds lies more than two standard errors from zero; with one seed, where it
+    does so by the spread over pairs.
+    """
+    fell, held, rose = [], [], []
+    for method in comparison.methods:
+        runs = comparison.of(method)
+        mean, error = _mean_and_error(runs)
+        text = f"{method} ({mean:+.2f} nats)"
+        if abs(mean) < LOST_NATS or (not math.isnan(error) and abs(mean) <= 2 * error):
+            held.append(text)
+        else:
+            (fell if mean < 0 else rose).append(text)
+    sentences = [f"{_listed(names)} {verb}." for names, verb in ((fell, _FELL), (held, _HELD), (rose, _ROSE)) if names]
+    if len(comparison.methods) > 1:
+        sentences.append(_best(comparison))
+    runs = comparison.of(comparison.methods[0])
+    basis = f"On {runs[0].num_pairs:,} held-out pairs, {_seeds(len(runs))}:"
+    return " ".join([basis, *sentences])
+
+
+_FELL = "lowered the chosen answers"
+_HELD = "left the chosen answers where they were"
+_ROSE = "raised the chosen answers"
+
+
+def _best(comparison: Comparison) -> str:
+    def best(value: Callable[[RunResult], float]) -> tuple[str, float]:
+        means = {method: statistics.fmean(map(value, comparison.of(method))) for method in comparison.methods}
+        name = max(means, key=means.__getitem__)
+        return name, means[name]
+
+    kept, chosen = best(_COLUMNS[0].value)
+    parted, margin = best(lambda run: run.evaluation.chosen_logratio - run.evaluation.rejected_logratio)
+    if margin > 0:
+        both = "also sets" if parted == kept else f"{parted} sets"
+        apart = f"and {both} the two answers furthest apart ({margin:.2f} nats)"
+    else:
+        apart = "and none sets the chosen answers further above the rejected ones"
+    text = f"{kept} keeps them highest ({chosen:+.2f} nats) {apart}."
+    if _RIGHT in _columns(comparison):
+        solver, share = best(_RIGHT.value)
+        before = _share_right(comparison.results[0].ref_answers)
+        text += f" {solver} answers most held-out problems rightly ({_percent(share)}; {_percent(before)} before)."
+    return text
+
+
+def _columns(comparison: Comparison) -> tuple[_Column, ...]:
+    graded = all(run.answers is not None for run in comparison.results)
+    return (*_COLUMNS, _RIGHT) if graded else _COLUMNS
+
+
+def _mean_and_error(runs: Sequence[RunResult]) -> tuple[float, float]:
+    values = [run.evaluation.chosen_logratio for run in runs]
+    if len(values) == 1:
+        return values[0], runs[0].evaluation.chosen_logratio_error
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _band(runs: Sequence[RunResult]) -> dict[str, list[float]]:
+    """Mean, lowest and highest over seeds at every step that all of them have."""
+    steps = sorted(set.intersection(*(set(run.history["step"]) for run in runs)))
+    band: dict[str, list[float]] = {"step": steps}
+    for answer in ("chosen", "rejected"):
+        by_step = [dict(zip(run.history["step"], run.history[answer], strict=True)) for run in runs]
+        values = [[run[step] for run in by_step] for step in steps]
+        band[answer] = [statistics.fmean(column) for column in values]
+        if len(runs) > 1:
+            band[f"{answer}_low"], band[f"{answer}_high"] = list(map(min, values)), list(map(max, values))
+    return band
+
+
+def _cell(column: _Column, values: Sequence[float]) -> str:
+    if any(math.isnan(value) for value in values):
+        return "—"
+    mean = column.text(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {column.spread(statistics.stdev(values))}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"

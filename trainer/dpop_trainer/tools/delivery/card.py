@@ -1,0 +1,230 @@
+"""A model card from what a run left behind: nothing in it is typed by hand, and what is not known is said to be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpop_trainer.models.trained import read_run_config, run_file
+from dpop_trainer.run_folder.run_files import METRICS_FILE, read_metrics
+from dpop_trainer.run_folder.versions import versions
+
+# settings that say what was trained, in this order; the rest is in config.yaml, which goes with the card
+SETTINGS = (
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "dpop_lambda",
+    "dpop_lambda_warmup_steps",
+    "dpop_dead_zone",
+    "label_smoothing",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "max_length",
+    "truncation_mode",
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "load_in_4bit",
+    "bf16",
+    "seed",
+)
+FIGURES = {
+    "loss": "loss",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "reward margin",
+    "dpop/chosen_logratio": "chosen Δ, nats per answer",
+    "dpop/rejected_logratio": "rejected Δ, nats per answer",
+    "dpop/active_fraction": "share of pairs under the penalty",
+}
+
+
+def model_card(
+    run: Path,
+    *,
+    name: str,
+    base: str | None,
+    license_id: str | None,
+    merge_note: str,
+    evaluation: Path | None = None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        run: the run's folder: config.yaml, metrics.jsonl and inspect.json are read where they are there.
+        name: the model's name.
+        base: what it was trained from.
+        license_id: the hub's id of its licence; None: the base's, where it says one.
+        merge_note: how the weights came about.
+        evaluation: results.json of `dpop eval`.
+    """
+    config = read_run_config(run)
+    trained_from = base or config.get("model_name_or_path")
+    license_id = license_id or base_license(trained_from)
+    dataset = config.get("dataset_name")
+    front: dict[str, Any] = {
+        **({"license": license_id} if license_id else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["dpop", "preference-fine-tuning", "dpop-kernels"],
+        **({"base_model": trained_from} if trained_from and _is_hub_id(trained_from) else {}),
+        **({"datasets": [dataset]} if dataset and _is_hub_id(dataset) else {}),
+    }
+    sections = [
+        f"# {name}",
+        _opening(config, trained_from, merge_note),
+        "## Data",
+        _data(config, run),
+        "## Training",
+        _training(config, run),
+        "## Evaluation",
+        _evaluation(run, evaluation),
+        "## Licence",
+        _license(license_id, trained_from),
+        "## Versions",
+        _versions(),
+    ]
+    return (
+        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---\n\n" + "\n\n".join(sections) + "\n"
+    )
+
+
+def base_license(base: str | None) -> str | None:
+    """The licence in the base's own card: in its folder or in the hub's cache. The hub is not asked."""
+    if base is None:
+        return None
+    card = Path(base).expanduser() / "README.md"
+    if not card.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(base, "README.md") if _is_hub_id(base) else None
+        if not isinstance(found, str):
+            return None
+        card = Path(found)
+    text = card.read_text(encoding="utf-8")
+    if not text.startswith("---"):
+        return None
+    front = yaml.safe_load(text.split("---", 2)[1])
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def shown_model(name: str) -> str:
+    """A hub id in full, of a local folder its name alone."""
+    return name if _is_hub_id(name) else Path(name).name
+
+
+def _opening(config: dict[str, Any], base: str | None, merge_note: str) -> str:
+    losses = config.get("loss_type")
+    losses = ", ".join(losses) if isinstance(losses, list) else losses
+    what = f"preference fine-tuning (loss: {losses})" if losses else "fine-tuning"
+    start = f"`{shown_model(base)}`" if base else "a model that the run's records do not name"
+    return (
+        f"Made from {start} by {what} with dpop-kernels; the loss DPOP is of "
+        f"[arXiv:2402.13228](https://arxiv.org/abs/2402.13228).\n\n{merge_note}"
+    )
+
+
+def _data(config: dict[str, Any], run: Path) -> str:
+    name = config.get("dataset_name")
+    lines = [f"Trained on {_shown_source(name)}." if name else "The run's records do not name the data."]
+    if config.get("eval_dataset_name"):
+        lines.append(f"Evaluated in training on {_shown_source(config['eval_dataset_name'])}.")
+    first = next((line for line in _metrics(run) if line.get("step") == 0), {})
+    # "train_data/num_pairs": 6 -> "train: num pairs"
+    rows = [
+        (key.replace("_data/", ": ").replace("_", " "), f"{value:,}") for key, value in first.items() if "data/" in key
+    ]
+    if rows:
+        lines.append("What tokenising kept, dropped and cut:\n\n" + _table(("count", "value"), rows))
+    return "\n\n".join(lines)
+
+
+def _training(config: dict[str, Any], run: Path) -> str:
+    if not config:
+        return "No config.yaml was found with the run."
+    # of the two that end a run, the one that did
+    idle = "num_train_epochs" if (config.get("max_steps") or -1) > 0 else "max_steps"
+    rows = [(name, _plain(config[name])) for name in SETTINGS if config.get(name) is not None and name != idle]
+    text = "Every setting is in `training_config.yaml`. The main ones:\n\n" + _table(("setting", "value"), rows)
+    logged = [line for line in _metrics(run) if "loss" in line]
+    if logged:
+        first, last = logged[0], logged[-1]
+        figures = [
+            (label, f"{first[key]:.4g}", f"{last[key]:.4g}")
+            for key, label in FIGURES.items()
+            if isinstance(first.get(key), (int, float)) and isinstance(last.get(key), (int, float))
+        ]
+        header = ("in training", f"step {first['step']}", f"step {last['step']}")
+        text += "\n\n" + _table(header, figures)
+    return text
+
+
+def _evaluation(run: Path, evaluation: Path | None) -> str:
+    parts = []
+    shift = run_file(run, "inspect.json")
+    if shift is not None:
+        record = json.loads(shift.read_text())
+        parts.append(
+            f"On {record['num_pairs']:,} preference pairs, against the model before (`dpop inspect`): chosen answers "
+            f"{record['chosen_logratio']:+.2f} nats, rejected {record['rejected_logratio']:+.2f} nats, reward accuracy "
+            f"{record['reward_accuracy']:.1%}."
+        )
+    last = next((line for line in reversed(_metrics(run)) if "eval_loss" in line), None)
+    if last is not None:
+        figures = [
+            (label, f"{last[f'eval_{key}']:.4g}")
+            for key, label in FIGURES.items()
+            if isinstance(last.get(f"eval_{key}"), (int, float))
+        ]
+        parts.append(f"Held-out pairs at step {last['step']}:\n\n" + _table(("figure", "value"), figures))
+    if evaluation is not None:
+        from dpop_trainer.tools.evaluation.compare import as_markdown
+
+        parts.append(as_markdown(json.loads(evaluation.read_text())).partition("\n\n")[2].strip())
+    return "\n\n".join(parts) if parts else "No evaluation is among the run's records."
+
+
+def _license(license_id: str | None, base: str | None) -> str:
+    if license_id:
+        return f"`{license_id}`. The base model's terms and those of the data apply as well."
+    named = f" `{shown_model(base)}`" if base else ""
+    return f"Not stated in the run's records: the terms of the base model{named} apply."
+
+
+def _versions() -> str:
+    return "Exported with " + ", ".join(f"{name} {version}" for name, version in versions().items()) + "."
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    path = run_file(run, METRICS_FILE)
+    return [] if path is None else read_metrics(path.parent)
+
+
+def _is_hub_id(name: str) -> bool:
+    is_file = Path(name).suffix in (".jsonl", ".json", ".parquet", ".arrow")
+    return not is_file and not Path(name).exists() and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+
+
+def _shown_source(name: str) -> str:
+    """A hub id in full; of a local file its name alone, which gives nothing of the machine away."""
+    if _is_hub_id(name):
+        return f"[{name}](https://huggingface.co/datasets/{name})"
+    return f"`{Path(name).name}` (a local file)"
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---"] * len(header)) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])

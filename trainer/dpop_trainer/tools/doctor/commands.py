@@ -1,0 +1,107 @@
+"""`dpop pairs inspect` as the command line calls it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dpop_trainer.data.source_path import check_source_path
+from dpop_trainer.data.truncate import check_truncation
+from dpop_trainer.settings.command_parser import CommandParser
+from dpop_trainer.settings.model_paths import check_local_path
+
+EPILOG = """exit code: 0 nothing serious, 1 the file cannot be examined, 2 wrong usage, 3 something serious was found
+(--exit_zero turns 3 into 0). Written to --out: report.html, doctor.json, measures.parquet."""
+
+
+def inspect_pairs(argv: list[str]) -> int:
+    """Examine, report, clean -> exit code."""
+    parser = CommandParser(
+        "dpop pairs inspect",
+        description="Look at preference pairs before training on them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", help="pairs: a local file or folder, or a hub id")
+    parser.add_argument("--split", default="train", help="of a hub data set or folder")
+    parser.add_argument("--config", help="configuration of a hub data set that has several")
+    parser.add_argument("--tokenizer", help="folder or hub id; default: the model's. Without, characters are measured")
+    parser.add_argument("--model", help="the model before training: reference margins and CHES of --max_scored pairs")
+    parser.add_argument("--eval", help="the pairs that the run is evaluated on, to look for leaks")
+    parser.add_argument("--eval_split", default="train", help="of --eval, where it is a hub data set or folder")
+    parser.add_argument("--max_length", type=int, default=1024, help="what the run will use (default 1024)")
+    parser.add_argument("--truncation_mode", choices=["keep_start", "keep_end"], default="keep_start")
+    parser.add_argument("--max_scored", type=int, default=512, help="pairs that the model looks at (default 512)")
+    parser.add_argument("--batch_size", type=int, default=8, help="pairs per forward of the model (default 8)")
+    parser.add_argument("--num_proc", type=int, help="processes that tokenise")
+    parser.add_argument(
+        "--chat_template_path",
+        help="chat template for a tokenizer without one: chatml, a .jinja file, a model to take it from, or the text",
+    )
+    parser.add_argument("--out", help="folder of the report (default runs/doctor/<name of FILE>)")
+    parser.add_argument("--write_clean", metavar="OUT.jsonl", help="write the pairs that need not be dropped")
+    parser.add_argument("--exit_zero", action="store_true", help="exit with 0 also where something serious was found")
+    options = parser.parse_args(argv)
+
+    check_truncation(options.max_length, options.truncation_mode)
+    for source, split in ((options.file, options.split), (options.eval, options.eval_split)):
+        if source:
+            check_source_path(source, split)
+    name = options.tokenizer or options.model
+    if name:
+        check_local_path(name, "")
+    from dpop_trainer.tools.doctor.examine import examine_pairs
+    from dpop_trainer.tools.doctor.report import write_report
+    from dpop_trainer.tools.doctor.summary import as_text, write_clean, write_json, write_measures
+
+    tokenizer = model = None
+    if name:
+        from dpop_trainer.models.tokenizer_loading import (
+            load_chat_template,
+            load_tokenizer,
+            prepare_tokenizer,
+            transformers_without_torch,
+        )
+
+        if options.model is None and _is_own_process():
+            transformers_without_torch()
+        tokenizer = load_tokenizer(name)
+        prepare_tokenizer(tokenizer)
+        if options.chat_template_path:
+            tokenizer.chat_template = load_chat_template(options.chat_template_path)
+    if options.model:
+        import torch
+
+        from dpop_trainer.models.loading import load_model
+
+        model = load_model(options.model).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    examination = examine_pairs(
+        options.file,
+        split=options.split,
+        config=options.config,
+        tokenizer=tokenizer,
+        model=model,
+        eval_source=options.eval,
+        eval_split=options.eval_split,
+        max_length=options.max_length,
+        truncation_mode=options.truncation_mode,
+        max_scored=options.max_scored,
+        batch_size=options.batch_size,
+        num_proc=options.num_proc,
+    )
+    out = Path(options.out or Path("runs") / "doctor" / (Path(options.file).stem or "pairs"))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(examination, out / "doctor.json")
+    write_measures(examination, out / "measures.parquet")
+    write_report(examination, out / "report.html", tokenizer)
+    print(as_text(examination))
+    print(f"\nWritten: {out / 'report.html'}, {out / 'doctor.json'}, {out / 'measures.parquet'}")
+    if options.write_clean:
+        kept = write_clean(examination, Path(options.write_clean))
+        print(f"Written: {options.write_clean} with {kept:,} pairs; {len(examination.drop):,} left out")
+    return 3 if examination.is_serious and not options.exit_zero else 0
+
+
+def _is_own_process() -> bool:
+    """Whether this process is the console command's, which nobody asks for a model afterwards."""
+    program = Path(sys.argv[0])
+    return program.stem == "dpop" or program.parent.name == "dpop_trainer"

@@ -1,0 +1,96 @@
+"""What to set for a run on these pairs, each with the numbers that say so."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dpop_trainer.tools.doctor.findings import LOW_EDIT, Finding, percent, rows_to_drop
+from dpop_trainer.tools.doctor.measure import Measures
+
+_STEP = 64
+_LOW_EDIT_SHARE = 0.25
+
+
+class Recommendation(NamedTuple):
+    """A setting of `dpop train`, or what to do with the file."""
+
+    setting: str
+    value: str
+    why: str
+
+
+def recommend(measures: Measures, findings: list[Finding], max_length: int | None) -> list[Recommendation]:
+    """Loss, length, layout (the last two where there is a tokenizer), and which pairs to drop."""
+    found = [_loss(measures)]
+    if (measures.length > 0).any():
+        found += [_max_length(measures, max_length), _layout(measures)]
+    drop = rows_to_drop(findings)
+    if drop:
+        reasons = list(drop.values())
+        parts = ", ".join(f"{reasons.count(name):,} {name.replace('_', ' ')}" for name in dict.fromkeys(reasons))
+        found.append(
+            Recommendation(
+                "pairs to drop",
+                f"{len(drop):,} of {len(measures.identical):,}",
+                f"{parts}. --write_clean OUT.jsonl writes the rest.",
+            )
+        )
+    return found
+
+
+def _loss(measures: Measures) -> Recommendation:
+    distance = measures.distance[~measures.identical & np.isfinite(measures.distance)]
+    if not len(distance):
+        return Recommendation("loss_type", "none", "No pair has two different answers.")
+    low = float((distance <= LOW_EDIT).mean())
+    median = (
+        f"The median normalised edit distance is {np.median(distance):.2f}, {percent(low)} of the pairs are low-edit"
+    )
+    if low >= _LOW_EDIT_SHARE:
+        return Recommendation(
+            "loss_type",
+            "dpop with dpop_lambda 50",
+            f"{median}: the kind on which plain DPO lowers the chosen answer. 50 is the paper's λ (its range: 5 to "
+            "500). If dpop/chosen_deficit grows in training, raise λ. With precomputed reference log-probs set "
+            "dpop_dead_zone to 0.01: else rounding alone decides whether the first gradients are multiplied by 1 + λ.",
+        )
+    return Recommendation(
+        "loss_type",
+        "dpop with dpop_lambda 5 to 50",
+        f"{median}: the penalty will be needed less. It costs nothing while the chosen answers do not fall, so that "
+        "the paper's 50 is safe; edit distance alone does not rule displacement out (see CHES).",
+    )
+
+
+def _max_length(measures: Measures, max_length: int | None) -> Recommendation:
+    lengths = measures.length[measures.length > 0]
+    longest, most = _up(int(lengths.max())), _up(int(np.quantile(lengths, 0.99)))
+    now = "" if max_length is None else f" At {max_length}, as asked for, {int((lengths > max_length).sum()):,} do not."
+    if longest <= 1.5 * most:
+        why = f"All pairs fit: the longest has {lengths.max():,} tokens, the median {np.median(lengths):,.0f}.{now}"
+        return Recommendation("max_length", str(longest), why)
+    num_cut = int((lengths > most).sum())
+    why = (
+        f"99% fit, {num_cut:,} longer pairs are cut; to keep them whole takes {longest} (the longest has "
+        f"{lengths.max():,} tokens, the median {np.median(lengths):,.0f}).{now}"
+    )
+    return Recommendation("max_length", str(most), why)
+
+
+def _layout(measures: Measures) -> Recommendation:
+    known = measures.chosen_tokens >= 0
+    prompt, chosen, rejected, prefix = (
+        column[known].astype(np.int64).sum()
+        for column in (measures.prompt_tokens, measures.chosen_tokens, measures.rejected_tokens, measures.prefix)
+    )
+    rows, tree = 2 * prompt + chosen + rejected, prompt + chosen + rejected - prefix
+    saved = 1 - tree / rows
+    why = (
+        f"One tree per pair holds {tree:,} tokens, two rows {rows:,}: {saved:.0%} less, as prompts are "
+        f"{2 * prompt / rows:.0%} of the rows and the answers' common beginnings {2 * prefix / rows:.0%}."
+    )
+    return Recommendation("layout", "auto", f"{why} auto takes trees where the model can run them.")
+
+
+def _up(length: int) -> int:
+    return -(-length // _STEP) * _STEP

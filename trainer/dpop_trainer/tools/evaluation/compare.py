@@ -1,0 +1,196 @@
+"""Models side by side: differences to the first one with their standard errors, as Markdown and as plain values.
+
+    difference = mean over questions of (after - before)        standard error: of that mean, paired by question
+
+Two models answer the same questions, most of them alike. The paired error leaves out how hard the questions are, and
+is often half of what the two models' own errors suggest.
+
+Source: Miller 2024, arXiv:2411.00640 (paired analysis of two models on the same questions).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpop_trainer.tools.evaluation.held_out import TASK as PAIRS
+from dpop_trainer.tools.evaluation.held_out import compare_with_reference
+from dpop_trainer.tools.evaluation.records import Metric, TaskResult
+from dpop_trainer.tools.evaluation.tasks import LEADERBOARD
+
+# these are shown as they are, in nats per answer; everything else is a share, shown in percent
+IN_NATS = ("chosen_logps", "rejected_logps", "chosen Δ", "rejected Δ")
+
+# nats; two ways of computing the same model's answer differ by less
+ROUNDING = 0.01
+
+
+class Difference(NamedTuple):
+    """One model's figure less the first model's."""
+
+    value: float
+    stderr: float | None
+    paired: bool
+    """Whether the error is of per-question differences, rather than of two independent figures."""
+
+
+def difference(after: Metric, before: Metric) -> Difference:
+    """Paired by question where both have every question's figure, else of two independent figures."""
+    ours, theirs = after.by_question, before.by_question
+    if ours is not None and theirs is not None and ours.keys() == theirs.keys():
+        changes = np.array([ours[question] - theirs[question] for question in ours])
+        stderr = float(changes.std(ddof=1) / math.sqrt(len(changes))) if len(changes) > 1 else None
+        return Difference(float(changes.mean()), stderr, True)
+    stderr = None
+    if after.stderr is not None and before.stderr is not None:
+        stderr = math.hypot(after.stderr, before.stderr)
+    return Difference(after.value - before.value, stderr, False)
+
+
+def compare(results: dict[str, dict[str, TaskResult]]) -> dict[str, Any]:
+    """All figures as plain values.
+
+    Args:
+        results: by model, by task. The first model is the one that the others are held against.
+
+    Returns:
+        "rows": one for each task's main metric and each figure of the pairs, then the leaderboard's average where all
+        of its tasks were run; "notes": what was dropped, truncated or limited.
+    """
+    models = list(results)
+    before = results[models[0]]
+    rows: list[dict[str, Any]] = []
+    remarks: list[str] = []
+    for task, result in before.items():
+        rows.append(
+            _row(
+                task,
+                result.main_metric,
+                {model: results[model][task].metrics[result.main_metric] for model in models},
+                num_questions=result.num_questions,
+                num_fewshot=result.num_fewshot,
+            )
+        )
+        if task == PAIRS and len(models) > 1:
+            against = {model: compare_with_reference(results[model][PAIRS], result) for model in models[1:]}
+            rows += _pair_rows(result, {model: metrics for model, metrics in against.items() if metrics is not None})
+            remarks += [_remark(model, models[0], metrics) for model, metrics in against.items()]
+    if set(LEADERBOARD) <= set(before):
+        rows.append(_average([row for row in rows if row["task"] in LEADERBOARD], models))
+    notes = [
+        f"{model}, {task}: {note}."
+        for model in models
+        for task, result in results[model].items()
+        for note in result.notes
+    ]
+    notes += [remark for remark in remarks if remark]
+    return {"models": models, "rows": rows, "notes": notes}
+
+
+def as_markdown(comparison: dict[str, Any], title: str = "Evaluation") -> str:
+    """The comparison as one table with a line on how to read it."""
+    models = comparison["models"]
+    several = len(models) > 1
+    header = ["task", "metric", "shots", "questions", *models]
+    header += [f"{model} − {models[0]}" for model in models[1:]]
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---"] * len(header)) + " |"]
+    unpaired = False
+    for row in comparison["rows"]:
+        cells = [row["task"], row["metric"], _shown(row["num_fewshot"]), _shown(row["num_questions"])]
+        cells += [_cell(row["metric"], row["figures"].get(model)) for model in models]
+        for model in models[1:]:
+            change = row["differences"].get(model)
+            cells.append(_cell(row["metric"], change, signed=True))
+            unpaired |= change is not None and not change["paired"]
+        lines.append("| " + " | ".join(cells) + " |")
+    text = f"# {title}\n\n" + "\n".join(lines) + "\n\n± is one standard error."
+    if several:
+        text += " That of a difference is over the questions' own differences: both models answered the same ones."
+        text += " A difference below about two of them may be chance."
+    if unpaired:
+        text += " Where the questions' own figures do not make up a task's, the two errors are added in squares."
+    if several and any(row["task"] == PAIRS for row in comparison["rows"]):
+        text += f" Δ is the change of an answer's log-prob against {models[0]}, in nats."
+    if comparison["notes"]:
+        text += "\n\n" + "\n".join(f"- {note}" for note in comparison["notes"])
+    return text + "\n"
+
+
+def _row(task: str, metric: str, metrics: dict[str, Metric], **facts: Any) -> dict[str, Any]:
+    models = list(metrics)
+    return {
+        "task": task,
+        "metric": metric,
+        **facts,
+        "figures": {model: _figure(metrics[model]) for model in models},
+        "differences": {model: difference(metrics[model], metrics[models[0]])._asdict() for model in models[1:]},
+    }
+
+
+def _average(rows: list[dict[str, Any]], models: list[str]) -> dict[str, Any]:
+    """The leaderboard's plain mean over its tasks; tasks are independent, so their errors add in squares."""
+
+    def mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
+        errors = [part["stderr"] for part in parts]
+        known = all(error is not None for error in errors)
+        return {
+            "value": sum(part["value"] for part in parts) / len(parts),
+            "stderr": math.sqrt(sum(error**2 for error in errors)) / len(parts) if known else None,
+            **({"paired": all(part["paired"] for part in parts)} if "paired" in parts[0] else {}),
+        }
+
+    return {
+        "task": "average",
+        "metric": "mean of the tasks above" if len(rows) == len(LEADERBOARD) else "mean of the six",
+        "num_questions": sum(row["num_questions"] for row in rows),
+        "num_fewshot": None,
+        "figures": {model: mean([row["figures"][model] for row in rows]) for model in models},
+        "differences": {model: mean([row["differences"][model] for row in rows]) for model in models[1:]},
+    }
+
+
+def _pair_rows(first: TaskResult, against: dict[str, dict[str, Metric]]) -> list[dict[str, Any]]:
+    """What the pairs say of each model against the first."""
+    names = dict.fromkeys(name for metrics in against.values() for name in metrics)
+    return [
+        {
+            "task": PAIRS,
+            "metric": name,
+            "num_questions": first.num_questions,
+            "num_fewshot": None,
+            "figures": {model: _figure(metrics[name]) for model, metrics in against.items()},
+            "differences": {},
+        }
+        for name in names
+    ]
+
+
+def _remark(model: str, first: str, metrics: dict[str, Metric] | None) -> str:
+    """What a reader of a model's rows on the pairs must know; empty where nothing."""
+    if metrics is None:
+        return (
+            f"{model}, {PAIRS}: kept other pairs than {first} (another tokenizer or length): not held against it. "
+            "A larger max_length may help."
+        )
+    changes = [metrics[name].by_question or {} for name in ("chosen Δ", "rejected Δ")]
+    if all(abs(change) < ROUNDING for by_pair in changes for change in by_pair.values()):
+        return f"{model}, {PAIRS}: no answer moved by {ROUNDING} nats: reward accuracy is that of rounding."
+    return ""
+
+
+def _figure(metric: Metric) -> dict[str, Any]:
+    return {"value": metric.value, "stderr": metric.stderr}
+
+
+def _cell(metric: str, figure: dict[str, Any] | None, *, signed: bool = False) -> str:
+    if figure is None:
+        return "–"
+    value, stderr = figure["value"], figure["stderr"]
+    in_nats = metric in IN_NATS
+    scale = 1.0 if in_nats else 100.0
+    text = f"{value * scale:{'+' if signed or in_nats else ''}.2f}"
+    return text if stderr is None else f"{text} ± {stderr * scale:.2f}"
+
+
+def _shown(count: int | None) -> str:
+    return "–" if count is None else f"{count:,}"

@@ -1,0 +1,1 @@
+"""`dpop inspect`: a trained model held against its reference on preference pairs, token by token."""

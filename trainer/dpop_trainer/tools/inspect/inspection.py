@@ -1,0 +1,215 @@
+"""`dpop inspect`: hold a trained model against its reference on preference pairs, token by token.
+
+Reads what a run left (its config.yaml names the model that training started from; its checkpoints give curves) and
+writes inspect.json, shift.png, checkpoints.png and inspect.html.
+"""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dpop_trainer.data import read_pairs, tokenise_pairs
+from dpop_trainer.data.edits import edit_regions
+from dpop_trainer.measure.pairs_under_model import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
+from dpop_trainer.models.quantised import as_trained
+from dpop_trainer.models.trained import adapter_base, load_trained, read_run_config
+from dpop_trainer.report.plots import plot_checkpoints, plot_token_shift
+from dpop_trainer.report.token_text import token_texts
+from dpop_trainer.run_folder.versions import versions
+from dpop_trainer.settings.arguments import read_yaml
+from dpop_trainer.tools.inspect.report import AnswerTokens, Inspection, PairChange, format_inspection, write_inspection
+
+CONFIG_FILE = "config.yaml"
+
+
+class Subject(NamedTuple):
+    """What is inspected, found out from a folder or a name."""
+
+    policy: str
+    """Folder of a model or an adapter, or a hub id."""
+    reference: str | None
+    """The same of the reference; None is the base model under the adapter."""
+    checkpoints: list[tuple[int, str]]
+    """Steps and folders, in the order of training."""
+    max_length: int | None
+    truncation_mode: str
+
+
+def subject_of(model: str, ref_model: str | None = None) -> Subject:
+    """What a run, a model or an adapter is to be held against, and how its run cut the data.
+
+    Args:
+        model: folder of a run (with config.yaml), of a model or of an adapter, or a hub id.
+        ref_model: the reference, where it is not what the run says: its ref_model_name_or_path, else the model that
+            it started from. Of an adapter without a run, the base model.
+
+    Raises:
+        ValueError: the reference is neither given nor known.
+    """
+    folder = Path(model).expanduser()
+    config = read_yaml(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    reference = ref_model or config.get("ref_model_name_or_path") or config.get("model_name_or_path")
+    if reference is None and adapter_base(model) is None:
+        raise ValueError(
+            f"ref_model: expected the model that training started from, got None, and {model!r} has no {CONFIG_FILE} "
+            "that says. Pass --ref_model."
+        )
+    checkpoints = [(int(path.name.partition("-")[2]), str(path)) for path in folder.glob("checkpoint-[0-9]*")]
+    return Subject(
+        policy=model,
+        reference=reference,
+        checkpoints=sorted(checkpoints),
+        max_length=config.get("max_length", 1024),
+        truncation_mode=config.get("truncation_mode", "keep_start"),
+    )
+
+
+def run_inspect(
+    model: str,
+    *,
+    pairs: str,
+    ref_model: str | None = None,
+    out: str | None = None,
+    limit: int = 256,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    num_worst: int = 8,
+    checkpoints: bool = True,
+) -> Inspection:
+    """Score pairs under a model, its checkpoints and its reference; print a table, write JSON, figures and a page.
+
+    Args:
+        model: see `subject_of`.
+        pairs: preference pairs, as `read_pairs` takes them.
+        ref_model: see `subject_of`.
+        out: folder for the results; the model's own by default.
+        limit: look at the first so many pairs.
+        batch_size: pairs per forward.
+        max_length: cut to so many tokens; by default as the run did, else 1024.
+        num_worst: how many of the pairs that lost most are shown in full.
+        checkpoints: score the run's checkpoints too.
+
+    Raises:
+        ValueError: a model or the pairs cannot be loaded, the reference is not known, or there is no pair to look at.
+    """
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}.")
+    subject = subject_of(model, ref_model)
+    folder = Path(out or model).expanduser()
+    if out is None and not folder.is_dir():
+        raise ValueError(f"out: expected a folder for the results of a model from the hub, got None for {model!r}.")
+    dataset = read_pairs(pairs)
+    config = read_run_config(Path(model).expanduser())
+    rounding = as_trained(config)
+    policy, tokenizer = load_trained(model, quantization_config=rounding)
+    dataset, counts = tokenise_pairs(
+        dataset.select(range(min(limit, len(dataset)))),
+        tokenizer,
+        max_length=max_length or subject.max_length,
+        truncation_mode=subject.truncation_mode,  # type: ignore[arg-type]
+    )
+    print(counts.summary())
+
+    score: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "batch_size": batch_size}
+    policy_logps = pair_token_logps(policy, dataset, desc="Policy", **score)
+    if subject.reference is None:
+        policy = policy.unload()  # the base model
+    else:
+        del policy
+        gc.collect()
+        is_start = subject.reference == config.get("model_name_or_path")  # which training saw rounded too
+        policy = load_trained(subject.reference, quantization_config=rounding if is_start else None).model
+    ref_logps = pair_token_logps(policy, dataset, desc="Reference", **score)
+    del policy
+    history = {}
+    for step, path in subject.checkpoints if checkpoints else []:
+        gc.collect()
+        logps = pair_token_logps(
+            load_trained(path, quantization_config=rounding).model, dataset, desc=f"Checkpoint {step}", **score
+        )
+        history[step] = evaluate_pairs(logps, ref_logps, dataset)
+
+    inspection = Inspection(
+        name=Path(model).name,
+        reference=subject.reference or "the base model under the adapter",
+        pairs=pairs,
+        counts=counts,
+        evaluation=evaluate_pairs(policy_logps, ref_logps, dataset),
+        history=history,
+        worst=_worst(policy_logps, ref_logps, dataset, tokenizer, num_worst),
+    )
+    _write(inspection, folder)
+    print(format_inspection(inspection))
+    print(f"Written to {folder}/: inspect.json, inspect.html and its figures")
+    return inspection
+
+
+def evaluation_as_dict(evaluation: PairEvaluation) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    values = evaluation._asdict()
+    for side, shift in (("", values.pop("shift")), ("rejected_", values.pop("rejected_shift"))):
+        values.update({f"{side}{region}_edit": getattr(shift, region)._asdict() for region in shift._fields[:3]})
+    return {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in values.items()}
+
+
+def _write(inspection: Inspection, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "name": inspection.name,
+        "reference": inspection.reference,
+        "pairs": inspection.pairs,
+        "num_pairs": inspection.counts.num_pairs,
+        **inspection.counts.as_metrics(),
+        **evaluation_as_dict(inspection.evaluation),
+        "checkpoints": [{"step": step, **evaluation_as_dict(value)} for step, value in inspection.history.items()],
+        "worst": [pair.as_dict() for pair in inspection.worst],
+        "versions": versions(),
+    }
+    (folder / "inspect.json").write_text(json.dumps(record, indent=2))
+    plot_token_shift({inspection.name: inspection.evaluation.shift}, folder / "shift.png")
+    figures = [("Change per token of the chosen answers, before, at and after the edit", folder / "shift.png")]
+    if inspection.history:
+        plot_checkpoints(inspection.history, folder / "checkpoints.png")
+        figures.append(("Change over the run's checkpoints", folder / "checkpoints.png"))
+    write_inspection(inspection, figures, folder / "inspect.html")
+
+
+def _worst(
+    policy: list[PairTokenLogps],
+    reference: list[PairTokenLogps],
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    num_worst: int,
+) -> list[PairChange]:
+    """The pairs whose chosen answers lost most, in nats per answer."""
+    lost = [float(p.chosen.sum() - r.chosen.sum()) for p, r in zip(policy, reference, strict=True)]
+    pairs = []
+    for index in np.argsort(lost, kind="stable")[:num_worst].tolist():
+        record: Any = dataset[index]
+        chosen_ids, rejected_ids = record["chosen_ids"], record["rejected_ids"]
+
+        def answer(ids, other_ids, after, before, prompt_ids=record["prompt_ids"]) -> AnswerTokens:
+            texts = token_texts(tokenizer, ids, prompt_ids)
+            return AnswerTokens(texts, before.tolist(), after.tolist(), edit_regions(ids, other_ids))
+
+        pairs.append(
+            PairChange(
+                pair_id=record["pair_id"],
+                prompt=_prompt_text(tokenizer, record["prompt_ids"]),
+                chosen=answer(chosen_ids, rejected_ids, policy[index].chosen, reference[index].chosen),
+                rejected=answer(rejected_ids, chosen_ids, policy[index].rejected, reference[index].rejected),
+            )
+        )
+    return pairs
+
+
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> str:
+    """The prompt less the BOS, whose Latin letters would turn the direction of Arabic or Hebrew text."""
+    begins = prompt_ids[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.decode(prompt_ids[1:] if begins else prompt_ids))

@@ -1,0 +1,179 @@
+"""The longest pair that fits, the cheapest setting that fits, and the one nearest to what was asked for."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from dpop_trainer.tools.plan.batches import Pairs, longest_length, longest_record, stretched
+from dpop_trainer.tools.plan.planner import Choice, Outcome, Planner
+
+MOST_DEVICES = 64
+MOST_PAIRS = 64
+"""Of a micro-batch that is proposed."""
+MOST_TOKENS = 1 << 19
+"""No longer pair is looked for."""
+RESERVE = 0.05
+"""Of a device's memory, left free by a larger micro-batch that is proposed: no step is worth a run that dies of its
+longest batch."""
+ROUNDS = 6
+"""Of the search for the longest pair."""
+STEP = 16
+"""Tokens that it is searched in."""
+PRECISION = 0.01
+"""And of its own length, to which."""
+
+
+class Found(NamedTuple):
+    """What a search came to."""
+
+    cheapest: Outcome | None
+    """Fewest device-seconds per pair, of what fits."""
+    nearest: Outcome | None
+    """Where the setting asked for does not fit: the one that changes least."""
+
+
+def longest_pair(planner: Planner, choice: Choice) -> int:
+    """Tokens of prompt and answer up to which pairs, of the proportions of the data's longest, fit at this setting: a
+    micro-batch of such pairs; 0 if none does.
+
+    Memory is between a line and a parabola in the length: each round tries where the last two say that it is used up.
+    """
+    run = planner.run
+    record = longest_record(run.pairs)
+
+    def spare(length: int) -> float:
+        pairs = Pairs([stretched(record, length)], None, "", is_assumed=True)
+        return planner.outcome(choice, pairs=pairs, exact_time=False).spare
+
+    low, high = STEP, max(2 * STEP, longest_length(run.pairs) // STEP * STEP)
+    spare_low = spare(low)
+    if spare_low < 0:
+        return 0
+    spare_high = spare(high)
+    while spare_high >= 0 and high < MOST_TOKENS:
+        per_token = max((spare_low - spare_high) / (high - low), 1.0)
+        low, spare_low = high, spare_high
+        # a little past the line's end; short pairs lie on a flat line, which says nothing
+        ends = round(min(4 * high, 1.1 * (high + spare_high / per_token)) / STEP) * STEP
+        high = max(high + STEP, ends)
+        spare_high = spare(high)
+    for _ in range(ROUNDS):
+        if high - low <= max(STEP, PRECISION * low):
+            break
+        middle = low + (high - low) * spare_low / (spare_low - spare_high)
+        # a parabola's root lies beyond its chord's
+        middle = min(high - STEP, max(low + STEP, -(-int(middle + STEP) // STEP) * STEP))
+        value = spare(middle)
+        if value >= 0:
+            low, spare_low = middle, value
+        else:
+            high, spare_high = middle, value
+    return low
+
+
+def search(planner: Planner, asked: Outcome) -> Found:
+    """Look for settings on the device that was given, on more of them where one setting after the other does not fit.
+
+    What the run computes stays as asked, the number of pairs per optimizer step too; only where nothing else fits is a
+    LoRA run's base put in 4 bits.
+    """
+    cheapest = None
+    for stage in _stages(planner, asked.choice):
+        fitting = [outcome for base in stage for outcome in _largest_batches(planner, base)]
+        if fitting:
+            cheapest = min(fitting, key=lambda outcome: outcome.device_seconds_per_pair)
+            break
+    nearest = None if asked.fits else _nearest(planner, asked.choice)
+    return Found(cheapest and planner.outcome(cheapest.choice), nearest)
+
+
+def _stages(planner: Planner, asked: Choice) -> Iterator[list[Choice]]:
+    """Settings without a batch size, those of one stage of equal merit."""
+    for bits, sharding, num_devices in _resources(planner, asked):
+        yield [
+            replace(
+                asked, layout="auto", checkpointing=checkpointing, bits=bits, sharding=sharding, num_devices=num_devices
+            )
+            for checkpointing in (False, True)
+        ]
+
+
+def _resources(planner: Planner, asked: Choice):
+    """Bits, sharding and number of devices, from what costs nothing to what costs most."""
+    may_quantise = planner.run.model.lora is not None and asked.bits is None and planner.run.device.is_gpu
+    num_devices = asked.num_devices
+    while num_devices <= max(MOST_DEVICES, asked.num_devices):
+        for bits in (asked.bits, 4) if may_quantise else (asked.bits,):
+            for sharding in _shardings(asked, num_devices):
+                yield bits, sharding, num_devices
+        if not planner.run.device.is_gpu:
+            return
+        num_devices *= 2
+
+
+def _shardings(asked: Choice, num_devices: int):
+    if num_devices == 1:
+        return ("none",)
+    if asked.sharding in ("zero2", "zero3"):
+        return (asked.sharding,)
+    return ("ddp", "fsdp2")
+
+
+def _largest_batches(planner: Planner, base: Choice, *, most: int = MOST_PAIRS) -> list[Outcome]:
+    """The largest micro-batch that fits with `RESERVE` to spare, keeping the pairs of an optimizer step.
+
+    One pair that fits is returned whatever it leaves, as nothing is smaller; none where it does not.
+    """
+    per_device = max(1, base.global_pairs // base.num_devices)
+    if planner.run.budget is not None:
+        outcome = planner.outcome(base, exact_time=False)
+        return [outcome] if outcome.fits else []
+
+    def outcome_of(num_pairs: int) -> Outcome:
+        choice = replace(base, num_pairs=num_pairs, accumulation=max(1, per_device // num_pairs))
+        return planner.outcome(choice, exact_time=False)
+
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, MOST_PAIRS) if n <= min(most, per_device) and per_device % n == 0]
+    first = outcome_of(1)
+    if not first.fits:
+        return []
+    if len(sizes) == 1:
+        return [first]
+    second = outcome_of(2) if 2 in sizes else None
+    reserve = RESERVE * planner.run.device.memory_bytes
+    if second is None or second.spare < reserve:
+        return [first]
+    per_pair = max(1.0, first.spare - second.spare)
+    for num_pairs in reversed(sizes):
+        if num_pairs <= 2:
+            return [second]
+        if second.spare - reserve >= (num_pairs - 2) * per_pair * 0.95:
+            outcome = outcome_of(num_pairs)
+            if outcome.spare >= reserve:
+                return [outcome]
+    return [second]
+
+
+def _nearest(planner: Planner, asked: Choice) -> Outcome | None:
+    """One change after the other, each kept, until the run fits."""
+    best = planner.best_layout if asked.layout != "auto" else "auto"
+    changes = [replace(asked, checkpointing=True), replace(asked, checkpointing=True, layout=best)]
+    per_device = asked.num_pairs * asked.accumulation
+    num_pairs = asked.num_pairs
+    while num_pairs % 2 == 0 and planner.run.budget is None:
+        num_pairs //= 2
+        changes.append(replace(changes[-1], num_pairs=num_pairs, accumulation=per_device // num_pairs))
+    if num_pairs > 1 and planner.run.budget is None:
+        changes.append(replace(changes[-1], num_pairs=1, accumulation=per_device))
+    tried: set[Choice] = {asked}
+    for choice in changes:
+        if choice not in tried:
+            tried.add(choice)
+            if planner.outcome(choice, exact_time=False).fits:
+                return planner.outcome(choice)
+    for bits, sharding, num_devices in _resources(planner, asked):
+        accumulation = max(1, asked.accumulation * asked.num_devices // num_devices)
+        base = replace(changes[1], bits=bits, sharding=sharding, num_devices=num_devices, accumulation=accumulation)
+        for outcome in _largest_batches(planner, base, most=asked.num_pairs):
+            return planner.outcome(outcome.choice)
+    return None

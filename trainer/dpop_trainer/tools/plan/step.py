@@ -1,0 +1,245 @@
+"""One training step on paper: bytes at its worst moments, by part, and its matrix products; carried on to all layers.
+
+A model of a few layers is run twice, with one period of its layers more the second time. In each phase of the step what
+a layer adds is the same, so both its bytes and its FLOP are straight lines in the number of layers; the step's peak is
+the highest of the lines:
+
+    reference        a forward of which nothing stays
+    forward          activations stay, or the layers' inputs alone; the head at its end
+    backward begins  all activations, no gradient yet
+    backward ends    no activations, all gradients
+    optimizer        gradients, and what the optimizer needs beside its states
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
+
+from dpop_trainer.batches.choose_layout import forward_inputs
+from dpop_trainer.batches.flat_attention import runs
+from dpop_trainer.settings.renamed import enable_checkpointing
+from dpop_trainer.tools.plan.flat_on_paper import PAPER_ATTENTION, flat_row_on_paper
+from dpop_trainer.tools.plan.paper_model import ModelSetting, Sizes, build, decoder_layers, on_paper
+from dpop_trainer.tools.plan.stand_ins import PaperHead, grouped_experts
+from dpop_trainer.tools.plan.tape import Moment, Tape
+
+BEGINS, BETWEEN, ENDS = "backward begins", "backward", "backward ends"
+
+
+@dataclass(frozen=True)
+class StepSetting:
+    """How a run makes a step, as far as a device's memory and time depend on it."""
+
+    on_gpu: bool
+    """Triton's head and FlexAttention; else the CPU's."""
+    checkpointing: bool
+    autocast: torch.dtype | None
+    """Of mixed precision; None computes in the weights' dtype."""
+    reference: Literal["adapter off", "copy", "none"]
+    """What is run beside the policy: itself without its adapter, a second model, or nothing (log-probs are precomputed,
+    or no loss needs any)."""
+    accumulates: bool
+    """Gradients of earlier micro-batches are there when a step begins."""
+    optimizer_temporaries: bool
+    """The optimizer works on all weights at once (torch's foreach), with temporaries of their size."""
+    in_compute_dtype: bool = False
+    """Weights arrive in autocast's dtype, as FSDP2 and DeepSpeed gather them."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step of the whole model takes on one device, over weights and optimizer states."""
+
+    moments: Mapping[str, Moment]
+    """The worst of each phase."""
+    flop: Mapping[str, float]
+    """Of matrix products, 2 per multiply-add: layers, attention, head."""
+
+    @property
+    def phase(self) -> str:
+        """The phase of the peak."""
+        return max(self.moments, key=lambda phase: self.moments[phase].total)
+
+    @property
+    def peak(self) -> Moment:
+        return self.moments[self.phase]
+
+    @property
+    def total_flop(self) -> float:
+        return sum(self.flop.values())
+
+    def without(self, *names: str) -> "StepCost":
+        """The same, where these parts are held in another way."""
+        moments = {}
+        for phase, moment in self.moments.items():
+            parts = {name: size for name, size in moment.parts.items() if name not in names}
+            moments[phase] = Moment(sum(parts.values()), parts)
+        return StepCost(moments, self.flop)
+
+
+def step_cost(
+    config: PreTrainedConfig,
+    sizes: Sizes,
+    model: ModelSetting,
+    setting: StepSetting,
+    batch: Mapping[str, Tensor],
+    *,
+    is_flat: bool,
+) -> StepCost:
+    """One micro-batch: reference, policy, backward, optimizer.
+
+    Args:
+        config: of the whole model.
+        sizes: of it, from `count`.
+        model: how it is loaded.
+        setting: how it is trained.
+        batch: from `PairCollator`.
+        is_flat: the layout is "flat".
+    """
+    short = sizes.num_leading + 2 * sizes.period
+    long = short + sizes.period
+    if sizes.num_layers <= long:
+        return _run(build(config, model), setting, batch, is_flat=is_flat, sizes=sizes)
+    first, second = (
+        _run(build(config, model, num_layers=count), setting, batch, is_flat=is_flat, sizes=sizes)
+        for count in (short, long)
+    )
+    share = (sizes.num_layers - long) / (long - short)
+
+    def carry_on(low: float, high: float) -> float:
+        return max(0.0, high + share * (high - low))
+
+    moments = {}
+    for phase in first.moments:
+        low, high = first.moments[phase], second.moments[phase]
+        names = {**low.parts, **high.parts}
+        parts = {name: carry_on(low.parts.get(name, 0), high.parts.get(name, 0)) for name in names}
+        moments[phase] = Moment(sum(parts.values()), parts)
+    flop = {kind: carry_on(first.flop.get(kind, 0.0), value) for kind, value in second.flop.items()}
+    return StepCost(moments, flop)
+
+
+def _run(model: Any, setting: StepSetting, batch: Mapping[str, Tensor], *, is_flat: bool, sizes: Sizes) -> StepCost:
+    """A model of the meta device through one step."""
+    mode = FakeTensorMode()
+    if setting.in_compute_dtype and setting.autocast is not None:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(setting.autocast)
+    on_paper(model, mode)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if is_flat:
+        base.set_attn_implementation(PAPER_ATTENTION)
+    if setting.checkpointing:
+        enable_checkpointing(model)
+        if isinstance(model, PeftModel):
+            model.enable_input_require_grads()
+    model.train()
+    has_padding = not bool(batch["attention_mask"].all())
+    row = contextlib.nullcontext()
+    if is_flat:  # the backward of a checkpoint attends again
+        row = flat_row_on_paper(runs(batch["trie_ends"].flatten().tolist()), on_gpu=setting.on_gpu)
+    with mode, grouped_experts(), row:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        head = PaperHead(base, on_gpu=setting.on_gpu, num_scored=batch["target_ids"].shape[0])
+        inputs = {key: torch.empty(value.shape, dtype=value.dtype) for key, value in batch.items()}
+        known: list[Tensor] = [*model.parameters(), *model.buffers(), *inputs.values()]
+        if setting.accumulates:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+            known += [parameter.grad for parameter in trained if parameter.grad is not None]
+        tape = Tape(known)
+        _name_phases(model, tape, sizes)
+        step = _Step(model, head, setting, has_padding=has_padding, is_flat=is_flat)
+        with tape:
+            loss = step.forward(tape, inputs)
+            tape.enter(BEGINS)
+            loss.backward()
+            del loss
+            tape.assign((p.grad for p in trained if p.grad is not None), "gradients")
+            tape.enter("optimizer")
+            if setting.optimizer_temporaries:
+                temporaries = [torch.empty_like(parameter) for parameter in trained]
+                tape.assign(temporaries, "optimizer's temporaries")
+                del temporaries
+    return StepCost(tape.moments(), dict(tape.flop))
+
+
+@dataclass
+class _Step:
+    model: Any
+    head: PaperHead
+    setting: StepSetting
+    has_padding: bool
+    is_flat: bool
+
+    def forward(self, tape: Tape, batch: dict[str, Tensor]) -> Tensor:
+        """Reference and policy, in the trainer's order -> the loss."""
+        setting = self.setting
+        autocast = contextlib.nullcontext()
+        if setting.autocast is not None:
+            autocast = torch.autocast("cpu", setting.autocast)
+        with autocast:
+            inputs = self._inputs(batch)
+            if setting.reference != "none":
+                tape.enter("reference")
+                with torch.no_grad(), self._as_reference():
+                    self.head.token_logps(self.model, **inputs)
+            tape.enter("forward")
+            return self.head.token_logps(self.model, **inputs).sum()
+
+    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        if self.is_flat:
+            return {
+                "input_ids": batch["input_ids"],
+                "position_ids": batch["position_ids"],
+                "attention_mask": batch["trie_ends"][:, None, None, :],
+            }
+        inputs = forward_inputs(batch, self.model)
+        if "trie_ends" not in batch and not self.has_padding:  # which transformers sees, and makes no mask
+            del inputs["attention_mask"]
+        return inputs
+
+    def _as_reference(self) -> Any:
+        if isinstance(self.model, PeftModel):
+            return self.model.disable_adapter()
+        return _frozen(self.model)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Any:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
+def _name_phases(model: Any, tape: Tape, sizes: Sizes) -> None:
+    """Let the backward say where it is: a layer begins when the gradient of its output arrives."""
+    layers = decoder_layers(model)
+
+    def watch(index: int) -> Any:
+        phase = BETWEEN
+        if index < sizes.num_leading + sizes.period:
+            phase = ENDS
+        elif index >= len(layers) - sizes.period:
+            phase = BEGINS
+
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            if states.requires_grad:
+                states.register_hook(lambda gradient: tape.enter(phase))
+
+        return hook
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(watch(index))

@@ -1,0 +1,260 @@
+"""HeadTrainer: transformers.Trainer whose loss is made of token log-probs and never of logits.
+
+Everything about optimisation, logging back ends and distribution is transformers' and accelerate's. Added here, for any
+loss: the scoring head, the mean over all items of the global batch on any number of ranks, metrics that stay on the
+device, checkpoints that are whole and resume exactly, and a stop before a non-finite value is trained on.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import ProgressCallback, TrainerCallback
+
+from dpop_kernels import ScoringHead
+from dpop_trainer.batches.shares import FILLER_KEY
+from dpop_trainer.data import TokenisedStream
+from dpop_trainer.models.loading import disable_dropout
+from dpop_trainer.models.quantised import as_arguments
+from dpop_trainer.run_folder.run_files import RunFiles
+from dpop_trainer.settings.config import HeadConfig
+from dpop_trainer.training.exact_shares import ExactShares
+from dpop_trainer.training.metrics import MeanMetrics
+from dpop_trainer.training.non_finite import MicroBatch, NonFiniteError, non_finite_message, not_finite, save_non_finite
+from dpop_trainer.training.progress import RunProgress
+from dpop_trainer.training.run_progress import load_progress, save_progress
+from dpop_trainer.training.speed import peak_memory_gib
+from dpop_trainer.training.whole_checkpoints import WholeCheckpoints
+
+
+class HeadTrainer(ExactShares, WholeCheckpoints):
+    """Base of the trainers here. A subclass says what one item (a pair, a token) is and what its loss is.
+
+    Args:
+        model: a causal LM, loaded.
+        args: the configuration.
+        data_metrics: counts of what happened to the data; the first line of metrics.jsonl.
+        run_config: what config.yaml is to hold; the training arguments if not given.
+        trainer_kwargs: passed on to transformers.Trainer.
+    """
+
+    args: HeadConfig  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: HeadConfig,
+        *,
+        data_metrics: Mapping[str, float] | None = None,
+        run_config: dict[str, Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        if args.disable_dropout:
+            disable_dropout(model)
+        self.head = ScoringHead(model, backend=args.kernel_backend)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            self.head.check(model)
+        # for a stream, accelerate would read on one process and cut its batches by rows, which packed tensors are not
+        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+        super().__init__(model=model, args=args, **trainer_kwargs)
+        # compute_loss divides by the items of the whole global batch; transformers must not divide again
+        self.model_accepts_loss_kwargs = True
+        self._mean_metrics = {"train": MeanMetrics(), "eval": MeanMetrics()}
+        self._micro_batches: list[MicroBatch] = []  # since the last optimizer step
+        self._logged_token_counts: dict[str, float] = {}
+        self._token_counts: dict[str, Tensor] = {}  # since the last log line, on this process
+        self.run_config = run_config if run_config is not None else args.to_dict() | as_arguments(model)
+        self.add_callback(RunFiles(self.run_config, dict(data_metrics or {})))
+        self.add_callback(_AroundTraining(self))
+        if self.pop_callback(ProgressCallback) is not None:  # which prints every log line in full
+            self.add_callback(RunProgress(type(self).__name__))
+
+    def num_items(self, batch: Mapping[str, Any]) -> int:
+        """How many items a batch holds, read without touching the device."""
+        raise NotImplementedError
+
+    def item_losses(
+        self, model: nn.Module, batch: dict[str, Any], mode: str
+    ) -> tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor | int]]]:
+        """-> sum of the items' losses (with gradient), is-bad flag per pair [B], metrics as sums and weights."""
+        raise NotImplementedError
+
+    def token_counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tokens of a batch, without padding, by the name of the running total that is logged."""
+        return {"num_tokens": batch["attention_mask"].sum()}
+
+    def pair_values(self) -> Mapping[str, Tensor]:
+        """[B] each: what `item_losses` last computed for its pairs, for the report on a value that is not finite."""
+        return {}
+
+    def carried_state(self) -> dict[str, Tensor]:
+        """What a subclass has to find again when a run is resumed: tensors by name, for `restore_carried_state`."""
+        return {}
+
+    def restore_carried_state(self, state: Mapping[str, Tensor]) -> None:
+        """The counterpart of `carried_state`."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+        mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
+        is_filler = FILLER_KEY in inputs
+        loss_sum, is_bad, metrics = self.item_losses(model, inputs, mode)
+        if is_filler:  # keeps this rank in step with the others; the pair counts elsewhere
+            loss_sum = loss_sum * 0.0
+            is_bad = torch.zeros_like(is_bad)
+            metrics = {key: (torch.zeros_like(value), 0) for key, (value, _) in metrics.items()}
+        self._mean_metrics[mode].add(metrics)
+        num_items = 0 if is_filler else self.num_items(inputs)
+        if mode == "train":
+            self._micro_batches.append(MicroBatch(inputs, is_bad, self.pair_values()))
+            self._count_tokens(inputs, weight=0.0 if is_filler else 1.0)
+        else:
+            self._mean_metrics["eval_loss"].add({"loss": (loss_sum, num_items)})
+        if num_items_in_batch is None:
+            loss = loss_sum / max(num_items, 1)
+        else:
+            # data parallelism averages gradients over processes, and the divisor already counts all of them
+            loss = loss_sum * (self.accelerator.num_processes / num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self.compute_loss(model, inputs)
+        return None, None, None  # evaluation_loop makes the means; transformers' are over batches, the last one padded
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):  # type: ignore[override]
+        self._mean_metrics |= {"eval": MeanMetrics(), "eval_loss": MeanMetrics()}
+        with self._clock.paused():
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+            means = {
+                **self._mean_metrics["eval_loss"].pop(self.accelerator),
+                **self._mean_metrics["eval"].pop(self.accelerator),
+                **self._total_token_counts(start_anew=False),
+            }
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # evaluation brings its own metrics along, and leaves the model in eval mode
+        metrics = self._mean_metrics["train"].pop(self.accelerator) if self.model.training else {}  # type: ignore[union-attr]
+        if metrics:
+            before = dict(self._logged_token_counts)
+            totals = self._total_token_counts(start_anew=True)
+            metrics.update(totals)
+            seconds = self._clock.lap()
+            if "num_tokens" in totals and seconds > 0:
+                metrics["tokens/per_second"] = (totals["num_tokens"] - before.get("num_tokens", 0.0)) / seconds
+            peak = torch.tensor([peak_memory_gib(self.args.device)], dtype=torch.float64, device="cpu")
+            peaks: Any = self.accelerator.gather(peak.to(self.args.device, torch.float32))
+            metrics["memory/peak_gib"] = float(peaks.max())
+        if self.model.training and isinstance(self.train_dataset, TokenisedStream):  # type: ignore[union-attr]
+            counts = self.train_dataset.counts.as_metrics()
+            metrics.update({f"train_{key}": float(count) for key, count in counts.items()})
+        logs.update(metrics)  # in place, as transformers does with the epoch: evaluate() returns what is logged
+        super().log(logs, start_time)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        if not batch_samples:
+            return None
+        count = sum(0 if FILLER_KEY in batch else self.num_items(batch) for batch in batch_samples)
+        if self.accelerator.num_processes == 1:
+            return count
+        return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(grad_norm, DTensor):  # FSDP2's, a part on each rank
+            grad_norm = grad_norm.full_tensor()
+        self._last_grad_norm = grad_norm
+        return grad_norm
+
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
+        return dataset  # the collator reads the columns that it needs; none of them is an argument of the model
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator  # the same for a stream
+
+    def _count_tokens(self, batch: Mapping[str, Any], *, weight: float) -> None:
+        for key, count in self.token_counts(batch).items():
+            self._token_counts[key] = self._token_counts.get(key, 0) + weight * count.double()
+
+    def _total_token_counts(self, *, start_anew: bool) -> dict[str, float]:
+        """Tokens trained on, all processes, resumed runs included; `start_anew` makes them the ones last logged."""
+        totals = dict(self._logged_token_counts)
+        for key, count in self._token_counts.items():
+            logged = (line[key] for line in reversed(self.state.log_history) if key in line)
+            totals[key] = next(logged, 0.0) + float(self.accelerator.reduce(count, reduction="sum"))  # type: ignore[arg-type]
+        if start_anew:
+            self._logged_token_counts, self._token_counts = dict(totals), {}
+        return totals
+
+    def write_progress(self, folder):
+        save_progress(self, folder)
+
+    def begin_training(self) -> None:
+        """Called when the loop is about to begin, the model wrapped and a checkpoint loaded."""
+        self._micro_batches = []
+        self._mean_metrics["train"] = MeanMetrics()
+        self._token_counts, self._logged_token_counts = {}, {}
+        if self._resumed_from is not None:
+            load_progress(self, self._resumed_from)
+            for key in {key for line in self.state.log_history for key in line if key.startswith("num_")}:
+                logged = (line[key] for line in reversed(self.state.log_history) if key in line)
+                self._logged_token_counts[key] = next(logged, 0.0)
+        self._clock.restart()
+
+    def stop_if_not_finite(self) -> None:
+        """
+        Raises:
+            NonFiniteError: a loss, a log-prob or the gradient of this step is NaN or infinite; names step and pairs,
+                and where the batch has been saved. All ranks raise it together.
+        """
+        batches, self._micro_batches = self._micro_batches, []
+        if not batches:
+            return
+        pairs_are_bad = torch.cat([batch.is_bad for batch in batches]).any()
+        # fp16's loss scaler meets infinite gradients as a matter of course, and skips the step by itself
+        heeds_gradient = self._last_grad_norm is not None and self.accelerator.scaler is None
+        gradient_is_bad = not_finite(self._last_grad_norm if heeds_gradient else 0.0, pairs_are_bad.device)
+        flags: Any = torch.stack([pairs_are_bad, gradient_is_bad]).float()
+        if self.accelerator.num_processes > 1:
+            flags = self.accelerator.reduce(flags, reduction="sum")
+        if not bool(flags.any()):  # the step's one sync
+            return
+        step, rank = self.state.global_step + 1, self.args.process_index
+        what = "a log-prob or loss" if bool(flags[0] > 0) else "the gradient norm"
+        folder = Path(str(self.args.output_dir)) / f"nonfinite_step_{step}"
+        pair_ids = []
+        if bool(pairs_are_bad) or not bool(flags[0] > 0):
+            pair_ids = save_non_finite(
+                folder,
+                batches,
+                step=step,
+                rank=rank,
+                what=what,
+                dataset=self.train_dataset,
+                tokenizer=self.processing_class,
+            )
+            pair_ids = pair_ids or torch.cat([batch.inputs["pair_ids"] for batch in batches]).tolist()
+        self.accelerator.wait_for_everyone()  # a rank that ends takes the others along; let all of them write first
+        raise NonFiniteError(non_finite_message(step, what, pair_ids, folder))
+
+    _last_grad_norm: Tensor | float | None = None
+
+
+class _AroundTraining(TrainerCallback):
+    def __init__(self, trainer: HeadTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer.begin_training()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer.stop_if_not_finite()

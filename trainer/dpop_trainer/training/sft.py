@@ -1,0 +1,141 @@
+"""SFTTrainer: supervised fine-tuning through the same head; what preference runs start from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from dpop_kernels.losses.pair_loss import segment_sums
+from dpop_trainer.batches import model_inputs
+from dpop_trainer.data import SkippedRecords
+from dpop_trainer.models.loading import prepare_policy
+from dpop_trainer.settings.config import SFTConfig
+from dpop_trainer.training.base import HeadTrainer
+from dpop_trainer.training.split_preparation import check_streams, tokenise_for_training
+
+
+class SFTTrainer(HeadTrainer):
+    """Fine-tune a causal LM on completions: mean negative log-prob over the completion tokens of the global batch.
+
+    Args:
+        model: a causal LM, a peft model, or a name or path to load one from.
+        args: `SFTConfig`.
+        train_dataset: columns prompt and completion, or preference pairs, whose chosen answers are learned.
+        eval_dataset: the same, or a dict of such data sets by name.
+        processing_class: the tokenizer. By default loaded from the model's name or path.
+        callbacks: transformers callbacks.
+        peft_config: wraps the model, for LoRA.
+        quantization_config: used when `model` is a name: QLoRA together with peft_config.
+        run_config: what the run's config.yaml is to hold; the training arguments by default.
+
+    Raises:
+        ValueError: data that cannot be used: what, where, and the remedy.
+    """
+
+    args: SFTConfig  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        quantization_config: Any = None,
+        run_config: dict[str, Any] | None = None,
+    ) -> None:
+        args = args if args is not None else SFTConfig()
+        check_streams(args, train_dataset, eval_dataset)
+        set_seed(args.seed)
+        policy = prepare_policy(
+            model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
+        )
+        data_metrics: dict[str, float] = {}
+        skipped = SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0)
+
+        def tokenise(dataset: Any, name: str, *, repeat: bool = False) -> Any:
+            if isinstance(dataset, Mapping):
+                return {part_name: tokenise(part, part_name) for part_name, part in dataset.items()}
+            return tokenise_for_training(
+                dataset,
+                name,
+                policy,
+                args,
+                data_metrics,
+                keep_identical=True,
+                skipped=skipped,
+                completions=True,
+                repeat=repeat,
+            )
+
+        train_dataset, eval_dataset = tokenise(train_dataset, "train", repeat=True), tokenise(eval_dataset, "eval")
+        super().__init__(
+            policy.model,
+            args,
+            data_metrics=data_metrics,
+            run_config=run_config,
+            data_collator=CompletionCollator(policy.tokenizer.pad_token_id, args.pad_to_multiple_of),  # type: ignore[arg-type]
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=policy.tokenizer,
+            callbacks=callbacks,
+        )
+
+    def num_items(self, batch: Mapping[str, Any]) -> int:
+        return batch["target_ids"].shape[0]
+
+    def item_losses(self, model: nn.Module, batch: dict[str, Any], mode: str):
+        inputs = model_inputs(batch)
+        logps, stats = self.head.token_logps(
+            model, batch["score_positions"], batch["target_ids"], return_stats=True, **inputs
+        )
+        num_tokens = self.num_items(batch)
+        sequence_logps = segment_sums(logps, batch["cu_seqlens"], backend=self.args.kernel_backend)
+        metrics: dict[str, tuple[Tensor, Tensor | int]] = {
+            "entropy": (stats.entropy.sum(), num_tokens),
+            "mean_token_accuracy": (stats.is_top1.sum(), num_tokens),
+        }
+        return -sequence_logps.sum(), ~torch.isfinite(sequence_logps.detach()), metrics
+
+
+class CompletionCollator:
+    """Records with prompt_ids and chosen_ids -> right-padded rows and the positions that score the completions.
+
+    Args:
+        pad_token_id: what rows are filled up with; masked.
+        pad_to_multiple_of: round the padded length up to a multiple of this.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+        self._pad_token_id, self._multiple = pad_token_id, pad_to_multiple_of or 1
+
+    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = [torch.tensor([*record["prompt_ids"], *record["chosen_ids"]]) for record in records]
+        length = max(len(row) for row in rows)
+        length += -length % self._multiple
+        input_ids = torch.full((len(rows), length), self._pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = row
+            attention_mask[i, : len(row)] = 1
+        starts = [len(record["prompt_ids"]) for record in records]
+        lengths = [len(record["chosen_ids"]) for record in records]
+        positions = [
+            i * length + torch.arange(start - 1, start - 1 + count)  # the token before predicts
+            for i, (start, count) in enumerate(zip(starts, lengths, strict=True))
+        ]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "score_positions": torch.cat(positions),
+            "target_ids": torch.cat([torch.tensor(record["chosen_ids"]) for record in records]),
+            "cu_seqlens": torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(),
+            "pair_ids": torch.tensor([record["pair_id"] for record in records]),
+        }

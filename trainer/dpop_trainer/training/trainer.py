@@ -1,0 +1,350 @@
+"""DPOPTrainer: preference fine-tuning with TRL's interface, on this package's kernels."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, DatasetDict
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from dpop_kernels import ScoringHead, needs_reference
+from dpop_kernels.losses.options import LossOptions
+from dpop_kernels.losses.pair_loss import pair_loss_terms
+from dpop_trainer.batches import PairCollator, with_lengths
+from dpop_trainer.batches.choose_layout import ScoredModel, choose_layout, forward_inputs, laid_out
+from dpop_trainer.batches.flat_attention import use_flat_attention
+from dpop_trainer.batches.shares import FILLER_KEY
+from dpop_trainer.data import SkippedRecords
+from dpop_trainer.data.stream import first_records
+from dpop_trainer.models.loading import Policy, disable_dropout, prepare_policy
+from dpop_trainer.models.quantised import make_trainable
+from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
+from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.model_paths import check_local_path
+from dpop_trainer.training.budget_batches import BudgetTrainer
+from dpop_trainer.training.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
+from dpop_trainer.training.split_preparation import tokenise_for_training
+from dpop_trainer.training.trainer_checks import check_arguments, check_form, warn_of_router_loss
+from dpop_trainer.training.watch import ChosenWatch
+
+logger = logging.getLogger(__name__)
+
+# of the data set's first; enough to see a mask or a position that is not heeded, and seconds for any model
+NUM_PROBED_PAIRS = 2
+
+
+class DPOPTrainer(BudgetTrainer):
+    """Fine-tune a causal LM on (prompt, chosen, rejected) with DPOP, any of its kin, or a weighted sum of them.
+
+    The constructor is TRL's `DPOTrainer`'s.
+
+    Args:
+        model: a causal LM, a peft model, or a name or path to load one from (with args.model_init_kwargs).
+        ref_model: the frozen reference, or a name or path to load it from (with args.ref_model_init_kwargs). By default
+            the model as it is when the trainer is built: the base under an adapter that is new, else an adapter as it
+            was at the start, else a frozen copy of the model.
+        args: `DPOPConfig`.
+        data_collator: defaults to `PairCollator` with the layout of `args`; must return the same keys.
+        train_dataset: columns prompt, chosen, rejected, as text or as messages; or token ids in prompt_ids, chosen_ids,
+            rejected_ids; or another form of docs/data.md. With columns ref_chosen_logps and ref_rejected_logps no
+            reference model is run. An IterableDataset is read, tokenised and counted as training goes on, again and
+            again until args.max_steps.
+        eval_dataset: the same, or a dict of such data sets by name: metrics are then eval_<name>_...
+        processing_class: the tokenizer. By default loaded from the model's name or path.
+        compute_metrics: refused: no logits exist that it could be given.
+        callbacks: transformers callbacks.
+        optimizers: (optimizer, scheduler), as in transformers.
+        quantization_config: used when `model` is a name: QLoRA together with peft_config.
+        peft_config: wraps the model, for LoRA.
+        run_config: what the run's config.yaml is to hold; the training arguments by default.
+
+    Raises:
+        ValueError: arguments that disagree, or data that cannot be used: what, where, and the remedy.
+    """
+
+    args: DPOPConfig  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: str | PreTrainedModel | None = None,
+        args: DPOPConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | DatasetDict | Mapping[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        run_config: dict[str, Any] | None = None,
+    ) -> None:
+        args = args if args is not None else DPOPConfig(default_output_dir(model))
+        check_arguments(model, args, train_dataset, eval_dataset, processing_class, data_collator, compute_metrics)
+        if isinstance(ref_model, str):  # which is loaded last
+            check_local_path(ref_model, "config.json")
+        set_seed(args.seed)  # peft draws the adapter's initial weights
+        policy = prepare_policy(
+            model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
+        )
+        if train_dataset is not None and not any(p.requires_grad for p in policy.model.parameters()):
+            raise ValueError(
+                "model: expected parameters to train, got a model in which all are frozen. Load an adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True)."
+            )
+        warn_of_router_loss(policy.model)
+        self._policy = policy
+        data_metrics: dict[str, float] = {}
+        skipped = SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0)
+        self._skipped = skipped
+
+        def tokenise(dataset: Any, name: str, *, repeat: bool = False) -> Any:
+            return _tokenised(dataset, name, policy, args, data_metrics, skipped, repeat=repeat)
+
+        train_dataset, eval_dataset = tokenise(train_dataset, "train", repeat=True), tokenise(eval_dataset, "eval")
+        parts = _parts(train_dataset, eval_dataset)
+        is_missing = needs_reference(args.loss_type) and not all(has_reference_columns(part) for part in parts)
+        if ref_model is not None and not is_missing:
+            logger.warning("ref_model is not used: no loss needs a reference, or all pairs bring their own columns.")
+        reference: Any = ref_model
+        if isinstance(ref_model, str):
+            reference = load_reference(ref_model, policy.model, _ref_init_kwargs(args)) if is_missing else None
+        if reference is policy.model:
+            raise ValueError(
+                "ref_model: expected a model of its own, got the policy itself, which would train the reference too. "
+                "Pass None for a frozen copy."
+            )
+        # an adapter's start costs less than a copy, and before training the policy is still its own reference
+        ref_is_copy = (
+            is_missing
+            and reference is None
+            and not isinstance(policy.model, PeftModel)
+            and not args.precompute_ref_log_probs
+        )
+        if ref_is_copy:
+            reference = frozen_copy(policy.model)
+        if reference is not None:
+            reference.eval().requires_grad_(False)
+            make_trainable(reference)
+            if args.disable_dropout:
+                disable_dropout(reference)
+
+        super().__init__(
+            policy.model,
+            args,
+            data_metrics=data_metrics,
+            run_config=run_config,
+            data_collator=data_collator or _collator(policy, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=policy.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.ref_model = reference
+        ref_head = ScoringHead(reference, backend=args.kernel_backend) if reference is not None else None
+        if data_collator is None:
+            self._lay_out(first_records(parts[0], NUM_PROBED_PAIRS), ref_head, ref_is_copy=ref_is_copy)
+        if args.max_tokens_per_batch is not None and train_dataset is not None:
+            self.plan_batches(args.max_tokens_per_batch)
+        self.reference = PairReference(
+            self,
+            reference,
+            ref_head,
+            is_needed=needs_reference(args.loss_type),
+            is_missing=is_missing,
+            is_copy=ref_is_copy,
+            is_new_adapter=peft_config is not None,
+        )
+        if args.precompute_ref_log_probs and is_missing:
+            self._precompute_reference()
+        self._pair_values: dict[str, Tensor] = {}
+        self.add_callback(
+            ChosenWatch(args.chosen_logratio_warning, loss_types=args.loss_type, dpop_lambda=args.dpop_lambda)
+        )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `transformers.Trainer.evaluate`, on pairs in any form that the constructor takes.
+
+        Args:
+            eval_dataset: by default the constructor's; else pairs, several sets of them by name, or the name of one
+                of the constructor's.
+            ignore_keys: unused.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Raises:
+            ValueError: the data cannot be used, or lacks the reference log-probs that this run takes from the data.
+        """
+        if isinstance(eval_dataset, Mapping):
+            metrics = {}
+            for name, part in eval_dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if isinstance(eval_dataset, Dataset):
+            check_form("eval_dataset", eval_dataset)
+            eval_dataset = _tokenised(eval_dataset, metric_key_prefix, self._policy, self.args, {}, self._skipped)
+            if self.reference.is_needed and not (has_reference_columns(eval_dataset) or self.reference.has_model):
+                raise ValueError(
+                    "eval_dataset: expected the columns ref_chosen_logps and ref_rejected_logps, since this run took "
+                    "its reference from such columns and has no reference model, got none. Add them, or pass ref_model."
+                )
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+
+    def num_items(self, batch: Mapping[str, Any]) -> int:
+        return batch["pair_ids"].shape[0]
+
+    def token_counts(self, batch):
+        logical, computed = batch["token_counts"]
+        return {"num_tokens": logical, "num_computed_tokens": computed}
+
+    def item_losses(self, model, batch, mode):
+        model_inputs = forward_inputs(batch, self.accelerator.unwrap_model(self.model))
+        # the reference first: nothing of its forward stays, and so none of the policy's activations lie beside it
+        options, ref_logps = self._loss_options(mode), self._reference_logps(batch, model_inputs)
+        logps, stats = self.head.token_logps(
+            model, batch["score_positions"], batch["target_ids"], return_stats=True, **model_inputs
+        )
+        pairs, terms = pair_loss_terms(
+            logps,
+            batch["cu_seqlens"],
+            ref_logps,
+            loss_weights=self.args.weights_by_loss(),
+            options=options,
+            backend=self.args.kernel_backend,
+        )
+        if mode == "train" and self.state.global_step == 0 and self.reference.is_needed:
+            self.reference.step_zero.add(
+                pairs.chosen_logratios, pairs.rejected_logratios, is_filler=FILLER_KEY in batch
+            )
+        self._pair_values = {
+            "loss": pairs.losses.detach(),
+            "chosen_logps": pairs.chosen_logps,
+            "rejected_logps": pairs.rejected_logps,
+            "ref_chosen_logps": ref_logps[:, 0] + ref_logps[:, 1],
+            "ref_rejected_logps": ref_logps[:, 0] + ref_logps[:, 2],
+        }
+        metrics = {
+            **pair_metrics(
+                pairs,
+                beta=options.beta,
+                dead_zone=options.dead_zone,
+                has_reference=self.reference.is_needed,
+            ),
+            **loss_metrics(terms, options),
+            **token_metrics(stats, batch["cu_seqlens"]),
+            **layout_metrics(batch, max_positions=self.args.max_tokens_per_batch if mode == "train" else None),
+        }
+        is_bad = ~torch.isfinite(pairs.losses.detach() + pairs.margins + pairs.chosen_logratios)
+        return pairs.losses.sum(), is_bad, metrics
+
+    def pair_values(self):
+        return self._pair_values
+
+    def carried_state(self):
+        return self.reference.step_zero.state()
+
+    def restore_carried_state(self, state):
+        self.reference.step_zero.restore(state)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:  # type: ignore[union-attr]
+            logs.update(self.reference.step_zero.pop_metrics())
+        super().log(logs, start_time)
+
+    def _lay_out(self, probed: list[dict[str, Any]], ref_head: ScoringHead | None, *, ref_is_copy: bool) -> None:
+        """Have the collator make batches in the layout that policy and reference can run."""
+        reference: Any = self.ref_model
+        layout = choose_layout(
+            self.args.layout,
+            ScoredModel(self.model, self.head),
+            ScoredModel(reference, ref_head) if ref_head is not None and not ref_is_copy else None,
+            self.data_collator,  # type: ignore[arg-type]
+            probed,
+            max_length=self.args.max_length,
+        )
+        layout = broadcast_object_list([layout])[0]  # rounding may decide otherwise on another rank's device
+        self.data_collator = laid_out(self.data_collator, layout, self.model)  # type: ignore[arg-type]
+        if layout == "flat" and ref_is_copy:  # which was not probed
+            use_flat_attention(reference)
+
+    def _loss_options(self, mode: str) -> LossOptions:
+        """Evaluation takes the full λ from the first step on: one objective, by which checkpoints compare."""
+        if mode == "eval":
+            return self.args.loss_options()
+        return self.args.loss_options(self.args.lambda_at(self.state.global_step, self.state.max_steps))
+
+    def _reference_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
+        return self.reference.segment_logps(batch, model_inputs)
+
+    def _precompute_reference(self) -> None:
+        args = self.args
+        precompute = self.reference.precompute
+        if self.train_dataset is not None:
+            self.train_dataset = precompute(self.train_dataset, "train", args.per_device_train_batch_size)
+        if isinstance(self.eval_dataset, dict):
+            for name, part in self.eval_dataset.items():
+                self.eval_dataset[name] = precompute(part, name, args.per_device_eval_batch_size)
+        elif self.eval_dataset is not None:
+            self.eval_dataset = precompute(self.eval_dataset, "eval", args.per_device_eval_batch_size)
+        self.reference.release()
+        self.ref_model = None
+
+
+def default_output_dir(model: Any) -> str:
+    """Where a run goes that has no configuration: "<the model's name>-DPOP"."""
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return f"{Path(name).name or type(model).__name__}-DPOP"
+
+
+def _tokenised(
+    dataset: Any,
+    name: str,
+    policy: Policy,
+    args: DPOPConfig,
+    data_metrics: dict[str, float],
+    skipped: SkippedRecords,
+    *,
+    repeat: bool = False,
+) -> Any:
+    if isinstance(dataset, Mapping):
+        return {key: _tokenised(part, key, policy, args, data_metrics, skipped) for key, part in dataset.items()}
+    dataset = tokenise_for_training(
+        dataset,
+        name,
+        policy,
+        args,
+        data_metrics,
+        keep_identical=args.keep_identical,
+        skipped=skipped,
+        repeat=repeat,
+    )
+    if not isinstance(dataset, Dataset) or args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
+        return dataset
+    return with_lengths(dataset, args.length_column_name, prefix_sharing=args.prefix_sharing)
+
+
+def _collator(policy: Policy, args: DPOPConfig) -> PairCollator:
+    return PairCollator(
+        pad_token_id=policy.tokenizer.pad_token_id,  # type: ignore[arg-type]
+        prefix_sharing=args.prefix_sharing,
+        pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
+        hidden_size=getattr(policy.model.config.get_text_config(), "hidden_size", None),
+        vocab_size=policy.vocab_size,
+    )
+
+
+def _ref_init_kwargs(args: DPOPConfig) -> dict[str, Any] | None:
+    own: Any = args.ref_model_init_kwargs
+    return {"trust_remote_code": True, **(own or {})} if args.trust_remote_code else own
+
+
+def _parts(train_dataset, eval_dataset) -> list[Dataset]:
+    parts = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
+    return [part for part in [train_dataset, *parts] if part is not None]

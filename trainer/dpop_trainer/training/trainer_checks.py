@@ -1,0 +1,95 @@
+"""What a DPOPTrainer is given, checked before anything is loaded or computed."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dpop_trainer.data.stream import is_stream
+from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.training.split_preparation import check_streams
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(
+    model: Any,
+    args: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    data_collator: Any,
+    compute_metrics: Any,
+) -> None:
+    """
+    Raises:
+        ValueError: an argument is of another kind than it should be, or two do not go together.
+    """
+    if not isinstance(model, str | nn.Module):
+        raise ValueError(f"model: expected a causal LM, or a name or path to load one, got {type(model).__name__}.")
+    if not isinstance(args, DPOPConfig):
+        raise ValueError(f"args: expected a DPOPConfig, got {type(args).__name__}. Its fields have TRL's names.")
+    if train_dataset is None and eval_dataset is None:
+        raise ValueError("train_dataset: expected a data set (or at least an eval_dataset), got None.")
+    eval_parts = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
+    check_streams(args, train_dataset, *eval_parts)
+    if args.precompute_ref_log_probs and any(map(is_stream, (train_dataset, *eval_parts))):
+        raise ValueError(
+            "precompute_ref_log_probs: expected False with a streamed data set, got True. Load the data set whole, or "
+            "let the reference run beside the policy."
+        )
+    if isinstance(train_dataset, Mapping):
+        raise ValueError(
+            f"train_dataset: expected one data set, got several: {sorted(map(str, train_dataset))}. Pass one split."
+        )
+    if hasattr(processing_class, "tokenizer"):
+        raise ValueError(
+            f"processing_class: expected a tokenizer, got {type(processing_class).__name__}. Pass its .tokenizer; "
+            "images are not trained on."
+        )
+    if data_collator is not None and args.max_tokens_per_batch is not None:
+        raise ValueError(
+            "data_collator: expected None with max_tokens_per_batch, which counts the positions of this trainer's own "
+            "layouts, got one. Leave one of the two out."
+        )
+    if compute_metrics is not None:
+        raise ValueError(
+            "compute_metrics: expected None, got a function. It would be given logits, which this trainer never "
+            "computes; read the logged metrics instead, or use a callback."
+        )
+    check_form("train_dataset", train_dataset)
+    check_form("eval_dataset", eval_dataset)
+
+
+def check_form(name: str, dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: a data set has images.
+    """
+    parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
+    for part in parts:
+        images = {"image", "images"} & set(getattr(part, "column_names", None) or ())
+        if images:
+            raise ValueError(
+                f"{name}: expected pairs of text, got the column {images.pop()!r}. Vision-language data is not trained "
+                "on here; remove the column, or use TRL's trainer with dpop_kernels.integrations.trl."
+            )
+
+
+def warn_of_router_loss(model: Any) -> None:
+    """TRL adds a mixture of experts' load-balancing loss where the model's config gives it a weight; here it is not."""
+    config = model.config.get_text_config()
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
+    router_is_trained = any("router" in name or ".gate." in name for name in _trained_names(model))
+    if coefficient and router_is_trained:
+        logger.warning(
+            "%s: its load-balancing loss (router_aux_loss_coef %g) is not added, and its router is trained. Leave the "
+            "router out of the training, as LoRA on the attention's projections does.",
+            config.model_type,
+            coefficient,
+        )
+
+
+def _trained_names(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
