@@ -1,12 +1,15 @@
 """Pairs become token ids: where answers begin and end, how they are cut, what is dropped, what is counted."""
 
 import json
+import shutil
+from pathlib import Path
 
 import datasets.config
+import dpop_trainer
 import numpy as np
 import pytest
 from datasets import Dataset
-from dpop_trainer.data import TokeniseCounts, load_pairs, tokenise, tokenise_pairs
+from dpop_trainer.data import TokeniseCounts, code_hash, load_pairs, tokenise, tokenise_pairs
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.truncate import truncate_pair
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -380,9 +383,28 @@ def test_cached_result_is_used_and_counted_alike(tmp_path, monkeypatch):
     for tokenizer, max_length in [(word_tokenizer(), 5), (word_tokenizer("<s> $A"), 4)]:
         with pytest.raises(TypeError, match="not callable"):
             tokenise_pairs(load_pairs(path), tokenizer, max_length=max_length)
-    monkeypatch.setattr(tokenise, "code_hash", lambda: "another version")
+    monkeypatch.setattr(tokenise, "code_hash", lambda module: "another version")
     with pytest.raises(TypeError, match="not callable"):
         tokenise_pairs(load_pairs(path), word_tokenizer(), max_length=4)
+
+
+def test_a_cache_is_known_by_all_that_made_it_and_by_nothing_else(tmp_path, monkeypatch):
+    copy = tmp_path / "dpop_trainer"
+    shutil.copytree(Path(dpop_trainer.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(code_hash, "_FOLDER", copy)
+
+    def hash_after(*changed):
+        for name in changed:
+            with (copy / name).open("a") as file:
+                file.write("# changed\n")
+        return code_hash.code_hash.__wrapped__("dpop_trainer.data.tokenise")
+
+    before = hash_after()
+    assert hash_after("batches/budget.py", "data/mixture.py", "data/write.py", "training/trainer.py") == before
+    seen = {before}
+    for name in ("tokenise", "encode", "edits", "truncate", "records", "messages"):  # the last two by way of others
+        seen.add(hash_after(f"data/{name}.py"))
+    assert len(seen) == 7
 
 
 def test_counts_in_words_and_as_metrics():

@@ -15,7 +15,7 @@ _BLOCK = 1 << 20
 
 def cached_arrow(path: Path, *options: object) -> Path:
     """The cache file for a file's contents, read by this version of the code with these options."""
-    digest = hashlib.sha256(repr((code_hash(), *options)).encode())
+    digest = hashlib.sha256(repr((code_hash("dpop_trainer.data.read"), *options)).encode())
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)

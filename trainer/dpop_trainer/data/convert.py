@@ -113,7 +113,7 @@ def convert_pairs(
             "form_name": form.name,
             "prefix": f"{origin}, record" if origin else "record",
             "has_nulls": has_nulls,
-            "code": code_hash(),
+            "code": code_hash(__name__),
         },
         remove_columns=columns,
         features=ROW_FEATURES,

@@ -97,7 +97,7 @@ def tokenise_pairs(
             "tokenizer": processing_class,
             "max_length": max_length,
             "truncation_mode": truncation_mode,
-            "code": code_hash(),
+            "code": code_hash(__name__),
         },
         remove_columns=source.column_names,
         features=tokenised_features(refs),
