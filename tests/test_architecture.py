@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 # file or folder -> what of the project it may import; anything else of the project is a wrong direction
@@ -227,3 +229,36 @@ def test_every_public_name_is_documented():
     for name in dpop_kernels.__all__:
         doc = getattr(dpop_kernels, name).__doc__ or ""
         assert len(doc.splitlines()[0]) > 20, name
+
+
+def tree_of(page: Path) -> set[str]:
+    """The paths of the tree that a page draws: indented names, several beside one another, what they are behind two
+    blanks."""
+    (tree,) = (block for block in page.read_text().split("```") if block.lstrip("\n").startswith("dpop_kernels/"))
+    paths, top = set(), ""
+    for line in tree.strip("\n").splitlines():
+        names = line.strip().split("  ")[0].split()
+        if line.startswith(" " * 8):
+            continue  # a line that goes on
+        for name in names:
+            paths.add(name if not line.startswith(" ") else top + name)
+        top = top if line.startswith(" ") else names[0]
+    return paths
+
+
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md"])
+def test_the_tree_of_a_page_is_the_disk(name):
+    paths = tree_of(ROOT / name)
+    assert len(paths) > 15
+    for path in paths:
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+
+
+def test_the_architecture_leaves_no_room_out():
+    rooms = {
+        f"{package}/{path.name}/"
+        for package in ("dpop_kernels", "trainer/dpop_trainer")
+        for path in (ROOT / package).iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    }
+    assert rooms <= tree_of(ROOT / "ARCHITECTURE.md")
