@@ -1,5 +1,6 @@
 """Trainers in several processes on this machine, as accelerate's launcher starts them: two gloo ranks on the CPU."""
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -36,7 +37,13 @@ def launch(function, *args, num_ranks=2, env=None):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks), **(env or {})}
-    mp.spawn(_as_rank, args=(function, args, env), nprocs=num_ranks)
+    start_ranks(_as_rank, (function, args, env), num_ranks)
+
+
+def start_ranks(function, args, num_ranks):
+    """function(rank, *args) in processes forked from one that has the libraries imported: they start at once."""
+    multiprocessing.set_forkserver_preload(["torch", "transformers", "datasets", "peft", "accelerate"])
+    mp.start_processes(function, args=args, nprocs=num_ranks, start_method="forkserver")
 
 
 def _as_rank(rank, function, args, env):

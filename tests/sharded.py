@@ -7,8 +7,8 @@ import warnings
 
 import third_party
 import torch
+from ranks import start_ranks
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
 
 def run_ranks(function, *args, world_size=2):
@@ -16,7 +16,7 @@ def run_ranks(function, *args, world_size=2):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_in_group, args=(world_size, port, function, args), nprocs=world_size)
+    start_ranks(_in_group, (world_size, port, function, args), world_size)
 
 
 def _in_group(rank, world_size, port, function, args):

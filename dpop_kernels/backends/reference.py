@@ -8,7 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from dpop_kernels import losses
+from dpop_kernels.losses import on_sums
 from dpop_kernels.outputs import PairLosses, TokenStats
 
 
@@ -20,7 +20,7 @@ def token_logps(
     with_stats: bool = False,
 ) -> tuple[Tensor, TokenStats | None]:
     """log softmax(logits)[n, target_ids[n]] -> [N]. `inplace_backward` has nothing to save here and is ignored."""
-    logits = losses.at_least_fp32(logits)
+    logits = on_sums.at_least_fp32(logits)
     log_probs = logits.log_softmax(dim=-1)
     logps = log_probs.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
     return logps, _token_stats(logits.detach(), log_probs.detach(), target_ids) if with_stats else None
@@ -37,7 +37,7 @@ def linear_token_logps(
     with_stats: bool = False,
 ) -> tuple[Tensor, TokenStats | None]:
     """`token_logps` of the head's logits: z = softcap · tanh(logit_scale · (h Wᵀ + bias) / softcap)."""
-    logits = losses.at_least_fp32(hidden_states) @ losses.at_least_fp32(lm_head_weight).T
+    logits = on_sums.at_least_fp32(hidden_states) @ on_sums.at_least_fp32(lm_head_weight).T
     if bias is not None:
         logits = logits + bias
     logits = logits * logit_scale
@@ -64,7 +64,7 @@ def pair_dpop_loss(
     label_smoothing: float = 0.0,
 ) -> PairLosses:
     """DPOP on segment sums (shared, chosen tail, rejected tail), pair by pair."""
-    return losses.losses_of_segments(
+    return on_sums.losses_of_segments(
         "dpop",
         segment_sums(token_logps, cu_seqlens).view(-1, 3),
         ref_segment_logps,
