@@ -221,11 +221,13 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, tokenizer):
     records = token_pairs(8)
     settings = {"records": records, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 8}
     whole = trainer(tmp_path / "whole", tokenizer, **settings)
-    whole.train()
+    of_whole = whole.train()
     first_half = trainer(tmp_path / "half", tokenizer, **settings, save_strategy="steps", save_steps=5)
     first_half.train()  # saves at step 5, then goes on; what follows starts over from the checkpoint
     resumed = trainer(tmp_path / "half", tokenizer, **settings, save_strategy="steps", save_steps=5)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "run" / "checkpoint-5"))
+    of_resumed = resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "run" / "checkpoint-5"))
+    assert of_resumed.training_loss == of_whole.training_loss == pytest.approx(sum(logged(whole, "loss")) / 8, rel=1e-6)
+    assert logged(resumed, "train_loss")[-1] == of_whole.training_loss
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert logged(resumed, "loss") == logged(whole, "loss")

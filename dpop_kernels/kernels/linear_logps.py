@@ -132,13 +132,13 @@ def head_rows_fwd_kernel(
         tl.store(other_mass_ptr + r, -expm1(logp))
         target_slope = slope(z_target, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         target = tl.load(target_ids_ptr + r)
-        is_inside = (target >= 0) & (target < V)
+        num_weights = tl.where((target >= 0) & (target < V), H, 0)  # a target outside has none
         weight_ptr += target * stride_weight_v
         # nobody but the target has any mass: the products are zero, and so is 1 - p
         inverse = 1.0 / tl.where(S == 0.0, 1.0, S)
         for start in range(0, H, BLOCK_H):
             h = start + tl.arange(0, BLOCK_H)
-            weights = tl.load(weight_ptr + h * stride_weight_h, mask=is_inside & (h < H), other=0.0).to(tl.float32)
+            weights = tl.load(weight_ptr + h * stride_weight_h, mask=h < num_weights, other=0.0).to(tl.float32)
             products = tl.load(products_ptr + r * H + h, mask=h < H, other=0.0)
             unit_grads = target_slope * weights - products * inverse
             out_ptr = unit_grads_ptr + r * H + h

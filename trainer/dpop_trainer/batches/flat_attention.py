@@ -132,7 +132,7 @@ def attend_by_runs(
         sequence_keys = torch.cat([*(keys[run][:, :, :count] for run, count in beginning), keys[i]], dim=2)
         sequence_values = torch.cat([*(values[run][:, :, :count] for run, count in beginning), values[i]], dim=2)
         num_before = sequence_keys.shape[2] - length
-        seen = torch.ones(length, num_before + length, dtype=torch.bool).tril(num_before) if beginning else None
+        seen = torch.ones(1, 1, length, num_before + length, dtype=torch.bool).tril(num_before) if beginning else None
         output, _ = sdpa_attention_forward(
             module, queries[i], sequence_keys, sequence_values, seen, is_causal=seen is None, **kwargs
         )

@@ -1,9 +1,12 @@
 """Which versions a result was made with, and on what. Imports nothing to find out."""
 
+import importlib.util
 import os
 import platform
+import re
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,7 +38,17 @@ def versions() -> dict[str, str]:
 def _version(distribution: str) -> str:
     """What the module says where it is there, which is what runs; else what is installed."""
     module = sys.modules.get(distribution.replace("-", "_"))
-    return str(getattr(module, "__version__", None) or metadata.version(distribution))
+    told = getattr(module, "__version__", None) or (_build_of_torch() if distribution == "torch" else None)
+    return str(told or metadata.version(distribution))
+
+
+def _build_of_torch() -> str | None:
+    """Its version with the build (2.15.0+cu132), which its metadata may leave out."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    told = re.search(r"^__version__ = '(.+)'$", Path(spec.origin).with_name("version.py").read_text(), re.MULTILINE)
+    return told and told[1]
 
 
 def environment(args: "TrainingArguments") -> dict[str, Any]:

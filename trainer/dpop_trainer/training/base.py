@@ -141,7 +141,14 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
         return output
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:
+            # the sum goes on in a resumed run; transformers 5.24 divides it by the steps since resuming
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         # evaluation brings its own metrics along, and leaves the model in eval mode
         metrics = self._mean_metrics["train"].pop(self.accelerator) if self.model.training else {}  # type: ignore[union-attr]
         if metrics:
