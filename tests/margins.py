@@ -48,7 +48,8 @@ class Recorder:
     def record_arrays(self, actual, expected, rtol, atol, what):
         """The element that is nearest to its bound."""
         actual, expected = np.broadcast_arrays(np.asarray(actual, float), np.asarray(expected, float))
-        errors, bounds = np.abs(actual - expected).ravel(), (atol + rtol * np.abs(expected)).ravel()
+        with np.errstate(invalid="ignore"):  # infinities on both sides are equal, and no error
+            errors, bounds = np.abs(actual - expected).ravel(), (atol + rtol * np.abs(expected)).ravel()
         usable = np.isfinite(errors) & (bounds > 0)
         if usable.any():
             nearest = np.argmax(errors[usable] / bounds[usable])

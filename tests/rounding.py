@@ -34,6 +34,10 @@ GRADIENT = 1e-5
 terms whose relative error is a logit's absolute one."""
 
 
+TWO_ROADS_NATS = 3e-5
+"""Difference of one log-prob between two roads in fp32 from the same model: ours within the contract, and eager's,
+whose log-softmax rounds logits and normalisers of up to 64 nats to 4e-6 each, within two of it."""
+
 MODEL_GRADIENT = 1e-4
 """Relative error of a parameter's gradient through a whole small model in fp32, against the same model in fp32: both
 paths err by √L times what one layer's products do, and norms and softmax in front of them multiply by up to ten."""
@@ -46,8 +50,10 @@ and |z| = 2), and six times √16 of that is 2e-5."""
 class Guarantee(float):
     """A bound that no arithmetic can exceed, however near it comes: `make portability` asks no distance of it."""
 
-    def __rmul__(self, factor):
-        return Guarantee(factor * float(self))
+    def __mul__(self, factor):
+        return Guarantee(float(self) * float(factor))
+
+    __rmul__ = __mul__
 
     def __repr__(self):
         return f"Guarantee({float(self)!r})"

@@ -5,12 +5,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from rounding import Guarantee
 
 from dpop_kernels.kernels import elementary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # eight times fp32's rounding error: three or four roundings, and a GPU's exp and division of two ulp each
-BOUND = 8 * 2.0**-24
+BOUND = Guarantee(8 * 2.0**-24)
 
 
 @triton.jit

@@ -131,7 +131,7 @@ def test_infinite_tokens_stay_in_their_pair_with_smoothed_labels():
     close(out.losses[:1], on_device([sure]))
     assert not torch.isfinite(out.losses[1:]).any()
     pull = 0.75 / (1 + math.e) - 0.25 / (1 + math.exp(-1))
-    close(grad[:2], on_device([-pull, pull]))
+    close(grad[:2], on_device([-pull, pull]), atol=2e-6)  # the pulls of the two labels cancel
 
 
 def test_derived_example():

@@ -10,7 +10,7 @@ for backward, around its output; both are what the tests here rest on.
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rounding import CONTRACT_NATS, MODEL_GRADIENT
+from rounding import MODEL_GRADIENT, TWO_ROADS_NATS
 from sharded import run_ranks
 from test_head_models import VOCAB_SIZE, build
 from torch.distributed.device_mesh import init_device_mesh
@@ -72,14 +72,14 @@ def check_equals(kind, model, head, rank):
     expected_logps, expected_grads = expected_of(kind, rank)
     for _ in range(2):  # hooks that leave something behind show in the second step
         logps = score(model, head, rank)
-        torch.testing.assert_close(logps.detach(), expected_logps, rtol=0, atol=CONTRACT_NATS)
+        torch.testing.assert_close(logps.detach(), expected_logps, rtol=0, atol=TWO_ROADS_NATS)
         logps.sum().backward()
         grads = grads_of(model)
         assert grads.keys() == expected_grads.keys()
         for name, expected in expected_grads.items():
             assert relative_error(grads[name], expected) <= MODEL_GRADIENT, name
     with torch.no_grad():
-        torch.testing.assert_close(score(model, head, rank), expected_logps, rtol=0, atol=CONTRACT_NATS)
+        torch.testing.assert_close(score(model, head, rank), expected_logps, rtol=0, atol=TWO_ROADS_NATS)
 
 
 def check_fsdp(kind, rank, *, own_unit, head_first=False):
@@ -136,7 +136,7 @@ def check_tensor_parallel(name, rank):
         logps[-1].sum().backward()
         grads.append(grads_of(candidate))
         assert candidate(input_ids=batch_of(0)[0]).logits.shape == (2, 10, VOCAB_SIZE)
-    torch.testing.assert_close(logps[1], logps[0], rtol=0, atol=CONTRACT_NATS)
+    torch.testing.assert_close(logps[1], logps[0], rtol=0, atol=TWO_ROADS_NATS)
     assert grads[1].keys() == grads[0].keys()
     for key, expected in grads[0].items():
         assert relative_error(grads[1][key], expected) <= MODEL_GRADIENT, key

@@ -474,7 +474,9 @@ def test_a_window_that_is_not_used_is_no_obstacle():
 def test_a_window_longer_than_any_sequence_is_no_obstacle(config_class):
     # the longest of the pairs' sequences is the low edit's: 7 prompt and 7 answer tokens
     attention = "eager" if config_class == "Gemma2Config" else "sdpa"  # its capped scores are eager's alone
-    model = build(config_class, {"sliding_window": 14, "head_dim": 8}, attn_implementation=attention, dtype=torch.float64)
+    model = build(
+        config_class, {"sliding_window": 14, "head_dim": 8}, attn_implementation=attention, dtype=torch.float64
+    )
     assert tree_obstacle(model, max_length=14) is None
     assert "sliding" in str(tree_obstacle(model, max_length=15))
     assert "sliding" in str(tree_obstacle(model))

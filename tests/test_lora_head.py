@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rounding import CONTRACT_NATS, GRADIENT, stored
+from rounding import CONTRACT_NATS, GRADIENT, TWO_ROADS_NATS, stored
 from test_head_models import batch, build, grads_of
 from truth import head_inputs, relative_error, value_and_grads
 
@@ -140,7 +140,7 @@ def compare(model, *, seed=None):
     (logps * weights).sum().backward()
     grads = grads_of(model)
     head.remove()
-    torch.testing.assert_close(logps, expected, rtol=0, atol=CONTRACT_NATS)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=TWO_ROADS_NATS)
     assert grads.keys() == expected_grads.keys() == {k for k, v in model.named_parameters() if v.requires_grad}
     for key, expected_grad in expected_grads.items():
         assert relative_error(grads[key], expected_grad) <= 1e-4, key
@@ -189,13 +189,13 @@ def test_switched_off_and_merged_adapters_are_followed():
     with torch.no_grad():
         adapted = own(model)
         with model.disable_adapter():
-            torch.testing.assert_close(score(), own(plain), rtol=0, atol=CONTRACT_NATS)
-        torch.testing.assert_close(score(), adapted, rtol=0, atol=CONTRACT_NATS)
+            torch.testing.assert_close(score(), own(plain), rtol=0, atol=TWO_ROADS_NATS)
+        torch.testing.assert_close(score(), adapted, rtol=0, atol=TWO_ROADS_NATS)
         model.merge_adapter()
-        torch.testing.assert_close(score(), adapted, rtol=0, atol=CONTRACT_NATS)
+        torch.testing.assert_close(score(), adapted, rtol=0, atol=TWO_ROADS_NATS)
         with model.disable_adapter():  # peft undoes the merge here
-            torch.testing.assert_close(score(), own(plain), rtol=0, atol=CONTRACT_NATS)
-        torch.testing.assert_close(score(), adapted, rtol=0, atol=CONTRACT_NATS)
+            torch.testing.assert_close(score(), own(plain), rtol=0, atol=TWO_ROADS_NATS)
+        torch.testing.assert_close(score(), adapted, rtol=0, atol=TWO_ROADS_NATS)
 
 
 def test_dropout_acts_on_the_adapters_input_only():
@@ -211,7 +211,7 @@ def test_dropout_acts_on_the_adapters_input_only():
     assert 0.3 < float(kept.float().mean()) < 0.7
     torch.testing.assert_close(inputs[0], torch.where(kept, hidden_states * 2, 0))  # divided by the share kept
     logits = lora.base_layer(hidden_states) + lora.lora_B["default"](lora.lora_A["default"](inputs[0])) * (7 / 3)
-    torch.testing.assert_close(logps, reference.token_logps(logits, target_ids)[0], rtol=0, atol=CONTRACT_NATS)
+    torch.testing.assert_close(logps, reference.token_logps(logits, target_ids)[0], rtol=0, atol=TWO_ROADS_NATS)
 
 
 def test_hooks_of_every_part_fire_and_weights_are_read_inside_them():
