@@ -1,6 +1,6 @@
 """How near each comparison came to its bound: `pytest -p margins --margins FOLDER -o enable_assertion_pass_hook=true`.
 
-Every passed comparison of a number with a bound below 1 (`assert error <= bound`, `pytest.approx`, torch's and numpy's
+Every passed comparison of an error with its bound (`assert error <= bound`, `pytest.approx`, torch's and numpy's
 assertions) is written as one line of JSON. A `Guarantee` is left out: it may be touched.
 """
 
@@ -85,7 +85,7 @@ class Watch:
             error, bound = number(compared[1]), number(compared[2])
         except (ValueError, SyntaxError, KeyError):
             return  # not two numbers
-        if bound <= 1:
+        if bound < 0.1 or "worst(" in orig:  # an error's bound, or the worst error in units of its bound
             self.recorder.record(error, bound, orig)
 
     def _wrap_torch(self):

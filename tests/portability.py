@@ -111,7 +111,8 @@ def run(name: str, folder: Path, of_pytest: list[str]) -> bool:
     # assertions are rewritten for the hook: the ordinary runs' compiled tests know nothing of it
     for compiled in (ROOT / "tests").rglob("__pycache__/*pytest*.pyc"):
         compiled.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-p", "margins"]
+    workers = max(1, (os.cpu_count() or 1) // THREADS[name])
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "worksteal", "-p", "margins"]
     command += ["--margins", str(folder), "-o", "enable_assertion_pass_hook=true", *of_pytest]
     return subprocess.run([*command, *(f"tests/{file}" for file in NUMERIC)], cwd=ROOT, env=environment).returncode == 0
 

@@ -35,7 +35,7 @@ terms whose relative error is a logit's absolute one."""
 
 
 TWO_ROADS_NATS = 3e-5
-"""Difference of one log-prob between two roads in fp32 from the same model: ours within the contract, and eager's,
+"""Difference of one logit or log-prob between two roads in fp32 from the same model: ours within the contract, and eager's,
 whose log-softmax rounds logits and normalisers of up to 64 nats to 4e-6 each, within two of it."""
 
 MODEL_GRADIENT = 1e-4
