@@ -33,10 +33,9 @@ GRADIENT = 1e-5
 """Relative error of a gradient, in the norm: 170 units, for sums over up to some thousand columns (√V = 32 to 64) of
 terms whose relative error is a logit's absolute one."""
 
-
 TWO_ROADS_NATS = 3e-5
-"""Difference of one logit or log-prob between two roads in fp32 from the same model: ours within the contract, and eager's,
-whose log-softmax rounds logits and normalisers of up to 64 nats to 4e-6 each, within two of it."""
+"""Difference of one logit or log-prob between two roads in fp32 from the same model: ours within the contract, and
+eager's, whose log-softmax rounds logits and normalisers of up to 64 nats to 4e-6 each, within two of it."""
 
 MODEL_GRADIENT = 1e-4
 """Relative error of a parameter's gradient through a whole small model in fp32, against the same model in fp32: both
