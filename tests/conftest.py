@@ -43,9 +43,9 @@ def _poison_empty(monkeypatch):
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
             if tensor.is_floating_point():
-                tensor.fill_(float("nan"))
+                tensor.detach().fill_(float("nan"))
             elif tensor.dtype in (torch.int32, torch.int64):
-                tensor.fill_(torch.iinfo(tensor.dtype).max)
+                tensor.detach().fill_(torch.iinfo(tensor.dtype).max)
             return tensor
 
         return wrapper

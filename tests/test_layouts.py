@@ -59,8 +59,8 @@ def build(config_class, overrides, *, attn_implementation="sdpa", seed=0, dtype=
             del arguments[name]
     config = getattr(transformers, config_class)(**arguments)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
-    if dtype == torch.float64 and hasattr(config, "num_local_experts"):
-        model.set_experts_implementation("eager")  # the grouped product takes fp32 and shorter
+    if hasattr(config, "num_local_experts"):
+        model.set_experts_implementation("eager")  # the grouped product takes no fp64, and torch 2.8's no CPU
     for module in model.modules():  # GPT-2 and Phi are built with dropout
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -392,7 +392,24 @@ def test_a_model_that_takes_no_block_mask_runs_trees(caplog, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_flat_attention_without_a_backward_is_found_out(flex_without_compiler, caplog, monkeypatch):
-    """FlexAttention has none on a CPU. Its log-probs are right; training would fail at its first step."""
+    """As compiled FlexAttention has none on a CPU: its log-probs are right; training would fail at its first step."""
+
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states):
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx, grad_states):
+            raise NotImplementedError("no backward on this device")
+
+    forward = flat_attention.flex_attention_forward
+
+    def without_backward(*args, **kwargs):
+        states, nothing = forward(*args, **kwargs)
+        return NoBackward.apply(states), nothing
+
+    monkeypatch.setattr(flat_attention, "flex_attention_forward", without_backward)
     monkeypatch.setattr("dpop_trainer.batches.choose_layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
     model = family("llama")
     assert choose(model) == "auto"
