@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "dpop-kernels[trainer]",
-#     "peft>=0.18",
+#     "peft>=0.21.2",
 # ]
 #
 # [tool.uv.sources]
