@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import socket
 import sys
-import warnings
 
 import third_party
 import torch
@@ -51,7 +50,7 @@ def _as_rank(rank, function, args, env):
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     third_party.drop_deprecations_between_libraries()
-    warnings.simplefilter("error")  # as pytest does in its own process
+    third_party.make_warnings_errors()
     function(rank, *args)
     torch.distributed.barrier()
     sys.stdout.flush()

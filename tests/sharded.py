@@ -3,7 +3,6 @@
 import datetime
 import os
 import socket
-import warnings
 
 import third_party
 import torch
@@ -27,7 +26,7 @@ def _in_group(rank, world_size, port, function, args):
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60))
     torch.manual_seed(0)
     third_party.drop_deprecations_between_libraries()
-    warnings.simplefilter("error")  # as pytest does in its own process
+    third_party.make_warnings_errors()
     try:
         function(rank, *args)
     finally:

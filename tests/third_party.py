@@ -22,6 +22,13 @@ def drop_deprecations_between_libraries() -> None:
     warnings.warn = _warn_of_our_own
 
 
+def make_warnings_errors() -> None:
+    """In a process that pytest did not start: what pyproject.toml tells pytest."""
+    warnings.simplefilter("error")
+    message = "Conversion of an array with ndim > 0 to a scalar is deprecated"
+    warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
+
+
 def _warn_of_our_own(message, category=None, stacklevel=1, source=None, **kwargs):
     kind = type(message) if isinstance(message, Warning) else category or UserWarning
     if issubclass(kind, DEPRECATIONS) and not _is_ours(_caller(sys._getframe(1))):

@@ -14,7 +14,7 @@ from dpop_trainer.data.records import REF_COLUMNS, REF_SHARED_COLUMN, TOKEN_COLU
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What a model's forward takes of a batch."""
     return {key: batch[key] for key in _MODEL_INPUTS if key in batch}
 
