@@ -96,6 +96,7 @@ def test_equals_fp64_over_many_tiles(variant, options, trainable):
     expected, expected_grads = truth(hidden_states, weight, target_ids, bias, **options)
     logps, grads = candidate(hidden_states, weight, target_ids, bias, trainable=trainable, variant=variant, **options)
     assert worst(logps - expected, HeadBounds(hidden_states, weight, target_ids, bias=bias, **options).logps) <= 1
+    assert (logps - expected).abs().max() <= CONTRACT_NATS
     for grad, expected_grad in zip(grads, expected_grads, strict=False):
         assert relative_error(grad, expected_grad) <= GRADIENT
 

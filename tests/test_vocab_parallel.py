@@ -50,7 +50,7 @@ def check_against_whole_head(rank, split, options, dtype, backend, frozen):
     assert relative_error(grads[0], expected_grads[0]) <= bound
     # a confident token's own gradient is exact too, not only the sum's
     for candidate, truth in zip(grads[0], expected_grads[0], strict=True):
-        assert relative_error(candidate, truth) <= 10 * bound
+        assert relative_error(candidate, truth) <= (bound if dtype == torch.bfloat16 else 1e-4)
     if frozen:
         assert grads[1] is None
         assert grads[2] is None
