@@ -11,6 +11,7 @@ from dpop_trainer.measure.pairs_under_model import (
     generate_completions,
     pair_token_logps,
 )
+from dpop_trainer.measure.stop_tokens import stop_token_ids
 from tiny import text_pairs, tiny_llama, token_pairs, word_tokenizer
 
 
@@ -65,3 +66,27 @@ def test_greedy_completions_do_not_depend_on_the_batch():
         if expected[-1] == tokenizer.eos_token_id:
             break
     assert together[0] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("named", ["list", "one", "none"])
+def test_completions_end_before_the_models_own_stop_tokens(named):
+    """By hand: argmax after argmax until a token that the model names, which is none of its tokenizer's special ones."""
+    model, tokenizer = tiny_llama().eval(), word_tokenizer()
+    prompts = ["w1 w2", "w7 w3 w9"]
+
+    def argmaxes(ids, num_tokens=8):
+        for _ in range(num_tokens):
+            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+        return ids[-num_tokens:]
+
+    written = [argmaxes(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    own = next(token for token in written[0][1:] if token not in written[0][:1] and token > 2)  # 0, 1, 2 are special
+    model.generation_config.eos_token_id = {"list": [2, own], "one": own, "none": None}[named]
+    stops = {2} if named == "none" else {2, own}
+    expected = []
+    for tokens in written:
+        end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+        expected.append(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+    assert generate_completions(model, tokenizer, prompts, max_new_tokens=8) == expected
+    assert (f"w{own - 3}" in expected[0]) == (named == "none")
+    assert stop_token_ids(model, tokenizer) == sorted(stops)

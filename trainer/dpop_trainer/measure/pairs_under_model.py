@@ -15,6 +15,7 @@ from dpop_kernels import ScoringHead
 from dpop_trainer.batches import PairCollator
 from dpop_trainer.batches.collate import model_inputs
 from dpop_trainer.data.edits import edit_regions
+from dpop_trainer.measure.stop_tokens import stop_token_ids, until_stop
 from dpop_trainer.measure.token_shift import TokenShift, token_shift
 
 # a hundredth of a nat: above what rounding in bf16 makes of a token, and 1 % of its probability
@@ -158,7 +159,7 @@ def generate_completions(
     batch_size: int = 64,
     desc: str | None = None,
 ) -> list[str]:
-    """Greedy completions of the prompts by a Hugging Face causal LM, in order.
+    """Greedy completions of the prompts by a Hugging Face causal LM, in order; each ends before its first stop token.
 
     Args:
         model: the model.
@@ -170,10 +171,11 @@ def generate_completions(
     """
     device = next(model.parameters()).device
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    stops = stop_token_ids(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stops or None,
         pad_token_id=pad_token_id,
     )
     rows: list[list[int]] = [
@@ -188,6 +190,6 @@ def generate_completions(
         input_ids = torch.tensor([[pad_token_id] * (length - len(rows[i])) + rows[i] for i in chunk], device=device)
         mask = torch.tensor([[0] * (length - len(rows[i])) + [1] * len(rows[i]) for i in chunk], device=device)
         output = model.generate(input_ids, attention_mask=mask, generation_config=config)
-        for i, text in zip(chunk, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True):
-            completions[i] = text
+        for i, ids in zip(chunk, output[:, length:].tolist(), strict=True):
+            completions[i] = str(tokenizer.decode(until_stop(ids, stops), skip_special_tokens=True))
     return completions

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, set_seed
 
+from dpop_trainer.measure.stop_tokens import stop_token_ids, until_stop
 from dpop_trainer.models.trained import TrainedModel, adapter_base, fingerprint, load_trained, load_trained_tokenizer
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.tools.mtbench.files import Question, append_records, read_answers, read_questions, write_records
@@ -89,27 +90,27 @@ class Generator:
         device = self._model.device
         input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-        config, eos_token_ids = self._config(temperature, room)
-        output = self._model.generate(input_ids, attention_mask=mask, generation_config=config)[:, length:]
-        ends = torch.isin(output, torch.tensor(eos_token_ids, device=device)).any(-1)
-        self.counts["answers cut at their longest allowed length"] += int((~ends).sum())
-        return [text.strip() for text in self._tokenizer.batch_decode(output, skip_special_tokens=True)]
+        stops = stop_token_ids(self._model, self._tokenizer)
+        config = self._config(temperature, room, stops)
+        output = self._model.generate(input_ids, attention_mask=mask, generation_config=config)[:, length:].tolist()
+        answers = [until_stop(ids, stops) for ids in output]
+        num_cut = sum(len(answer) == len(ids) for answer, ids in zip(answers, output, strict=True))
+        self.counts["answers cut at their longest allowed length"] += num_cut
+        return [self._tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
-    def _config(self, temperature: float, max_new_tokens: int) -> tuple[GenerationConfig, list[int]]:
+    def _config(self, temperature: float, max_new_tokens: int, stops: list[int]) -> GenerationConfig:
         """The model's own sampling settings, as in FastChat, but for the temperature and the length."""
         own: GenerationConfig | None = getattr(self._model, "generation_config", None)
-        ends: Any = own.eos_token_id if own is not None and own.eos_token_id is not None else []
-        eos_token_ids = {*([ends] if isinstance(ends, int) else ends), self._tokenizer.eos_token_id} - {None}
         values = {
             "max_new_tokens": max_new_tokens,
-            "eos_token_id": sorted(eos_token_ids) or None,
+            "eos_token_id": stops or None,
             "pad_token_id": self._tokenizer.pad_token_id,
         }
         if temperature < 1e-4:
-            return GenerationConfig(do_sample=False, **values), sorted(eos_token_ids)
+            return GenerationConfig(do_sample=False, **values)
         sampling = {name: getattr(own, name, None) for name in ("top_k", "top_p", "min_p", "repetition_penalty")}
         values |= {name: value for name, value in sampling.items() if value is not None}
-        return GenerationConfig(do_sample=True, temperature=temperature, **values), sorted(eos_token_ids)
+        return GenerationConfig(do_sample=True, temperature=temperature, **values)
 
 
 def run_answer(
