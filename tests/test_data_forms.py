@@ -282,3 +282,18 @@ def test_registry_names_every_column_that_a_converter_reads():
         record = {**json.loads(line), "tools": [{"name": "f"}]}
         whole = form.convert({**record, "other": 1})
         assert form.convert({column: value for column, value in record.items() if column in form.columns}) == whole
+
+
+@pytest.mark.parametrize("absent", ["question", "chosen", "rejected"])
+def test_record_without_a_field_of_its_form_is_named_and_skipped(tmp_path, absent):
+    """Also where the form takes one of several fields: the load goes on, and the record is a bad one."""
+    good = {"question": "2 + 2?", "chosen": "4", "rejected": "5"}
+    path = write(tmp_path / "pairs.jsonl", good, {name: text for name, text in good.items() if name != absent}, good)
+    rows = read_pairs(path)
+    assert rows["problem"][1] == f"{absent}: expected text, got null. Fill the field or remove the record."
+    assert bad_places(rows) == [f"{path}, line 2"]
+    assert bad_places(convert_pairs(Dataset.from_list([good, {**good, absent: None}]))) == ["record 1"]
+
+
+def bad_places(rows):
+    return [row["place"] for row in rows if row["problem"]]

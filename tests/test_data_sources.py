@@ -14,7 +14,7 @@ from dpop_trainer.data.convert import convert_pairs, row_pair
 from dpop_trainer.data.mixture import DatasetSource, mix_pairs, mix_streams, parse_sources
 from dpop_trainer.data.read_json import PlacedRecord, read_json_records
 from dpop_trainer.data.skipped import SkippedRecords
-from dpop_trainer.data.stream import ShuffledStream
+from dpop_trainer.data.stream import MixedStream, Part, ShuffledStream
 from test_tokenise import chat_tokenizer, mixed_pairs, word_tokenizer
 
 PAIRS = [{"prompt": f"p{i}", "chosen": " b", "rejected": " c"} for i in range(10)]
@@ -308,3 +308,10 @@ def test_shuffled_iterable_data_set_is_told_its_pass():
     orders = [prompts(stream.rows(epoch)) for epoch in (0, 1, 0)]
     assert sorted(orders[0]) == sorted(pair["prompt"] for pair in PAIRS)
     assert orders[0] == orders[2] != orders[1]
+
+
+def test_mixed_stream_whose_source_does_not_begin_anew():
+    once = iter(PAIRS[:2])
+    parts = [Part(SourceStream(datasets.IterableDataset.from_generator(lambda: once)), 1.0)]
+    with pytest.raises(ValueError, match=r"expected data set 0 \(from 0\) to begin anew when it ends, got no record"):
+        list(itertools.islice(MixedStream(parts, seed=0).rows(0), 5))

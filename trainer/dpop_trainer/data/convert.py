@@ -13,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
+from dpop_trainer.data.arrow_nulls import without_filled_nulls
 from dpop_trainer.data.code_hash import code_hash
 from dpop_trainer.data.forms import FORMS_BY_NAME, Form, Sample, recognise_form
 from dpop_trainer.data.records import (
@@ -103,7 +104,6 @@ def convert_pairs(
     form = choose_form(_sample_of_columns(dataset), origin, completions=completions)
     columns = [column for column in dataset.column_names if column in form.columns or column in _SIDE_COLUMNS]
     source = dataset.select_columns(columns)
-    has_nulls = "tool_calls" in str(source.features) or "tools" in columns
     return map_or_map_anew(
         source,
         _convert_batch,
@@ -112,7 +112,6 @@ def convert_pairs(
         fn_kwargs={
             "form_name": form.name,
             "prefix": f"{origin}, record" if origin else "record",
-            "has_nulls": has_nulls,
             "code": code_hash(__name__),
         },
         remove_columns=columns,
@@ -192,27 +191,14 @@ def _sample_of_columns(dataset: Dataset) -> dict[str, Any]:
 
 
 def _convert_batch(
-    batch: dict[str, list], indices: list[int], *, form_name: str, prefix: str, has_nulls: bool, code: str
+    batch: dict[str, list], indices: list[int], *, form_name: str, prefix: str, code: str
 ) -> dict[str, list]:
     form = FORMS_BY_NAME[form_name]
     rows = []
     for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-        record = dict(zip(batch, values, strict=True))
-        rows.append(convert_record(_without_nulls(record) if has_nulls else record, f"{prefix} {index}", form))
+        record = without_filled_nulls(dict(zip(batch, values, strict=True)))
+        rows.append(convert_record(record, f"{prefix} {index}", form))
     return {column: [row[column] for row in rows] for column in ROW_FEATURES}
-
-
-def _without_nulls(value: Any, inside_tools: bool = False) -> Any:
-    """The record less the null keys of tools and tool calls, which Arrow adds wherever another record has the key."""
-    if isinstance(value, dict):
-        return {
-            key: _without_nulls(item, inside_tools or key in ("tools", "tool_calls"))
-            for key, item in value.items()
-            if not (inside_tools and item is None)
-        }
-    if isinstance(value, list):
-        return [_without_nulls(item, inside_tools) for item in value]
-    return value
 
 
 def _as_json(pair: Pair) -> str:

@@ -102,8 +102,8 @@ def openai_pair(record: dict[str, Any]) -> MessagesPair:
 
 def question_pair(record: dict[str, Any]) -> MessagesPair:
     """A question and two answers as text, with a system prompt, further input or earlier turns where there are any."""
-    chosen, rejected = next(names for names in _ANSWERS if names[0] in record)
-    field = next(name for name in _QUESTIONS if name in record)
+    chosen, rejected = next((names for names in _ANSWERS if record.get(names[0]) is not None), _ANSWERS[0])
+    field = _first_given(record, _QUESTIONS)
     texts = {name: record.get(name) for name in (field, chosen, rejected)}
     question_fields = [field]
     if field == "instruction" and record.get("input") is not None:
@@ -143,6 +143,13 @@ def completion_pair(record: dict[str, Any]) -> Pair:
     """`prompt` and `completion`: a pair whose two answers are the same, for supervised fine-tuning."""
     pair = {**record, "chosen": record.get("completion"), "rejected": record.get("completion")}
     return read_messages_pair(pair) if isinstance(record.get("completion"), list) else read_text_pair(pair)
+
+
+def _first_given(record: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The first of these fields that has a value; of a record without any, the field that it is to be told to fill."""
+    given = (name for name in names if record.get(name) is not None)
+    present = (name for name in names if name in record)
+    return next(given, next(present, names[0]))
 
 
 def _system_turn(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -81,7 +81,9 @@ def described(value: Any) -> str:
 def _read_message(message: Any, name: str) -> Message:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         has_calls = isinstance(message, dict) and message.get("tool_calls") and "role" in message
-        if not has_calls:
+        # of a message without content Arrow's null is left out, and nothing but its role stays
+        is_empty = isinstance(message, dict) and message.keys() == {"role"}
+        if not (has_calls or is_empty):
             got = f"the keys {sorted(map(str, message))}" if isinstance(message, dict) else described(message)
             raise ValueError(f"{name}: expected a message with the keys role and content, got {got}. Rename its keys.")
     if not isinstance(message["role"], str) or not message["role"]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from dpop_trainer.data.arrow_cache import cached_arrow, replacing
+from dpop_trainer.data.arrow_nulls import without_filled_nulls
 from dpop_trainer.data.convert import (
     ROW_FEATURES,
     SAMPLE_SIZE,
@@ -131,7 +132,7 @@ def stream_items(
     if isinstance(source, IterableDataset):
         source.set_epoch(epoch)
     for index, record in enumerate(source):
-        yield PlacedRecord(f"{origin}record {index}", record)  # type: ignore[arg-type]
+        yield PlacedRecord(f"{origin}record {index}", without_filled_nulls(record))  # type: ignore[arg-type]
 
 
 def _write_rows(rows: Iterator[dict[str, Any]], path: Path) -> None:

@@ -107,7 +107,12 @@ class MixedStream(RowStream):
             if row is None:
                 passes[drawn] += 1
                 iterators[drawn] = self.parts[drawn].stream.rows(passes[drawn])
-                row = next(iterators[drawn])  # a source without records has been refused by its first pass
+                row = next(iterators[drawn], None)
+                if row is None:
+                    raise ValueError(
+                        f"dataset_mixture: expected data set {drawn} (from 0) to begin anew when it ends, got no record "
+                        f"in pass {passes[drawn]}. Give a source that can be read more than once."
+                    )
             yield row
 
 
