@@ -1,4 +1,4 @@
-"""The nulls that Arrow puts where a record lacks a key that another has: absent again, whatever road a record came by."""
+"""The nulls that Arrow puts where a record lacks a key that another has: absent again, whatever road it came by."""
 
 from typing import Any
 

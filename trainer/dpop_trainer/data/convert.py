@@ -26,6 +26,7 @@ from dpop_trainer.data.records import (
     read_ref_logps,
 )
 from dpop_trainer.data.sound_cache import map_or_map_anew
+from dpop_trainer.data.vision import refuse_vision
 
 _logger = logging.getLogger(__name__)
 
@@ -155,8 +156,9 @@ def choose_form(sample: Sample, origin: str = "", *, completions: bool = False) 
     """The form of a data set; tells in one log line which, and which columns it does not read.
 
     Raises:
-        ValueError: the columns are those of no form; names the origin.
+        ValueError: the columns are those of no form, or hold images; names the origin.
     """
+    refuse_vision(sample, origin or "dataset")
     try:
         form = recognise_form(sample, completions=completions)
     except ValueError as error:

@@ -30,11 +30,14 @@ class Outcomes(NamedTuple):
     """Row -> why its record cannot be used, in order of the rows: those that are bad."""
 
 
-def judge_outcomes(table: pa.Table, *, vocab_size: int | None, refs: bool, keep_identical: bool) -> Outcomes:
+def judge_outcomes(
+    table: pa.Table, *, vocab_size: int | None, max_positions: int | None, refs: bool, keep_identical: bool
+) -> Outcomes:
     """
     Args:
         table: the columns of `tokenise.tokenised_features`.
         vocab_size: if given, every id must be below it.
+        max_positions: if given, no prompt with an answer may have more tokens.
         refs: the data set brings reference log-probs, so every record must.
         keep_identical: pairs with identical answers are kept.
     """
@@ -42,6 +45,8 @@ def judge_outcomes(table: pa.Table, *, vocab_size: int | None, refs: bool, keep_
     if table["problem"].null_count < len(table):
         problems = {row: text for row, text in enumerate(table["problem"].to_pylist()) if text is not None}
     problems = _vocabulary_problems(table, vocab_size) | problems
+    if max_positions is not None:
+        problems = _position_problems(table, max_positions) | problems
     if refs:
         problems = _ref_problems(table) | problems
     names = _shared_texts(table["outcome"])
@@ -97,11 +102,26 @@ def _ref_problems(table: pa.Table) -> dict[int, str]:
         "Add them, or remove the two columns."
     )
     is_cut = np.any([table[column].to_pylist() for column in CUT_COLUMNS], axis=0)
-    is_used = np.isin(table["outcome"].to_pylist(), ["kept", "identical", "identical_after_truncation"])
+    is_used = _is_used(table)
     is_absent = np.array(table[REF_COLUMNS[0]].is_null().to_pylist())
     return {int(row): absent for row in np.flatnonzero(is_absent & is_used)} | {
         int(row): cut for row in np.flatnonzero(is_cut & is_used & ~is_absent)
     }
+
+
+def _position_problems(table: pa.Table, max_positions: int) -> dict[int, str]:
+    prompt, chosen, rejected = (pc.list_value_length(table[column]).to_numpy() for column in TOKEN_COLUMNS)
+    lengths = prompt + np.maximum(chosen, rejected)
+    return {
+        int(row): f"prompt_ids: expected at most {max_positions} tokens with the longer answer, for as many positions "
+        f"has the model learned, got {lengths[row]}. Set max_length to {max_positions} or less."
+        for row in np.flatnonzero((lengths > max_positions) & _is_used(table))
+    }
+
+
+def _is_used(table: pa.Table) -> np.ndarray:
+    """[rows] of bool: the pair is one that is trained on, or would be with `keep_identical`."""
+    return np.isin(table["outcome"].to_pylist(), ["kept", "identical", "identical_after_truncation"])
 
 
 def _vocabulary_problems(table: pa.Table, vocab_size: int | None) -> dict[int, str]:

@@ -110,8 +110,8 @@ class MixedStream(RowStream):
                 row = next(iterators[drawn], None)
                 if row is None:
                     raise ValueError(
-                        f"dataset_mixture: expected data set {drawn} (from 0) to begin anew when it ends, got no record "
-                        f"in pass {passes[drawn]}. Give a source that can be read more than once."
+                        f"dataset_mixture: expected data set {drawn} (from 0) to begin anew when it ends, got no "
+                        f"record in pass {passes[drawn]}. Give a source that can be read more than once."
                     )
             yield row
 
@@ -148,7 +148,7 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         stream: rows, see `SourceStream`.
         tokenizer: the model's.
         name: of the data set, in messages and counts.
-        max_length, truncation_mode, keep_identical, vocab_size: as in `tokenise_pairs`.
+        max_length, truncation_mode, keep_identical, vocab_size, max_positions: as in `tokenise_pairs`.
         on_bad_record: "error" stops at the first batch with a record that cannot be used and names it; "skip" leaves
             such records out and counts them.
         skipped: writes down what "skip" leaves out.
@@ -169,6 +169,7 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         truncation_mode: TruncationMode = "keep_start",
         keep_identical: bool = False,
         vocab_size: int | None = None,
+        max_positions: int | None = None,
         on_bad_record: OnBadRecord = "error",
         skipped: SkippedRecords | None = None,
         repeat: bool = False,
@@ -178,7 +179,8 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         self._stream, self._tokenizer, self._name = stream, tokenizer, name
         self._max_length = max_length
         self._truncation_mode: TruncationMode = truncation_mode
-        self._keep_identical, self._vocab_size = keep_identical, vocab_size
+        self._keep_identical = keep_identical
+        self._vocab_size, self._max_positions = vocab_size, max_positions
         self._on_bad_record, self._skipped, self._repeat = on_bad_record, skipped or SkippedRecords(None), repeat
         self.counts: TokeniseCounts = NO_COUNTS
         self._refs = self._find_refs()
@@ -230,7 +232,11 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         )
         table = as_table(tokenised, self._refs)
         outcomes = judge_outcomes(
-            table, vocab_size=self._vocab_size, refs=bool(self._refs), keep_identical=self._keep_identical
+            table,
+            vocab_size=self._vocab_size,
+            max_positions=self._max_positions,
+            refs=bool(self._refs),
+            keep_identical=self._keep_identical,
         )
         if is_counted:
             self._report_bad([BadRecord(batch[row]["place"], text) for row, text in outcomes.problems.items()], batch)

@@ -42,6 +42,7 @@ def tokenise_pairs(
     num_proc: int | None = None,
     keep_identical: bool = False,
     vocab_size: int | None = None,
+    max_positions: int | None = None,
     on_bad_record: OnBadRecord = "error",
     on_skipped: Callable[[list[BadRecord]], None] | None = None,
     completions: bool = False,
@@ -64,6 +65,7 @@ def tokenise_pairs(
         num_proc: processes that tokenise. None: this one.
         keep_identical: keep pairs whose two answers have the same tokens (their margin is always 0).
         vocab_size: if given, every id must be below it.
+        max_positions: if given, no prompt with an answer may have more tokens: the positions that the model learned.
         on_bad_record: "error" refuses the data set where a record cannot be used; "skip" leaves such records out,
             counts them and names the first in a warning.
         on_skipped: is given the records that "skip" left out.
@@ -77,8 +79,8 @@ def tokenise_pairs(
     Raises:
         ValueError: the columns are those of no form, or the tokenizer has no EOS token or no chat template where one
             is needed; a record cannot be used (its fields; its prompt has no tokens; the template refuses it; an id
-            lies outside the vocabulary; its reference log-probs are those of a pair that is cut) and
-            `on_bad_record` is "error"; or no pair is left.
+            lies outside the vocabulary; it has more tokens than the model has positions; its reference log-probs are
+            those of a pair that is cut) and `on_bad_record` is "error"; or no pair is left.
     """
     check_truncation(max_length, truncation_mode)
     check_on_bad_record(on_bad_record)
@@ -105,7 +107,13 @@ def tokenise_pairs(
         desc="Tokenising pairs",
     )
     table = mapped.with_format("arrow")[:]
-    outcomes = judge_outcomes(table, vocab_size=vocab_size, refs=bool(refs), keep_identical=keep_identical)
+    outcomes = judge_outcomes(
+        table,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        refs=bool(refs),
+        keep_identical=keep_identical,
+    )
     places = rows.select(list(outcomes.problems)).select_columns("place")["place"]
     bad = [BadRecord(place, problem) for place, problem in zip(places, outcomes.problems.values(), strict=True)]
     if on_bad_record == "error":

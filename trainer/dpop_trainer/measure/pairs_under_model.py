@@ -17,6 +17,7 @@ from dpop_trainer.batches.collate import model_inputs
 from dpop_trainer.data.edits import edit_regions
 from dpop_trainer.measure.stop_tokens import stop_token_ids, until_stop
 from dpop_trainer.measure.token_shift import TokenShift, token_shift
+from dpop_trainer.models.positions import check_positions
 
 # a hundredth of a nat: above what rounding in bf16 makes of a token, and 1 % of its probability
 LOST_NATS = 0.01
@@ -74,7 +75,11 @@ def pair_token_logps(
         pad_token_id: any token; padding is masked.
         batch_size: pairs per forward.
         desc: label of the progress bar; None shows none.
+
+    Raises:
+        ValueError: a pair has more tokens than the model has learned positions.
     """
+    check_positions(model, dataset)
     collator = PairCollator(pad_token_id=pad_token_id, prefix_sharing=False)
     device = next(model.parameters()).device
     was_training = model.training

@@ -7,6 +7,7 @@ from dpop_trainer.data import SkippedRecords, TokenisedStream, tokenise_pairs
 from dpop_trainer.data.records import BadRecord
 from dpop_trainer.data.stream import as_stream, is_stream
 from dpop_trainer.models.loading import Policy
+from dpop_trainer.models.positions import usable_positions
 from dpop_trainer.settings.config import HeadConfig
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def tokenise_for_training(
     """
     if dataset is None:
         return None
+    max_positions = usable_positions(policy.model, args.pad_to_multiple_of)  # type: ignore[arg-type]
     if is_stream(dataset):
         return TokenisedStream(
             as_stream(dataset, completions=completions),
@@ -83,6 +85,7 @@ def tokenise_for_training(
             truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
             keep_identical=keep_identical,
             vocab_size=policy.vocab_size,
+            max_positions=max_positions,
             on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
             skipped=skipped,
             repeat=repeat,
@@ -101,6 +104,7 @@ def tokenise_for_training(
             num_proc=args.dataset_num_proc,
             keep_identical=keep_identical,
             vocab_size=policy.vocab_size,
+            max_positions=max_positions,
             on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
             on_skipped=on_skipped,
             completions=completions,

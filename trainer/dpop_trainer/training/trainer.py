@@ -22,6 +22,7 @@ from dpop_trainer.batches.shares import FILLER_KEY
 from dpop_trainer.data import SkippedRecords
 from dpop_trainer.data.stream import first_records
 from dpop_trainer.models.loading import Policy, disable_dropout, prepare_policy
+from dpop_trainer.models.positions import check_positions
 from dpop_trainer.models.quantised import make_trainable
 from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
 from dpop_trainer.settings.config import DPOPConfig
@@ -131,6 +132,9 @@ class DPOPTrainer(BudgetTrainer):
         if ref_is_copy:
             reference = frozen_copy(policy.model)
         if reference is not None:
+            for part in parts:
+                if isinstance(part, Dataset):
+                    check_positions(reference, part, "ref_model")
             reference.eval().requires_grad_(False)
             make_trainable(reference)
             if args.disable_dropout:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from dpop_trainer.data.stream import is_stream
+from dpop_trainer.data.vision import refuse_vision
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.training.split_preparation import check_streams
 
@@ -69,12 +70,7 @@ def check_form(name: str, dataset: Any) -> None:
     """
     parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
     for part in parts:
-        images = {"image", "images"} & set(getattr(part, "column_names", None) or ())
-        if images:
-            raise ValueError(
-                f"{name}: expected pairs of text, got the column {images.pop()!r}. Vision-language data is not trained "
-                "on here; remove the column, or use TRL's trainer with dpop_kernels.integrations.trl."
-            )
+        refuse_vision(getattr(part, "column_names", None) or (), name)
 
 
 def warn_of_router_loss(model: Any) -> None:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from dpop_kernels import ScoringHead
 from dpop_trainer.batches import PairCollator
 from dpop_trainer.batches.collate import model_inputs
+from dpop_trainer.models.positions import check_positions
 
 
 class Ches(NamedTuple):
@@ -96,7 +97,11 @@ def score_pairs(
         pad_token_id: any token; padding is masked.
         batch_size: pairs per forward.
         desc: of the progress bar; None shows none.
+
+    Raises:
+        ValueError: a pair has more tokens than the model has learned positions.
     """
+    check_positions(model, dataset)
     collator = PairCollator(pad_token_id=pad_token_id, prefix_sharing=False)
     device = next(model.parameters()).device
     was_training = model.training
