@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from dpop_kernels import aot
-from dpop_kernels.backends import fused
 
 KERNELS = Path(aot.__file__).parent / "kernels"
 
@@ -34,7 +33,7 @@ def test_every_launch_compiles_for_every_target_without_spills(table):
     compiled = {(launch, target) for _, launch, target, *_ in table}
     assert compiled == {
         (name, target)
-        for name, launch in fused.aot_launches().items()
+        for name, launch in aot.all_launches().items()
         for target in aot.TARGETS
         if launch.platform is None or (launch.platform == "cuda") == target.startswith("sm_")
     }
@@ -80,7 +79,7 @@ def test_exit_status_tells_of_spills(usage, status, monkeypatch, capsys):
     monkeypatch.setattr(aot, "compile_launch", compile_launch)
     assert aot.main(["--target", "sm_90"]) == status
     assert set(targets) == {"sm_90"}
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(fused.aot_launches())
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(aot.all_launches())
 
 
 def test_unknown_target_is_refused(capsys):

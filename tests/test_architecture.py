@@ -14,25 +14,28 @@ KERNEL_RULES = {
     "outputs.py": [],
     "validate.py": [],
     "losses/options.py": [],
-    "losses/formulas.py": ["losses"],
+    "precision.py": [],
+    "losses/formulas.py": ["losses", "outputs"],
     "losses/weights.py": ["losses"],
-    "losses/on_sums.py": ["losses", "outputs"],
+    "losses/on_sums.py": ["losses", "outputs", "precision"],
+    "losses/fused.py": ["kernels", "losses", "outputs"],
     "losses/pair_loss.py": ["backends", "losses", "outputs", "validate"],
-    "backends/__init__.py": [],
-    "backends/reference.py": ["losses", "outputs"],
-    "backends/products.py": [],
-    "backends/linear_tiles.py": ["backends", "outputs"],
-    "backends/chunked.py": ["backends", "losses", "outputs"],
-    "backends/fused.py": ["backends", "kernels", "losses", "outputs"],
-    "backends/linear_parts.py": ["backends", "outputs"],
+    "backends/__init__.py": ["backends"],
+    "backends/protocol.py": ["outputs"],
+    "backends/reference.py": ["outputs", "precision"],
+    "backends/products.py": ["precision"],
+    "backends/linear_tiles.py": ["backends", "outputs", "precision"],
+    "backends/chunked.py": ["backends", "outputs", "precision"],
+    "backends/fused.py": ["backends", "kernels"],
+    "backends/linear_parts.py": ["backends", "outputs", "precision"],
     "backends/fused_launches.py": ["backends", "kernels", "outputs"],
-    "backends/linear_pairs.py": ["backends", "losses"],
+    "backends/linear_pairs.py": ["backends", "losses", "precision"],
     "backends/fused_linear.py": ["backends", "kernels", "outputs"],
     "backends/fused_logits.py": ["backends", "kernels", "outputs"],
     "kernels": ["kernels"],
     "logps/logits.py": ["backends", "outputs", "validate"],
     "logps/linear.py": ["backends", "outputs", "validate"],
-    "logps/lora.py": ["backends", "logps", "losses", "outputs", "validate"],
+    "logps/lora.py": ["backends", "logps", "outputs", "precision", "validate"],
     "logps/vocab_parallel.py": ["backends", "logps", "validate"],
     "padded.py": ["backends", "logps", "losses", "validate"],
     "model_head/transforms.py": [],
@@ -88,6 +91,40 @@ def test_triton_is_imported_by_kernels_and_fused_alone():
             continue
         uses = {module for module in imported_modules(path) if module.startswith(("triton", "dpop_kernels.kernels"))}
         assert not uses, f"{relative} imports {uses}"
+
+
+# where a name of a loss or a backend is written out, beside the registries: what is of that one loss by purpose
+NAMED_ON_PURPOSE = {
+    "dpop_kernels/integrations/trl.py": "it brings DPOP, and no other, into TRL",
+    "trainer/dpop_trainer/tools/plan/scale.py": "a paper model's head, with kernels or with logits",
+    "trainer/dpop_trainer/tools/demo/run.py": "the demo shows DPO beside DPOP",
+    "trainer/dpop_trainer/tools/demo/report.py": "the demo shows DPO beside DPOP",
+}
+OTHER_MEANINGS = {"sft", "reference"}  # a command, a column of a report: not to be told from the names by a test
+COMMAND = {"trainer/dpop_trainer/settings/arguments.py", "trainer/dpop_trainer/tools/delivery/card.py"}
+COMMAND |= {"trainer/dpop_trainer/tools/doctor/commands.py"}  # "dpop" is the program's name there
+
+
+def test_losses_and_backends_are_named_in_their_registries_alone():
+    """Whoever asks what a loss has asks its registration: a new one is then known everywhere."""
+    from dpop_kernels.backends import BACKENDS
+    from dpop_kernels.losses.formulas import LOSSES, TRL_NAMES
+
+    names = {*LOSSES, *TRL_NAMES, *BACKENDS} - OTHER_MEANINGS
+    registries = {
+        "dpop_kernels/losses/formulas.py",
+        "dpop_kernels/losses/weights.py",
+        "dpop_kernels/backends/__init__.py",
+    }
+    found = {}
+    for package in ("dpop_kernels", "trainer/dpop_trainer"):
+        for path in (ROOT / package).rglob("*.py"):
+            place = path.relative_to(ROOT).as_posix()
+            texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+            said = {text for text in texts if isinstance(text, str)} & names
+            if place not in registries | COMMAND and said:
+                found[place] = said
+    assert set(found) <= set(NAMED_ON_PURPOSE), found
 
 
 def test_trl_is_imported_by_its_integration_alone():

@@ -1,4 +1,4 @@
-"""segment_sums and pair_dpop_loss of the fused backend: on a GPU where there is one, else in Triton's interpreter.
+"""The fused backend's segment_sums, and the fused DPOP loss: on a GPU where there is one, else in Triton's interpreter.
 
 Token log-probs are multiples of 2**-6 wherever sums should be exact: then fp32 adds them without rounding in any order,
 and what is left to compare is the loss.
@@ -13,7 +13,9 @@ from truth import value_and_grads
 
 from dpop_kernels.backends import fused, reference
 from dpop_kernels.kernels.launch import LAUNCH
-from dpop_kernels.losses.on_sums import losses_of_segments
+from dpop_kernels.losses.fused import pair_dpop_loss
+from dpop_kernels.losses.on_sums import terms_of_segments
+from dpop_kernels.losses.options import LossOptions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = math.inf, math.nan
@@ -48,10 +50,20 @@ def on_device(values, **options):
     return torch.tensor(values, device=DEVICE, **options)
 
 
-def losses_and_grad(module, token_logps, cu_seqlens, ref_segment_logps, grad_losses=None, **options):
+def fused_loss(token_logps, cu_seqlens, ref_segment_logps, **options):
+    return pair_dpop_loss(token_logps, cu_seqlens, ref_segment_logps, LossOptions(**options))
+
+
+def true_loss(token_logps, cu_seqlens, ref_segment_logps, *, loss_type="dpop", **options):
+    sums = reference.segment_sums(token_logps, cu_seqlens).view(-1, 3)
+    lengths = torch.full_like(sums, NAN)
+    return terms_of_segments({loss_type: 1.0}, sums, ref_segment_logps, lengths, LossOptions(**options))[0]
+
+
+def losses_and_grad(loss, token_logps, cu_seqlens, ref_segment_logps, grad_losses=None, **options):
     """PairLosses and the gradient of token_logps."""
     leaf = token_logps.detach().clone().requires_grad_()
-    out = module.pair_dpop_loss(leaf, cu_seqlens, ref_segment_logps, **options)
+    out = loss(leaf, cu_seqlens, ref_segment_logps, **options)
     grad_losses = torch.linspace(0.5, 2, len(out.losses)) if grad_losses is None else grad_losses
     (grad,) = torch.autograd.grad(out.losses, leaf, grad_losses.to(out.losses))
     return out, grad
@@ -67,8 +79,8 @@ def close(value, truth, rtol=1e-6, atol=0.0):
 def test_equals_fp64(batch, beta, dpop_lambda, dtype):
     token_logps, cu_seqlens, ref = pairs(batch, dtype)
     options = {"beta": beta, "dpop_lambda": dpop_lambda}
-    out, grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, **options)
-    truth, true_grad = losses_and_grad(reference, token_logps.double(), cu_seqlens, ref.double(), **options)
+    out, grad = losses_and_grad(fused_loss, token_logps, cu_seqlens, ref, **options)
+    truth, true_grad = losses_and_grad(true_loss, token_logps.double(), cu_seqlens, ref.double(), **options)
     exact = ("chosen_logps", "rejected_logps", "chosen_logratios", "rejected_logratios", "margins")
     for name, value, expected in zip(out._fields, out, truth, strict=True):
         assert value.dtype == torch.float32, name
@@ -97,8 +109,8 @@ OPTIONS = {
 def test_dead_zone_and_smoothed_labels_equal_fp64(batch, options):
     token_logps, cu_seqlens, ref = pairs(batch)
     options = OPTIONS[options]
-    out, grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, **options)
-    truth, true_grad = losses_and_grad(reference, token_logps.double(), cu_seqlens, ref.double(), **options)
+    out, grad = losses_and_grad(fused_loss, token_logps, cu_seqlens, ref, **options)
+    truth, true_grad = losses_and_grad(true_loss, token_logps.double(), cu_seqlens, ref.double(), **options)
     close(out.penalties, truth.penalties)
     # as above; and the pulls of the two labels, each at most β, may cancel
     z_error = 4 * 2.0**-24 * options["beta"] * (truth.margins.abs() + truth.penalties).max().item()
@@ -111,7 +123,7 @@ def test_smoothed_labels_by_hand():
     token_logps, cu_seqlens = on_device([-1.0, -10.0, -14.0]), on_device([0, 1, 2, 3])
     ref = on_device([[-0.5, -9.5, -11.5]])
     options = {"beta": 0.1, "dpop_lambda": 5.0, "dead_zone": 0.5, "label_smoothing": 0.25}
-    out, grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, grad_losses=torch.ones(1), **options)
+    out, grad = losses_and_grad(fused_loss, token_logps, cu_seqlens, ref, grad_losses=torch.ones(1), **options)
     z, flipped_z = -0.05, -0.45
     close(out.losses, on_device([0.75 * math.log1p(math.exp(-z)) + 0.25 * math.log1p(math.exp(-flipped_z))]))
     pull, flipped_pull = 0.75 * 0.1 / (1 + math.exp(z)), 0.25 * 0.1 / (1 + math.exp(flipped_z))
@@ -126,7 +138,7 @@ def test_infinite_tokens_stay_in_their_pair_with_smoothed_labels():
     token_logps[5] = -INF  # rejected of the third: its label is certainly right, and one in four says it is not
     options = {"beta": 1.0, "dpop_lambda": 5.0, "label_smoothing": 0.25}
     with np.errstate(all="ignore"):
-        out, grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, grad_losses=torch.ones(3), **options)
+        out, grad = losses_and_grad(fused_loss, token_logps, cu_seqlens, ref, grad_losses=torch.ones(3), **options)
     sure = 0.75 * math.log1p(math.exp(-1)) + 0.25 * math.log1p(math.exp(1))
     close(out.losses[:1], on_device([sure]))
     assert not torch.isfinite(out.losses[1:]).any()
@@ -140,7 +152,7 @@ def test_derived_example():
     cu_seqlens = on_device([0, 1, 3, 5, 5, 6, 7])
     ref = on_device([[-1.5, -8.5, -11.5], [0.0, -3.0, -2.0]])
     out, grad = losses_and_grad(
-        fused, token_logps, cu_seqlens, ref, grad_losses=torch.ones(2), beta=0.1, dpop_lambda=5.0
+        fused_loss, token_logps, cu_seqlens, ref, grad_losses=torch.ones(2), beta=0.1, dpop_lambda=5.0
     )
     close(out.losses, on_device([math.log1p(math.exp(0.4)), math.log1p(math.exp(-0.2))]))
     for name, expected in {
@@ -166,7 +178,7 @@ def test_policy_equals_reference(batch):
     ref = fused.segment_sums(token_logps, cu_seqlens).view(-1, 3)
     grad_losses = torch.ones(len(ref))
     out, grad = losses_and_grad(
-        fused, token_logps, cu_seqlens, ref, grad_losses=grad_losses, beta=0.3, dpop_lambda=50.0
+        fused_loss, token_logps, cu_seqlens, ref, grad_losses=grad_losses, beta=0.3, dpop_lambda=50.0
     )
     for values in (out.chosen_logratios, out.rejected_logratios, out.margins, out.penalties):
         assert (values == 0).all()
@@ -177,9 +189,8 @@ def test_policy_equals_reference(batch):
 
 def test_lambda_zero_is_dpo():
     token_logps, cu_seqlens, ref = pairs("plain")
-    out, grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, beta=0.3, dpop_lambda=0.0)
-    segment_logps = reference.segment_sums(token_logps.double(), cu_seqlens).view(-1, 3)
-    dpo = losses_of_segments("dpo", segment_logps, ref.double(), beta=0.3, dpop_lambda=50.0)
+    out, grad = losses_and_grad(fused_loss, token_logps, cu_seqlens, ref, beta=0.3, dpop_lambda=0.0)
+    dpo = true_loss(token_logps.double(), cu_seqlens, ref.double(), loss_type="dpo", beta=0.3, dpop_lambda=50.0)
     assert (dpo.chosen_logratios < 0).any()
     close(out.losses, dpo.losses)
     assert (out.penalties == 0).all()
@@ -190,8 +201,8 @@ def test_lambda_zero_is_dpo():
 def test_lambda_does_not_touch_pairs_that_gain():
     token_logps, cu_seqlens, ref = pairs("plain")
     ref = ref - on_device([20.0, 0.0, 0.0])  # Δw ≥ 20 - 1.9
-    expected, expected_grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, beta=0.3, dpop_lambda=0.0)
-    out, grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, beta=0.3, dpop_lambda=50.0)
+    expected, expected_grad = losses_and_grad(fused_loss, token_logps, cu_seqlens, ref, beta=0.3, dpop_lambda=0.0)
+    out, grad = losses_and_grad(fused_loss, token_logps, cu_seqlens, ref, beta=0.3, dpop_lambda=50.0)
     assert torch.equal(out.losses, expected.losses)
     assert torch.equal(grad, expected_grad)
 
@@ -209,7 +220,9 @@ def one_token_pairs(margins):
 def test_far_margins_keep_their_relative_accuracy():
     """z from -1e4 to 80, where the loss is exp(-80); with β = 1 there is no rounding on the way to z."""
     margins = [-1e4, -100.0, -1.0, 1.0, 20.0, 40.0, 80.0]
-    out, grad = losses_and_grad(fused, *one_token_pairs(margins), grad_losses=torch.ones(7), beta=1.0, dpop_lambda=50.0)
+    out, grad = losses_and_grad(
+        fused_loss, *one_token_pairs(margins), grad_losses=torch.ones(7), beta=1.0, dpop_lambda=50.0
+    )
     z = torch.tensor(margins, dtype=torch.float64, device=DEVICE)
     losses = torch.log1p(torch.exp(-z.abs())) + (-z).clamp_min(0)
     pulls = torch.exp(-z.clamp_min(0)) / (1 + torch.exp(-z.abs()))  # σ(-z) without a difference
@@ -224,7 +237,7 @@ def test_infinite_and_undefined_tokens_stay_in_their_pair():
     token_logps[6] = NAN  # chosen of the fourth
     with np.errstate(all="ignore"):  # the interpreter computes with numpy, which warns of what a GPU does silently
         out, grad = losses_and_grad(
-            fused, token_logps, cu_seqlens, ref, grad_losses=torch.ones(4), beta=1.0, dpop_lambda=5.0
+            fused_loss, token_logps, cu_seqlens, ref, grad_losses=torch.ones(4), beta=1.0, dpop_lambda=5.0
         )
     close(out.losses, on_device([math.log1p(math.exp(-1)), INF, 0.0, NAN]))
     pull = 1 / (1 + math.e)
@@ -233,15 +246,13 @@ def test_infinite_and_undefined_tokens_stay_in_their_pair():
 
 def test_nan_in_the_shared_tokens_reaches_the_loss():
     token_logps = on_device([NAN, -1.0, -2.0])
-    out = fused.pair_dpop_loss(
-        token_logps, on_device([0, 1, 2, 3]), torch.zeros(1, 3, device=DEVICE), beta=0.3, dpop_lambda=50.0
-    )
+    out = fused_loss(token_logps, on_device([0, 1, 2, 3]), torch.zeros(1, 3, device=DEVICE), beta=0.3, dpop_lambda=50.0)
     assert out.losses.isnan().all()
 
 
 def test_tokens_outside_all_segments_have_gradient_zero():
     token_logps, cu_seqlens, ref = pairs("gaps")
-    _, grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, beta=0.3, dpop_lambda=50.0)
+    _, grad = losses_and_grad(fused_loss, token_logps, cu_seqlens, ref, beta=0.3, dpop_lambda=50.0)
     _, (sums_grad,) = value_and_grads(
         lambda logps: fused.segment_sums(logps, cu_seqlens), [token_logps], torch.ones(6, device=DEVICE)
     )
@@ -255,10 +266,12 @@ def test_gradient_of_a_sum_and_strided_inputs():
     """What a training loop hands in: an expanded gradient, log-probs and references that are columns of something."""
     token_logps, cu_seqlens, ref = pairs("plain")
     options = {"beta": 0.3, "dpop_lambda": 50.0}
-    expected, expected_grad = losses_and_grad(fused, token_logps, cu_seqlens, ref, grad_losses=torch.ones(2), **options)
+    expected, expected_grad = losses_and_grad(
+        fused_loss, token_logps, cu_seqlens, ref, grad_losses=torch.ones(2), **options
+    )
     leaf = torch.stack([token_logps, token_logps * NAN], dim=1).requires_grad_()
     spread_seqlens = torch.stack([cu_seqlens, cu_seqlens * 0 - 1], dim=1)[:, 0]
-    out = fused.pair_dpop_loss(leaf[:, 0], spread_seqlens, ref.T.contiguous().T, **options)
+    out = fused_loss(leaf[:, 0], spread_seqlens, ref.T.contiguous().T, **options)
     out.losses.sum().backward()
     assert torch.equal(out.losses, expected.losses)
     assert torch.equal(leaf.grad[:, 0], expected_grad)
@@ -297,16 +310,16 @@ def test_a_segment_has_the_same_bits_wherever_it_lies():
     moved = fused.segment_sums(torch.cat([answer[:77], answer, answer]), on_device([77, 77 + length, 77 + 2 * length]))
     assert torch.equal(moved, alone.expand(2))
     bounds = on_device([0, 0, length, length])
-    out = fused.pair_dpop_loss(answer, bounds, torch.zeros(1, 3, device=DEVICE), beta=0.3, dpop_lambda=50.0)
+    out = fused_loss(answer, bounds, torch.zeros(1, 3, device=DEVICE), beta=0.3, dpop_lambda=50.0)
     assert torch.equal(out.chosen_logps, alone)
-    again = fused.pair_dpop_loss(answer, bounds, torch.zeros(1, 3, device=DEVICE), beta=0.3, dpop_lambda=50.0)
+    again = fused_loss(answer, bounds, torch.zeros(1, 3, device=DEVICE), beta=0.3, dpop_lambda=50.0)
     assert torch.equal(out.losses, again.losses)
 
 
 def test_no_pairs():
     token_logps = torch.zeros(4, device=DEVICE, requires_grad=True)
     bounds = on_device([2])
-    out = fused.pair_dpop_loss(token_logps, bounds, torch.zeros(0, 3, device=DEVICE), beta=0.3, dpop_lambda=50.0)
+    out = fused_loss(token_logps, bounds, torch.zeros(0, 3, device=DEVICE), beta=0.3, dpop_lambda=50.0)
     assert all(values.shape == (0,) for values in out)
     (out.losses.sum() + fused.segment_sums(token_logps, bounds).sum()).backward()
     assert torch.equal(token_logps.grad, torch.zeros_like(token_logps))

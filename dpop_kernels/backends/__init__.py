@@ -1,29 +1,52 @@
 """The implementations behind the public functions, and the one place that chooses among them.
 
-Every backend is a module with the same four differentiable functions:
-
-    token_logps(logits, target_ids, *, inplace_backward, with_stats)           -> ([N], TokenStats | None)
-    linear_token_logps(hidden_states, lm_head_weight, target_ids,
-                       *, bias, logit_scale, softcap, with_stats)              -> ([N], TokenStats | None)
-    segment_sums(token_logps, cu_seqlens)                                      -> [S]
-    pair_dpop_loss(token_logps, cu_seqlens, ref_segment_logps,
-                   *, beta, dpop_lambda, dead_zone, label_smoothing)           -> PairLosses
-
-Arguments arrive validated. A backend knows no hyper-parameter that it is not given, and never moves data
-between devices.
+`protocol` says what a backend is. Arguments arrive validated; a backend knows no loss, and never moves data between
+devices. To add one: a module with those names, its row in `BACKENDS`, its tests.
 """
 
 import importlib
 import importlib.util
 import os
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-BACKENDS = ("reference", "chunked", "fused")
+from dpop_kernels.backends.protocol import Backend
 
 
-def select_backend(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+class Registration(NamedTuple):
+    """A backend by name, imported when it is asked for."""
+
+    module: str
+    """Relative to this package if it begins with a dot."""
+    why_not: Callable[[torch.device, torch.dtype], str | None]
+    """Why it cannot run on a device and a dtype, or None."""
+
+
+def _everywhere(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _where_triton_runs(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels take float32, bfloat16 and float16, got {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"the Triton kernels run on CUDA and ROCm devices, got {device.type!r}"
+    return None
+
+
+BACKENDS = {
+    "reference": Registration(".reference", _everywhere),
+    "chunked": Registration(".chunked", _everywhere),
+    "fused": Registration(".fused", _where_triton_runs),
+}
+
+
+def select_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The module that implements `backend` for tensors of this device and dtype.
 
     "auto" takes the Triton kernels on a GPU that has them and the chunked torch code everywhere else. A backend
@@ -33,20 +56,10 @@ def select_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Mo
         ValueError: the name is unknown, or the backend cannot run on this device or dtype.
     """
     if backend == "auto":
-        backend = "fused" if device.type == "cuda" and _why_not_fused(device, dtype) is None else "chunked"
+        backend = "fused" if device.type == "cuda" and _where_triton_runs(device, dtype) is None else "chunked"
     elif backend not in BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}.")
-    elif backend == "fused" and (reason := _why_not_fused(device, dtype)):
-        raise ValueError(f"backend: 'fused' cannot run here: {reason}. Use backend='auto' or 'chunked'.")
-    return importlib.import_module(f"{__name__}.{backend}")
-
-
-def _why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the Triton kernels take float32, bfloat16 and float16, got {dtype}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if device.type != "cuda" and not interpreted:
-        return f"the Triton kernels run on CUDA and ROCm devices, got {device.type!r}"
-    return None
+        raise ValueError(f"backend: expected 'auto' or one of {tuple(BACKENDS)}, got {backend!r}.")
+    elif reason := BACKENDS[backend].why_not(device, dtype):
+        raise ValueError(f"backend: {backend!r} cannot run here: {reason}. Use backend='auto'.")
+    module: Any = importlib.import_module(BACKENDS[backend].module, __name__)
+    return module

@@ -14,11 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from dpop_kernels.backends import linear_tiles
 from dpop_kernels.backends.linear_tiles import HeadOptions
-from dpop_kernels.losses.on_sums import at_least_fp32, losses_of_segments
-from dpop_kernels.outputs import PairLosses, TokenStats
+from dpop_kernels.outputs import TokenStats
+from dpop_kernels.precision import at_least_fp32
 
 # 1 MiB of fp32: half of a server core's L2, so a group and one temporary stay there.
 GROUP_ELEMENTS = 1 << 18
+
+RUNS_TRITON = False
 
 _PLAIN = HeadOptions()
 
@@ -61,29 +63,6 @@ def linear_token_logps(
 def segment_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum of token_logps over [cu_seqlens[i], cu_seqlens[i + 1]) -> [S], accumulated in fp64 in token order."""
     return _SegmentSums.apply(token_logps, cu_seqlens.long())
-
-
-def pair_dpop_loss(
-    token_logps: Tensor,  # [N]
-    cu_seqlens: Tensor,  # [3B + 1]
-    ref_segment_logps: Tensor,  # [B, 3]
-    *,
-    beta: float,
-    dpop_lambda: float,
-    dead_zone: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> PairLosses:
-    """DPOP on segment sums (shared, chosen tail, rejected tail), pair by pair."""
-    segment_logps = segment_sums(token_logps, cu_seqlens).view(-1, 3)
-    return losses_of_segments(
-        "dpop",
-        segment_logps,
-        ref_segment_logps,
-        beta=beta,
-        dpop_lambda=dpop_lambda,
-        dead_zone=dead_zone,
-        label_smoothing=label_smoothing,
-    )
 
 
 def tile_forward(

@@ -19,16 +19,16 @@ too late for entries that were rounded to zero.
 """
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpop_kernels.backends.linear_tiles import HeadOptions, tile_shape
-from dpop_kernels.backends.products import accumulator_dtype, chunks, matmul, matmul_add, product_dtype, raw_logits
+from dpop_kernels.backends.products import chunks, matmul, matmul_add, product_dtype, raw_logits
 from dpop_kernels.losses.on_sums import Reduction, reduce_losses
+from dpop_kernels.precision import accumulator_dtype
 
 LossesOfSums = Callable[[Tensor, slice], Tensor]
 """Sums [P, 2] of the log-probs of chosen and rejected answers, and which pairs they are, to losses [P]. Differentiable
@@ -66,7 +66,7 @@ def plan_tiles(hidden_states: Tensor, weight: Tensor, pair_lengths: Sequence[int
 
 
 def linear_pair_loss(
-    backend: ModuleType,
+    backend: Any,
     hidden_states: Tensor,  # [N, H], pair by pair: chosen rows, then rejected rows
     weight: Tensor,  # [V, H], dtype of hidden_states
     target_ids: Tensor,  # [N]
@@ -185,7 +185,7 @@ def _losses_and_slopes(losses_of_sums: LossesOfSums, sums: Tensor, pairs: slice)
 
 def _add_gradients(
     grads: _Gradients,  # in and out
-    backend: ModuleType,
+    backend: Any,
     tile: Tensor,  # [R, V] raw logits, overwritten
     hidden_rows: Tensor,  # [R, H]
     weight: Tensor,  # [V, H]

@@ -14,7 +14,6 @@ B have rank R: they are made in fp32 at the cost of R / H of the others. [W, B] 
 A backend brings the arithmetic within a tile: its `tile_forward` and `tile_backward`.
 """
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +22,9 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from dpop_kernels.backends.linear_tiles import HeadOptions
-from dpop_kernels.backends.products import accumulator_dtype, chunks, matmul_add, product_dtype, raw_logits
+from dpop_kernels.backends.products import chunks, matmul_add, product_dtype, raw_logits
 from dpop_kernels.outputs import TokenStats
+from dpop_kernels.precision import accumulator_dtype
 
 # The bounds of `linear_tiles`, for the same reasons: a tile of whole rows, and a backward tile of rows x columns.
 ROW_TILE_BYTES = 64 << 20
@@ -43,7 +43,7 @@ class VocabSlice(NamedTuple):
 
 
 def linear_token_logps(
-    backend: ModuleType,
+    backend: Any,
     hidden_states: Tensor,  # [N, H]
     weight: Tensor,  # [V, H], dtype of hidden_states
     target_ids: Tensor,  # [N], counted in the whole vocabulary

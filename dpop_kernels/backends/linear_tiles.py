@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpop_kernels.backends.products import (
-    accumulator_dtype,
     chunks,
     matmul,
     matmul_add,
@@ -31,6 +30,7 @@ from dpop_kernels.backends.products import (
     weight_blocks,
 )
 from dpop_kernels.outputs import TokenStats
+from dpop_kernels.precision import accumulator_dtype
 
 
 class HeadOptions(NamedTuple):

@@ -5,10 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-
-def accumulator_dtype(tensor: Tensor) -> torch.dtype:
-    """What sums of products are kept in: fp32, or fp64 for fp64."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+from dpop_kernels.precision import accumulator_dtype
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

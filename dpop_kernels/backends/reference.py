@@ -8,8 +8,10 @@ import itertools
 import torch
 from torch import Tensor
 
-from dpop_kernels.losses import on_sums
-from dpop_kernels.outputs import PairLosses, TokenStats
+from dpop_kernels.outputs import TokenStats
+from dpop_kernels.precision import at_least_fp32
+
+RUNS_TRITON = False
 
 
 def token_logps(
@@ -20,7 +22,7 @@ def token_logps(
     with_stats: bool = False,
 ) -> tuple[Tensor, TokenStats | None]:
     """log softmax(logits)[n, target_ids[n]] -> [N]. `inplace_backward` has nothing to save here and is ignored."""
-    logits = on_sums.at_least_fp32(logits)
+    logits = at_least_fp32(logits)
     log_probs = logits.log_softmax(dim=-1)
     logps = log_probs.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
     return logps, _token_stats(logits.detach(), log_probs.detach(), target_ids) if with_stats else None
@@ -37,7 +39,7 @@ def linear_token_logps(
     with_stats: bool = False,
 ) -> tuple[Tensor, TokenStats | None]:
     """`token_logps` of the head's logits: z = softcap · tanh(logit_scale · (h Wᵀ + bias) / softcap)."""
-    logits = on_sums.at_least_fp32(hidden_states) @ on_sums.at_least_fp32(lm_head_weight).T
+    logits = at_least_fp32(hidden_states) @ at_least_fp32(lm_head_weight).T
     if bias is not None:
         logits = logits + bias
     logits = logits * logit_scale
@@ -51,28 +53,6 @@ def segment_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     bounds = cu_seqlens.tolist()
     sums = [token_logps[start:end].sum() for start, end in itertools.pairwise(bounds)]
     return torch.stack(sums) if sums else token_logps.new_zeros(0)
-
-
-def pair_dpop_loss(
-    token_logps: Tensor,  # [N]
-    cu_seqlens: Tensor,  # [3B + 1]
-    ref_segment_logps: Tensor,  # [B, 3]
-    *,
-    beta: float,
-    dpop_lambda: float,
-    dead_zone: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> PairLosses:
-    """DPOP on segment sums (shared, chosen tail, rejected tail), pair by pair."""
-    return on_sums.losses_of_segments(
-        "dpop",
-        segment_sums(token_logps, cu_seqlens).view(-1, 3),
-        ref_segment_logps,
-        beta=beta,
-        dpop_lambda=dpop_lambda,
-        dead_zone=dead_zone,
-        label_smoothing=label_smoothing,
-    )
 
 
 def _token_stats(logits: Tensor, log_probs: Tensor, target_ids: Tensor) -> TokenStats:

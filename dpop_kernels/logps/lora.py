@@ -5,8 +5,8 @@ from torch import Tensor
 
 from dpop_kernels.backends import linear_parts, reference, select_backend
 from dpop_kernels.logps.linear import as_autocast, check_linear
-from dpop_kernels.losses.on_sums import at_least_fp32
 from dpop_kernels.outputs import TokenStats
+from dpop_kernels.precision import at_least_fp32
 from dpop_kernels.validate import check_float, check_same_device, check_softcap_and_scale
 
 

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpop_kernels.losses.options import LossOptions
+from dpop_kernels.outputs import PairLosses
 
 
 class PairScores(NamedTuple):
@@ -48,22 +49,36 @@ class PairScores(NamedTuple):
     """Δw - Δl from the answers' tails alone: tokens that both begin with cancel exactly. Take this one, not the
     difference of the two above."""
     chosen_lengths: Tensor
-    """|y_w| in tokens, at least 1. NaN where only sums are known."""
+    """|y_w| in tokens, at least 1. NaN where only sums are known, and where no loss reads them."""
     rejected_lengths: Tensor
-    """|y_l| in tokens, at least 1. NaN where only sums are known."""
+    """|y_l| in tokens, likewise."""
 
 
 LossFormula = Callable[[PairScores, LossOptions], Tensor]
 """Scores and hyper-parameters to losses [B], differentiable, pair by pair."""
 
 
+Penalty = Callable[[PairScores, LossOptions], Tensor]
+"""What a loss takes off the margin for a chosen answer that became less probable: to nats [B], 0 for no penalty."""
+
+PairKernel = Callable[[Tensor, Tensor, Tensor, LossOptions], PairLosses]
+"""The loss straight from token log-probs [N], segment bounds [3B + 1] and reference sums [B, 3], where Triton runs."""
+
+
 class Loss(NamedTuple):
-    """A formula and what has to be known about it before it is called."""
+    """A formula, and what all who use it have to know: whoever asks about a loss asks here and never by its name."""
 
     formula: LossFormula
     needs_reference: bool
     """Whether it reads log-ratios or margins, and not only log-probs and lengths."""
+    reads_lengths: bool
+    """Whether it reads the answers' lengths, which are NaN for a loss that does not say so."""
     uses_label_smoothing: bool
+    needs_label_smoothing: bool
+    """Whether it is defined for ε > 0 alone."""
+    penalty: Penalty | None
+    """Its penalty on chosen answers, by which metrics, λ's log, the step-0 report and the watch know it."""
+    kernel: PairKernel | None
 
 
 LOSSES: dict[str, Loss] = {}
@@ -71,9 +86,21 @@ LOSSES: dict[str, Loss] = {}
 TRL_NAMES: dict[str, str] = {}
 """TRL's name of a loss, where it is another, to ours."""
 
+DEFAULT_LOSS = "dpop"
+PAPER_LOSSES = ("dpo", "ipo", "slic", "dpop")
+"""Those that the paper compares (section 6)."""
+
 
 def register_loss(
-    name: str, *, trl_name: str | None = None, needs_reference: bool = True, uses_label_smoothing: bool = False
+    name: str,
+    *,
+    trl_name: str | None = None,
+    needs_reference: bool = True,
+    reads_lengths: bool = False,
+    uses_label_smoothing: bool = False,
+    needs_label_smoothing: bool = False,
+    penalty: Penalty | None = None,
+    kernel: PairKernel | None = None,
 ) -> Callable[[LossFormula], LossFormula]:
     """Make a function of (PairScores, LossOptions) a loss that `pair_loss` and the trainer know by name.
 
@@ -81,7 +108,11 @@ def register_loss(
         name: what `loss_type` is to say.
         trl_name: another name under which it is known.
         needs_reference: False if it reads neither log-ratios nor margins; no reference model is run for it then.
+        reads_lengths: whether it reads the answers' lengths.
         uses_label_smoothing: whether it reads `options.label_smoothing`; smoothing that no loss reads is refused.
+        needs_label_smoothing: whether it is refused without.
+        penalty: what it subtracts where the chosen answer became less probable; λ is `options.dpop_lambda`.
+        kernel: the same loss in one launch, for devices that run Triton.
 
     Returns:
         A decorator that leaves the function as it is.
@@ -102,7 +133,15 @@ def register_loss(
             raise ValueError(f"name: expected a name that no loss has, got {taken!r}. Choose another.")
 
     def register(formula: LossFormula) -> LossFormula:
-        LOSSES[name] = Loss(formula, needs_reference, uses_label_smoothing)
+        LOSSES[name] = Loss(
+            formula,
+            needs_reference=needs_reference,
+            reads_lengths=reads_lengths,
+            uses_label_smoothing=uses_label_smoothing,
+            needs_label_smoothing=needs_label_smoothing,
+            penalty=penalty,
+            kernel=kernel,
+        )
         if trl_name is not None:
             TRL_NAMES[trl_name] = name
         return formula
@@ -115,9 +154,23 @@ def dpop_penalties(chosen_logratios: Tensor, dpop_lambda: float, dead_zone: floa
     return dpop_lambda * torch.relu(-chosen_logratios - dead_zone)
 
 
-@register_loss("dpop", uses_label_smoothing=True)
-def _dpop(pair: PairScores, options: LossOptions) -> Tensor:
-    penalties = dpop_penalties(pair.chosen_logratios, options.dpop_lambda, options.dead_zone)
+def _dpop_penalty(pair: PairScores, options: LossOptions) -> Tensor:
+    return dpop_penalties(pair.chosen_logratios, options.dpop_lambda, options.dead_zone)
+
+
+def _dpop_kernel(token_logps: Tensor, cu_seqlens: Tensor, refs: Tensor, options: LossOptions) -> PairLosses:
+    from dpop_kernels.losses.fused import pair_dpop_loss  # needs triton
+
+    return pair_dpop_loss(token_logps, cu_seqlens, refs, options)
+
+
+def _dpo_kernel(token_logps: Tensor, cu_seqlens: Tensor, refs: Tensor, options: LossOptions) -> PairLosses:
+    return _dpop_kernel(token_logps, cu_seqlens, refs, options._replace(dpop_lambda=0.0))
+
+
+@register_loss("dpop", uses_label_smoothing=True, penalty=_dpop_penalty, kernel=_dpop_kernel)
+def dpop(pair: PairScores, options: LossOptions) -> Tensor:
+    penalties = _dpop_penalty(pair, options)
     losses = _nll(options.beta * (pair.margins - penalties))
     if options.label_smoothing == 0:
         return losses
@@ -126,8 +179,8 @@ def _dpop(pair: PairScores, options: LossOptions) -> Tensor:
     return (1 - options.label_smoothing) * losses + options.label_smoothing * flipped_losses
 
 
-@register_loss("dpo", trl_name="sigmoid", uses_label_smoothing=True)
-def _dpo(pair: PairScores, options: LossOptions) -> Tensor:
+@register_loss("dpo", trl_name="sigmoid", uses_label_smoothing=True, kernel=_dpo_kernel)
+def dpo(pair: PairScores, options: LossOptions) -> Tensor:
     losses = _nll(options.beta * pair.margins)
     if options.label_smoothing == 0:
         return losses
@@ -136,23 +189,23 @@ def _dpo(pair: PairScores, options: LossOptions) -> Tensor:
     return (1 - options.label_smoothing) * losses + options.label_smoothing * flipped_losses
 
 
-@register_loss("dpo_norm", trl_name="sigmoid_norm")
+@register_loss("dpo_norm", trl_name="sigmoid_norm", reads_lengths=True)
 def _dpo_norm(pair: PairScores, options: LossOptions) -> Tensor:
     return _nll(options.beta * _margins_per_token(pair))
 
 
 @register_loss("ipo")
-def _ipo(pair: PairScores, options: LossOptions) -> Tensor:
+def ipo(pair: PairScores, options: LossOptions) -> Tensor:
     return (pair.margins - 1 / (2 * options.beta)).square()
 
 
-@register_loss("ipo_norm")
+@register_loss("ipo_norm", reads_lengths=True)
 def _ipo_norm(pair: PairScores, options: LossOptions) -> Tensor:
     return (_margins_per_token(pair) - 1 / (2 * options.beta)).square()
 
 
 @register_loss("slic", trl_name="hinge")
-def _slic(pair: PairScores, options: LossOptions) -> Tensor:
+def slic(pair: PairScores, options: LossOptions) -> Tensor:
     return torch.relu(1 - options.beta * pair.margins)
 
 
@@ -164,7 +217,7 @@ def _robust(pair: PairScores, options: LossOptions) -> Tensor:
     return _nll(rewards) - noise / (1 - 2 * noise) * rewards
 
 
-@register_loss("exo_pair", uses_label_smoothing=True)
+@register_loss("exo_pair", uses_label_smoothing=True, needs_label_smoothing=True)
 def _exo_pair(pair: PairScores, options: LossOptions) -> Tensor:
     rewards = options.beta * pair.margins
     noise = torch.full_like(rewards, options.label_smoothing)
@@ -212,7 +265,7 @@ def _discopop(pair: PairScores, options: LossOptions) -> Tensor:
     return logistic_share * _nll(rewards) + exponential
 
 
-@register_loss("sft", needs_reference=False)
+@register_loss("sft", needs_reference=False, reads_lengths=True)
 def _sft(pair: PairScores, options: LossOptions) -> Tensor:
     return -pair.chosen_logps / pair.chosen_lengths
 

@@ -1,6 +1,6 @@
 """Preference losses on summed log-probs: four tensors [B] in, losses [B] (or their mean) out; and losses by weight.
 
-The formulas are in `loss_formulas`. All arithmetic is in fp32 or better: λβ multiplies whatever error Δw carries.
+The formulas are in `formulas`. All arithmetic is in fp32 or better: λβ multiplies whatever error Δw carries.
 """
 
 import math
@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dpop_kernels.losses.formulas import LOSSES, PairScores, dpop_penalties
+from dpop_kernels.losses.formulas import LOSSES, LossFormula, PairScores, dpo, dpop, ipo, slic
 from dpop_kernels.losses.options import LossOptions, check_hyperparameters
 from dpop_kernels.outputs import PairLosses
+from dpop_kernels.precision import at_least_fp32
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -86,7 +87,7 @@ def dpop_loss(
     """
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     options = LossOptions(beta, dpop_lambda, dead_zone, label_smoothing)
-    return _loss_of_logps("dpop", logps, options, reduction)
+    return _loss_of_logps(dpop, logps, options, reduction)
 
 
 def dpo_loss(
@@ -111,7 +112,7 @@ def dpo_loss(
         noisy preferences & relationship to IPO".
     """
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return _loss_of_logps("dpo", logps, LossOptions(beta, label_smoothing=label_smoothing), reduction)
+    return _loss_of_logps(dpo, logps, LossOptions(beta, label_smoothing=label_smoothing), reduction)
 
 
 def ipo_loss(
@@ -136,7 +137,7 @@ def ipo_loss(
         Azar et al. 2023, arXiv:2310.12036, equation 17.
     """
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return _loss_of_logps("ipo", logps, LossOptions(beta), reduction)
+    return _loss_of_logps(ipo, logps, LossOptions(beta), reduction)
 
 
 def slic_loss(
@@ -161,7 +162,7 @@ def slic_loss(
         Zhao et al. 2023, arXiv:2305.10425, section 2.3; Liu et al. 2023, arXiv:2309.06657, section 3.2.
     """
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return _loss_of_logps("slic", logps, LossOptions(beta), reduction)
+    return _loss_of_logps(slic, logps, LossOptions(beta), reduction)
 
 
 def terms_of_segments(
@@ -188,7 +189,7 @@ def terms_of_segments(
     )
     losses, terms = _weighted_sum(loss_weights, scores, options)
     with torch.no_grad():
-        dpop_lambda = options.dpop_lambda if "dpop" in loss_weights else 0.0
+        penalties = [penalty(scores, options) for name in loss_weights if (penalty := LOSSES[name].penalty)]
         pairs = PairLosses(
             losses=losses,
             chosen_logps=scores.chosen_logps.detach(),
@@ -196,30 +197,9 @@ def terms_of_segments(
             chosen_logratios=scores.chosen_logratios.detach(),
             rejected_logratios=scores.rejected_logratios.detach(),
             margins=scores.margins.detach(),
-            penalties=dpop_penalties(scores.chosen_logratios, dpop_lambda, options.dead_zone),
+            penalties=sum(penalties, start=torch.zeros_like(losses)),
         )
     return pairs, terms
-
-
-def losses_of_segments(
-    loss_type: str,
-    segment_logps: Tensor,  # [B, 3] shared, chosen tail, rejected tail
-    ref_segment_logps: Tensor,  # [B, 3]
-    *,
-    beta: float,
-    dpop_lambda: float,
-    dead_zone: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> PairLosses:
-    """One loss from per-segment log-prob sums; of those that read no lengths."""
-    options = LossOptions(beta, dpop_lambda, dead_zone, label_smoothing)
-    unknown = segment_logps.detach().new_full(segment_logps.shape, math.nan)
-    return terms_of_segments({loss_type: 1.0}, segment_logps, ref_segment_logps, unknown, options)[0]
-
-
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    """The tensor in fp32, or in fp64 if it is fp64."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def reduce_losses(losses: Tensor, reduction: Reduction) -> Tensor:
@@ -254,7 +234,7 @@ def _weighted_sum(
 
 
 def _loss_of_logps(
-    loss_type: str,
+    formula: LossFormula,
     logps: tuple[Tensor, Tensor, Tensor, Tensor],
     options: LossOptions,
     reduction: Reduction,
@@ -274,7 +254,7 @@ def _loss_of_logps(
         chosen_lengths=unknown,
         rejected_lengths=unknown,
     )
-    return reduce_losses(LOSSES[loss_type].formula(scores, options), reduction)
+    return reduce_losses(formula(scores, options), reduction)
 
 
 def _check_logps(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpop_kernels.backends import select_backend
-from dpop_kernels.losses.formulas import LOSSES
+from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES
 from dpop_kernels.losses.on_sums import terms_of_segments
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.weights import check_options, resolve_losses
@@ -23,7 +23,7 @@ def pair_loss(
     cu_seqlens: Tensor,
     ref_segment_logps: Tensor | None,
     *,
-    loss_type: str | Sequence[str] = "dpop",
+    loss_type: str | Sequence[str] = DEFAULT_LOSS,
     loss_weights: Sequence[float] | None = None,
     beta: float = 0.3,
     dpop_lambda: float = 50.0,
@@ -34,9 +34,9 @@ def pair_loss(
 ) -> PairLosses:
     """Loss and metrics of every pair from packed token log-probs.
 
-    On a GPU, "dpop" and "dpo" alone are one kernel launch forward and one backward; other losses and sums of several
-    are one launch for the segments' sums and torch operations on [B] from there. Sums run in a fixed order, so the
-    same input gives the same bits.
+    On a GPU, a loss that has a kernel ("dpop" and "dpo"), alone, is one launch forward and one backward; other losses
+    and sums of several are one launch for the segments' sums and torch operations on [B] from there. Sums run in a
+    fixed order, so the same input gives the same bits.
 
     Args:
         token_logps: [N] log-probs of the scored tokens, in nats, float32 or float64: segment after segment in the
@@ -46,12 +46,12 @@ def pair_loss(
         ref_segment_logps: [B, 3] the reference model's sums of the same segments. Where only whole answers are known,
             [0, ref_chosen_logps, ref_rejected_logps] gives the same losses. None where no loss needs a reference
             ("sft" alone): log-ratios and margins of the result are then those of the log-probs themselves.
-        loss_type: a name of `loss_formulas.LOSSES` or TRL's name for it, or several: their weighted sum.
+        loss_type: a name of `formulas.LOSSES` or TRL's name for it, or several: their weighted sum.
         loss_weights: one weight ≥ 0 for each loss; 1 each by default.
         beta: β > 0.
-        dpop_lambda: λ ≥ 0; used by "dpop" alone.
-        dead_zone: τ ≥ 0, in nats; used by "dpop" alone.
-        label_smoothing: ε in [0, 0.5); used by "dpop", "dpo", "robust" and "exo_pair".
+        dpop_lambda: λ ≥ 0; used by losses with a penalty ("dpop").
+        dead_zone: τ ≥ 0, in nats; likewise.
+        label_smoothing: ε in [0, 0.5); refused where no loss reads it.
         discopop_tau: > 0; used by "discopop" alone.
         backend: "auto", "reference", "chunked" or "fused" (Triton).
 
@@ -104,21 +104,17 @@ def pair_loss_terms(
     _check(token_logps, cu_seqlens, ref_segment_logps)
     ref_segment_logps = ref_segment_logps.to(token_logps.dtype)
     implementation = select_backend(backend, token_logps.device, token_logps.dtype)
-    if len(loss_weights) == 1 and loss_weights.keys() <= {"dpop", "dpo"}:
+    if len(loss_weights) == 1 and implementation.RUNS_TRITON:
         ((name, weight),) = loss_weights.items()
-        pairs = implementation.pair_dpop_loss(
-            token_logps,
-            cu_seqlens,
-            ref_segment_logps,
-            beta=float(options.beta),
-            dpop_lambda=float(options.dpop_lambda) if name == "dpop" else 0.0,
-            dead_zone=float(options.dead_zone),
-            label_smoothing=float(options.label_smoothing),
-        )
-        terms = {name: pairs.losses.detach()}
-        return (pairs if weight == 1 else pairs._replace(losses=weight * pairs.losses)), terms
+        if (kernel := LOSSES[name].kernel) is not None:
+            pairs = kernel(token_logps, cu_seqlens, ref_segment_logps, options)
+            terms = {name: pairs.losses.detach()}
+            return (pairs if weight == 1 else pairs._replace(losses=weight * pairs.losses)), terms
     segment_logps = implementation.segment_sums(token_logps, cu_seqlens).view(-1, 3)
-    return terms_of_segments(loss_weights, segment_logps, ref_segment_logps, cu_seqlens.diff().view(-1, 3), options)
+    segment_lengths = torch.full_like(segment_logps, torch.nan)
+    if any(LOSSES[name].reads_lengths for name in loss_weights):
+        segment_lengths = cu_seqlens.diff().view(-1, 3)
+    return terms_of_segments(loss_weights, segment_logps, ref_segment_logps, segment_lengths, options)
 
 
 def segment_sums(token_logps: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") -> Tensor:

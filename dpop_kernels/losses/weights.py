@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Sequence
 
-from dpop_kernels.losses.formulas import LOSSES, TRL_NAMES
+from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES, TRL_NAMES
 from dpop_kernels.losses.options import LossOptions, check_hyperparameters
 
 REFUSED_LOSSES = {
@@ -29,7 +29,7 @@ def resolve_losses(
     """
     names = [_resolve_name(name) for name in ([loss_type] if isinstance(loss_type, str) else loss_type)]
     if not names:
-        raise ValueError("loss_type: expected at least one loss, got none. The default is 'dpop'.")
+        raise ValueError(f"loss_type: expected at least one loss, got none. The default is {DEFAULT_LOSS!r}.")
     if len(set(names)) < len(names):
         raise ValueError(f"loss_type: expected each loss once, got {list(loss_type)}. Give it the sum of its weights.")
     if loss_weights is None:
@@ -55,6 +55,15 @@ def needs_reference(loss_type: str | Sequence[str]) -> bool:
     return any(LOSSES[name].needs_reference for name in resolve_losses(loss_type))
 
 
+def has_penalty(loss_type: str | Sequence[str]) -> bool:
+    """Whether any of the named losses penalises chosen answers that become less probable, with λ and τ.
+
+    Raises:
+        ValueError: a name is unknown or refused.
+    """
+    return any(LOSSES[name].penalty is not None for name in resolve_losses(loss_type))
+
+
 def check_options(options: LossOptions, loss_types: Sequence[str]) -> None:
     """The hyper-parameters by themselves, and with the losses that are to read them.
 
@@ -72,11 +81,12 @@ def check_options(options: LossOptions, loss_types: Sequence[str]) -> None:
             f"label_smoothing: expected 0 with loss_type {list(loss_types)}, which does not read it, got "
             f"{options.label_smoothing}. These do: {', '.join(readers)}."
         )
-    if not options.label_smoothing and "exo_pair" in loss_types:
-        raise ValueError(
-            "label_smoothing: expected a value > 0 with 'exo_pair', whose target distribution is (1-ε, ε), got 0. Its "
-            "paper uses 1e-3."
-        )
+    for name in loss_types:
+        if LOSSES[name].needs_label_smoothing and not options.label_smoothing:
+            raise ValueError(
+                f"label_smoothing: expected a value > 0 with {name!r}, whose target distribution is (1-ε, ε), got 0. "
+                "Take 1e-3 where labels are trusted."
+            )
 
 
 def _resolve_name(name: str) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpop_kernels import ScoringHead
+from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.batches import PairCollator
 from dpop_trainer.batches.choose_layout import forward_inputs
 from dpop_trainer.data.records import REF_COLUMNS
@@ -233,7 +234,7 @@ class PairReference:
             is_start_of_policy=self._is_start_of_policy,
             columns=columns,
             mixed_precision=str(self._accelerator.mixed_precision),
-            has_hinge="dpop" in self._trainer.args.loss_type and not self._trainer.args.dpop_dead_zone,
+            has_hinge=has_penalty(self._trainer.args.loss_type) and not self._trainer.args.dpop_dead_zone,
             cached_attention=self._cache.notes().get("attn_implementation") if self._cache is not None else None,
         )
 

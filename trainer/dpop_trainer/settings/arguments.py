@@ -123,7 +123,7 @@ class ComparisonArguments:
     """What `dpop compare` compares, beside the arguments of the runs themselves."""
 
     methods: list[str] = field(
-        default_factory=lambda: ["dpo", "ipo", "slic", "dpop"],
+        default_factory=lambda: [*class_from_source("dpop_kernels.losses.formulas", "PAPER_LOSSES")],
         metadata={
             "help": "Losses and their settings: dpo dpop:dpop_lambda=5 dpo:beta=0.1 dpo+sft:loss_weights=[1,0.1]"
         },

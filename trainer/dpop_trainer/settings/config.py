@@ -10,8 +10,8 @@ import transformers
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from dpop_kernels.backends import select_backend
-from dpop_kernels.losses.formulas import LOSSES, TRL_NAMES
+from dpop_kernels.backends import BACKENDS, select_backend
+from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES, TRL_NAMES
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.weights import check_options, resolve_losses
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
@@ -121,7 +121,7 @@ class HeadConfig(TrainingArguments):
         default="auto",
         metadata={
             "help": "auto (Triton on a GPU, chunked torch elsewhere), fused, chunked or reference.",
-            "choices": ["auto", "fused", "chunked", "reference"],
+            "choices": ["auto", *BACKENDS],
         },
     )
 
@@ -244,7 +244,7 @@ class DPOPConfig(TRLFields, HeadConfig):
         },
     )
     loss_type: list[str] | str = field(
-        default_factory=lambda: ["dpop"],
+        default_factory=lambda: [DEFAULT_LOSS],
         metadata={
             "help": f"One loss or several, to be summed by loss_weights: {', '.join(LOSSES)}. TRL's names are "
             f"understood: {', '.join(f'{theirs} is {ours}' for theirs, ours in TRL_NAMES.items())}; but its "

@@ -9,6 +9,7 @@ from torch import Tensor
 from dpop_kernels import PairLosses, TokenStats
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.pair_loss import segment_sums
+from dpop_kernels.losses.weights import has_penalty
 
 
 class MeanMetrics:
@@ -81,8 +82,8 @@ def pair_metrics(
 def loss_metrics(terms: Mapping[str, Tensor], options: LossOptions) -> dict[str, tuple[Tensor, int]]:
     """Where the loss is a sum of several, each of them unweighted; and the λ in effect, where it matters."""
     values = {f"loss/{name}": losses for name, losses in terms.items()} if len(terms) > 1 else {}
-    if "dpop" in terms:
-        values["dpop/lambda"] = torch.full_like(terms["dpop"], options.dpop_lambda, dtype=torch.float64)
+    if has_penalty(list(terms)):
+        values["dpop/lambda"] = torch.full_like(next(iter(terms.values())), options.dpop_lambda, dtype=torch.float64)
     return {key: (value.sum(), value.shape[0]) for key, value in values.items()}
 
 

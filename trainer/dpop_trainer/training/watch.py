@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from transformers import TrainerCallback
 
+from dpop_kernels.losses.formulas import DEFAULT_LOSS
+from dpop_kernels.losses.weights import has_penalty
+
 logger = logging.getLogger(__name__)
 
 CHOSEN_KEY = "dpop/chosen_logratio"
@@ -22,7 +25,7 @@ class ChosenWatch(TrainerCallback):
 
     def __init__(self, threshold: float | None, *, loss_types: Sequence[str], dpop_lambda: float) -> None:
         self._limit = math.inf if threshold is None else threshold
-        self._penalised = "dpop" in loss_types and dpop_lambda > 0
+        self._penalised = has_penalty(loss_types) and dpop_lambda > 0
         self._dpop_lambda = dpop_lambda
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -36,8 +39,8 @@ class ChosenWatch(TrainerCallback):
             )
         else:
             advice = (
-                "Use loss_type dpop with dpop_lambda 50, which makes this expensive, or lower learning_rate (now "
-                f"{args.learning_rate:g})."
+                f"Use loss_type {DEFAULT_LOSS} with dpop_lambda 50, which makes this expensive, or lower learning_rate "
+                f"(now {args.learning_rate:g})."
             )
         logger.warning(
             "Step %d: your chosen answers are losing probability: %.3g nats per answer on average against the "

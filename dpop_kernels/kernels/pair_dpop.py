@@ -1,4 +1,4 @@
-"""Segment sums, and the DPOP loss of a pair from its three segments in one launch.
+"""The DPOP loss of a pair from its three segments in one launch.
 
 With s, c, r the sums over the shared tokens and the two tails, policy minus reference:
 
@@ -12,46 +12,13 @@ With smoothed labels, ε > 0, a wrong label turns the margin round and leaves th
 
     loss = -(1-ε) log σ(z) - ε log σ(z')    ∂loss/∂m = -β ((1-ε) σ(-z) - ε σ(-z'))
                                             ∂loss/∂p =  β ((1-ε) σ(-z) + ε σ(-z'))
-
-A segment is summed by one program, from its own first token on, in a fixed order: the same tokens give the same bits
-wherever they lie in the batch and whichever kernel sums them.
 """
 
 import triton
 import triton.language as tl
 
 from dpop_kernels.kernels.elementary import log1p
-
-
-@triton.jit
-def segment_sum_kernel(
-    token_logps_ptr,  # [N] in
-    cu_seqlens_ptr,  # [S + 1] in, int32 or int64
-    sums_ptr,  # [S] out, fp32
-    BLOCK_N: tl.constexpr,
-):
-    s = tl.program_id(0)
-    tl.store(sums_ptr + s, _segment_sum(token_logps_ptr, cu_seqlens_ptr, s, BLOCK_N))
-
-
-@triton.jit
-def segment_broadcast_kernel(
-    grad_ptr,  # [S / SEGMENTS_PER_GRAD] in, fp32
-    weights_ptr,  # [S] in, fp32, if HAS_WEIGHTS
-    cu_seqlens_ptr,  # [S + 1] in, int32 or int64
-    grad_token_logps_ptr,  # [N] out; tokens outside all segments are left as they are
-    HAS_WEIGHTS: tl.constexpr,
-    SEGMENTS_PER_GRAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    s = tl.program_id(0)
-    grad = tl.load(grad_ptr + s // SEGMENTS_PER_GRAD)
-    if HAS_WEIGHTS:
-        grad = grad * tl.load(weights_ptr + s)
-    end = tl.load(cu_seqlens_ptr + s + 1).to(tl.int64)
-    for start in range(tl.load(cu_seqlens_ptr + s).to(tl.int64), end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        tl.store(grad_token_logps_ptr + n, grad.to(grad_token_logps_ptr.dtype.element_ty), mask=n < end)
+from dpop_kernels.kernels.segments import segment_sum
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -71,9 +38,9 @@ def pair_dpop_fwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     b = tl.program_id(0)
-    shared = _segment_sum(token_logps_ptr, cu_seqlens_ptr, 3 * b, BLOCK_N)
-    chosen = _segment_sum(token_logps_ptr, cu_seqlens_ptr, 3 * b + 1, BLOCK_N)
-    rejected = _segment_sum(token_logps_ptr, cu_seqlens_ptr, 3 * b + 2, BLOCK_N)
+    shared = segment_sum(token_logps_ptr, cu_seqlens_ptr, 3 * b, BLOCK_N)
+    chosen = segment_sum(token_logps_ptr, cu_seqlens_ptr, 3 * b + 1, BLOCK_N)
+    rejected = segment_sum(token_logps_ptr, cu_seqlens_ptr, 3 * b + 2, BLOCK_N)
     ref_ptr = ref_segment_logps_ptr + 3 * b
     shared_ratio = shared - tl.load(ref_ptr).to(tl.float32)
     chosen_ratio = chosen - tl.load(ref_ptr + 1).to(tl.float32)
@@ -118,14 +85,3 @@ def _nll_and_pull(score, beta):
     # max(0, -z) + log1p(exp(-|z|)): no overflow, and full relative accuracy for large z
     tail = tl.exp(-tl.abs(z))
     return tl.maximum(-z, 0.0) + log1p(tail), beta * tl.where(z >= 0.0, tail, 1.0) / (1.0 + tail)
-
-
-@triton.jit
-def _segment_sum(token_logps_ptr, cu_seqlens_ptr, s, BLOCK_N: tl.constexpr):
-    """Sum of tokens [cu_seqlens[s], cu_seqlens[s + 1]) in fp32: lane by lane, then one tree over the lanes."""
-    end = tl.load(cu_seqlens_ptr + s + 1).to(tl.int64)
-    sums = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(tl.load(cu_seqlens_ptr + s).to(tl.int64), end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        sums += tl.load(token_logps_ptr + n, mask=n < end, other=0.0).to(tl.float32)
-    return tl.sum(sums, axis=0)

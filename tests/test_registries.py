@@ -1,0 +1,116 @@
+"""A loss that someone adds is seen everywhere, without a second place that knows its name."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer.settings.arguments import parse_arguments
+from dpop_trainer.training.metrics import loss_metrics, pair_metrics
+from dpop_trainer.training.watch import ChosenWatch
+from tiny import tiny_llama, token_pairs, word_tokenizer
+from transformers import TrainerState
+
+from dpop_kernels import needs_reference, pair_loss
+from dpop_kernels.backends import BACKENDS
+from dpop_kernels.losses.formulas import LOSSES, TRL_NAMES, PairScores
+from dpop_kernels.losses.options import LossOptions
+from dpop_kernels.losses.pair_loss import pair_loss_terms
+from dpop_kernels.losses.weights import has_penalty
+
+# SLiC with DPOP's penalty, as a file of someone's own
+OWN_LOSS = """
+import torch
+from dpop_kernels.losses.formulas import dpop_penalties, register_loss
+
+def penalty(pair, options):
+    return dpop_penalties(pair.chosen_logratios, options.dpop_lambda, options.dead_zone)
+
+@register_loss("slic_positive", trl_name="hinge_positive", penalty=penalty)
+def slic_positive(pair, options):
+    return torch.relu(1 - options.beta * (pair.margins - penalty(pair, options)))
+"""
+
+
+@pytest.fixture
+def own_loss(tmp_path, monkeypatch):
+    (tmp_path / "own_loss.py").write_text(OWN_LOSS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("own_loss")
+    yield "slic_positive"
+    del LOSSES["slic_positive"], TRL_NAMES["hinge_positive"], sys.modules["own_loss"]
+
+
+def test_a_penalised_loss_of_ones_own_is_seen_by_pair_loss_and_metrics(own_loss):
+    """Δw = -1 - (-0.5) = -0.5 and Δl = -4 - (-3) = -1: m = 0.5, p = 5 · 0.5 = 2.5, so 1 - 0.1 · (0.5 - 2.5) = 1.2."""
+    arguments = torch.tensor([-1.0, -4.0]), torch.tensor([0, 0, 1, 2]), torch.tensor([[0.0, -0.5, -3.0]])
+    options = LossOptions(beta=0.1, dpop_lambda=5.0)
+    for backend in BACKENDS:
+        pairs, terms = pair_loss_terms(*arguments, loss_weights={own_loss: 1.0}, options=options, backend=backend)
+        assert pairs.losses.item() == pytest.approx(1.2)
+        assert pairs.penalties.item() == pytest.approx(2.5)
+        assert loss_metrics(terms, options)["dpop/lambda"][0].item() == 5.0
+        assert pair_metrics(pairs, beta=0.1)["dpop/penalty"][0].item() == pytest.approx(0.25)
+    by_trl_s_name = pair_loss(*arguments, loss_type="hinge_positive", beta=0.1, dpop_lambda=5.0)
+    assert by_trl_s_name.losses.item() == pytest.approx(1.2)
+    assert (has_penalty(own_loss), has_penalty("slic"), needs_reference(own_loss)) == (True, False, True)
+
+
+def test_two_penalties_are_summed(own_loss):
+    """What `penalties` says of a sum of losses: as above, once for each of the two."""
+    arguments = torch.tensor([-1.0, -4.0]), torch.tensor([0, 0, 1, 2]), torch.tensor([[0.0, -0.5, -3.0]])
+    pairs = pair_loss(*arguments, loss_type=[own_loss, "dpop", "dpo"], beta=0.1, dpop_lambda=5.0)
+    assert pairs.penalties.item() == pytest.approx(5.0)
+
+
+def test_the_watch_knows_that_a_loss_of_ones_own_penalises(own_loss, caplog):
+    args, state = DPOPConfig(use_cpu=True, loss_type=own_loss), TrainerState()
+    for loss_type, advice in ((own_loss, "Raise dpop_lambda (now 5)"), ("slic", "Use loss_type dpop")):
+        watch = ChosenWatch(10.0, loss_types=[loss_type], dpop_lambda=5.0)
+        watch.on_log(args, state, None, logs={"dpop/chosen_logratio": -20.0})
+        assert advice in caplog.records[-1].getMessage()
+
+
+def test_a_run_by_flags_logs_a_loss_of_ones_own(own_loss, tmp_path):
+    """λ and the penalty, as for DPOP; and the term by its name beside another."""
+    flags = ["--output_dir", str(tmp_path), "--loss_type", own_loss, "sft", "--dpop_lambda", "5", "--max_steps", "2"]
+    flags += ["--use_cpu", "true", "--logging_steps", "1", "--report_to", "none", "--save_strategy", "no"]
+    args = parse_arguments(DPOPConfig, flags, "dpop train")[2]
+    trainer = DPOPTrainer(
+        model=tiny_llama(),
+        ref_model=tiny_llama(seed=1),
+        args=args,
+        train_dataset=Dataset.from_list(token_pairs(4)),
+        processing_class=word_tokenizer(),
+    )
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["dpop/lambda"] == 5.0
+    assert first["dpop/penalty"] > 0
+    assert {f"loss/{own_loss}", "loss/sft"} <= set(first)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_what_a_loss_declares_is_what_its_formula_reads(loss_type):
+    """A value it does not read may be NaN: its loss stays finite; one that it does read makes it NaN."""
+    loss = LOSSES[loss_type]
+    known = {name: torch.tensor([-2.0]) for name in PairScores._fields if not name.endswith("lengths")}
+    known |= {name: torch.tensor([3.0]) for name in PairScores._fields if name.endswith("lengths")}
+    options = LossOptions(label_smoothing=0.1)
+
+    def reads(*names, options=options):
+        scores = PairScores(**known | dict.fromkeys(names, torch.tensor([torch.nan])))
+        return loss.formula(scores, options).isnan().item()
+
+    assert not reads()
+    assert reads("chosen_lengths", "rejected_lengths") == loss.reads_lengths
+    assert reads("chosen_logratios", "rejected_logratios", "margins") == loss.needs_reference
+    assert reads(options=options._replace(label_smoothing=torch.nan)) == loss.uses_label_smoothing
+    assert (not loss.formula(PairScores(**known), LossOptions()).isfinite().item()) == loss.needs_label_smoothing
+    assert reads(options=options._replace(dpop_lambda=torch.nan)) == (loss.penalty is not None)
+
+
+def test_the_flag_for_a_backend_offers_the_registry():
+    assert DPOPConfig.__dataclass_fields__["kernel_backend"].metadata["choices"] == ["auto", *BACKENDS]
