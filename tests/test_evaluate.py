@@ -70,7 +70,7 @@ def test_greedy_completions_do_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("named", ["list", "one", "none"])
 def test_completions_end_before_the_models_own_stop_tokens(named):
-    """By hand: argmax after argmax until a token that the model names, which is none of its tokenizer's special ones."""
+    """By hand: argmax after argmax until a token that the model names, which its tokenizer does not know as special."""
     model, tokenizer = tiny_llama().eval(), word_tokenizer()
     prompts = ["w1 w2", "w7 w3 w9"]
 

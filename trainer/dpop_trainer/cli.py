@@ -105,18 +105,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _told(command: str, error: Exception) -> int:
-    """Say what went wrong -> the exit code."""
+    """Say what went wrong, without the secrets that a value may hold -> the exit code."""
+    from dpop_trainer.run_folder.private import text_without_secrets
+
     if os.environ.get("DPOP_DEBUG"):
-        traceback.print_exception(error)
+        print(text_without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        print(f"dpop {command}: no space left on a disk ({error}). {_free_space()}", file=sys.stderr)
+        told = f"no space left on a disk ({error}). {_free_space()}"
     elif isinstance(error, (ValueError, FileNotFoundError)):  # which say by themselves what was expected
-        print(f"dpop {command}: {error}", file=sys.stderr)
+        told = str(error)
     else:
-        print(
-            f"dpop {command}: {type(error).__name__}: {error}\nSet DPOP_DEBUG=1 in the environment to see where.",
-            file=sys.stderr,
-        )
+        told = f"{type(error).__name__}: {error}\nSet DPOP_DEBUG=1 in the environment to see where."
+    print(f"dpop {command}: {text_without_secrets(told)}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
 
 

@@ -1,6 +1,6 @@
 """Paths of data that can be seen to be wrong without reading anything."""
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 """The ending of a file of pairs -> what reads it."""
@@ -19,6 +19,17 @@ def json_suffix(path: Path) -> str:
 def loader_of(path: Path) -> str | None:
     """What reads a file of this name, of `LOADERS`; None where nothing does."""
     return "json" if is_json(path) else LOADERS.get(path.suffix)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be that of a local file or folder, and no hub's id; the disk is not asked."""
+    return (
+        loader_of(Path(name)) is not None
+        or Path(name).is_absolute()
+        or PureWindowsPath(name).is_absolute()
+        or name.startswith((".", "~"))
+        or name.count("/") > 1
+    )
 
 
 def check_source_path(source: str, split: str = "train") -> None:
@@ -41,7 +52,7 @@ def check_source_path(source: str, split: str = "train") -> None:
                 "Convert it: one JSON object per line, with the fields that docs/data.md lists."
             )
         check_plain_split(split)
-    elif loader_of(path) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+    elif looks_local(source):
         raise FileNotFoundError(
             f"source: expected an existing file or folder, got {source}. "
             f"Check the path; a relative one begins at {Path.cwd()}."

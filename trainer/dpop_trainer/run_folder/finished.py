@@ -9,12 +9,13 @@ from typing import Any
 from dpop_trainer.run_folder.checkpoints import CheckpointError, last_checkpoint
 from dpop_trainer.run_folder.files import write_json
 from dpop_trainer.run_folder.identity import LENGTH_FIELDS, changed_fields, describe_changes
+from dpop_trainer.run_folder.private import without_secrets
 from dpop_trainer.run_folder.run_files import FINISHED_FILE
 
 
 def mark_finished(folder: Path, config: Mapping[str, Any], *, step: int) -> None:
     """Written last of all, when the model is saved."""
-    write_json(folder / FINISHED_FILE, {"step": step, "config": dict(config)})
+    write_json(folder / FINISHED_FILE, {"step": step, "config": without_secrets(config)})
 
 
 def is_finished(output_dir: str | None, config: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
+from dpop_trainer.run_folder.private import without_secrets
 
 # Fields that change what a run writes, says or how fast it is, and none of its numbers.
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "dataloader_num", "dataloader_p", "ddp_", "trackio")
@@ -60,17 +61,17 @@ def identity_of(config: Mapping[str, Any], *, num_processes: int, dataset: Any =
     """Plain values that tell a run from another.
 
     Args:
-        config: all fields of the run.
+        config: all fields of the run. Its secrets are left out: a run is the same under a new token.
         num_processes: ranks of the run; another number deals the pairs out differently.
         dataset: the tokenised training pairs; None leaves them out.
     """
     digest = data_digest(dataset) if isinstance(dataset, Dataset) else None
-    return {"config": dict(config), "num_processes": num_processes, "data": digest}
+    return {"config": without_secrets(config), "num_processes": num_processes, "data": digest}
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What decides a run's numbers and differs between two identities -> field: (before, now). Length is let pass."""
-    old, new = before.get("config") or {}, now.get("config") or {}
+    old, new = (without_secrets(one.get("config") or {}) for one in (before, now))  # old records may still have some
     changes = {
         key: (old[key], new[key])
         for key in sorted(old.keys() & new.keys())

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from transformers import TrainerCallback, TrainingArguments
 
 from dpop_trainer.run_folder.files import write_atomically, write_json
+from dpop_trainer.run_folder.private import secret_places, without_secrets
 from dpop_trainer.run_folder.versions import environment
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ class RunFiles(TrainerCallback):
     kept to be written later.
 
     Args:
-        run_config: written to config.yaml; plain values only.
+        run_config: written to config.yaml, less its secrets; plain values only.
         data_metrics: what happened to the data; written as step 0 of metrics.jsonl.
     """
 
@@ -49,7 +51,7 @@ class RunFiles(TrainerCallback):
         folder = _folder(args)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FINISHED_FILE).unlink(missing_ok=True)
-        write_atomically(folder / CONFIG_FILE, yaml.safe_dump(self._run_config, sort_keys=True, allow_unicode=True))
+        write_atomically(folder / CONFIG_FILE, as_yaml(self._run_config))
         write_json(folder / ENVIRONMENT_FILE, environment(args))
         # a resumed run continues from its checkpoint: lines after that step are about to be written again
         kept = [line for line in read_metrics(folder) if line["step"] <= state.global_step] if state.global_step else []
@@ -90,6 +92,13 @@ class RunFiles(TrainerCallback):
         if not self._has_failed:
             logger.warning("%s (%s: %s). The run goes on.", what, type(error).__name__, error)
         self._has_failed = True
+
+
+def as_yaml(values: Mapping[str, Any], *, sort_keys: bool = True) -> str:
+    """Settings as YAML without their secrets, and a first line that says which fields had some."""
+    places = secret_places(values)
+    told = f"# secrets, left out: {', '.join(places)}\n" if places else ""
+    return told + yaml.safe_dump(without_secrets(values), sort_keys=sort_keys, allow_unicode=True)
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from dpop_trainer.run_folder.private import SecretFreeRepr
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
 from dpop_trainer.settings.errors import UsageError
 from dpop_trainer.settings.ranges import check_ranges
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound="TrainingArguments")
 
 
-@dataclass
-class ModelArguments:
+@dataclass(repr=False)
+class ModelArguments(SecretFreeRepr):
     """The model and, where wanted, the LoRA adapter. Names as in TRL."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or local folder of the model."})
@@ -83,8 +84,8 @@ class ModelArguments:
             )
 
 
-@dataclass
-class DataArguments:
+@dataclass(repr=False)
+class DataArguments(SecretFreeRepr):
     """The preference pairs. Names as in TRL."""
 
     dataset_name: str | None = field(
@@ -118,8 +119,8 @@ class DataArguments:
     )
 
 
-@dataclass
-class ComparisonArguments:
+@dataclass(repr=False)
+class ComparisonArguments(SecretFreeRepr):
     """What `dpop compare` compares, beside the arguments of the runs themselves."""
 
     methods: list[str] = field(
@@ -233,12 +234,18 @@ def arguments_of(values: dict[str, Any], config_class: type[Config]) -> tuple[Mo
 
 
 def run_config(*parts: Any) -> dict[str, Any]:
-    """The complete configuration of a run as plain values: `--config` on it gives the same run. Holds no secrets."""
+    """The complete configuration of a run as plain values: `--config` on it gives the same run.
+
+    With its secrets, since a run may be started from it; what writes or shows it asks `run_folder.private`.
+    """
     merged: dict[str, Any] = {}
     for part in parts:
-        if training_arguments(type(part)):
-            values = {**part.to_dict(), "pad_token": getattr(part, "pad_token", None)}  # which is no secret
-            left_out = {item.name for item in fields(TRLFields)} | {"hub_token", "push_to_hub_token"}
+        base = training_arguments(type(part))
+        if base:
+            # transformers puts a mark in the place of every *_token, of which one is the padding token
+            tokens = {name: value for name, value in vars(part).items() if name.endswith("_token")}
+            values = {**base.to_dict(part), **tokens}
+            left_out = {item.name for item in fields(TRLFields)}
             names = [item.name for item in fields(part) if item.init and item.name not in left_out]
             merged.update({name: values[name] for name in names if name in values})
         else:
@@ -247,13 +254,15 @@ def run_config(*parts: Any) -> dict[str, Any]:
 
 
 def format_config(*parts: Any) -> str:
-    """`run_config` as YAML with a heading over each section."""
+    """`run_config` as YAML with a heading over each section, without secrets."""
+    from dpop_trainer.run_folder.run_files import as_yaml
+
     values = run_config(*parts)
     text = []
     for part in parts:
         for title, names in sections(type(part)).items():
             shown = {name: values[name] for name in names if name in values}
-            text.append(f"# {title}\n{yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)}")
+            text.append(f"# {title}\n{as_yaml(shown, sort_keys=False)}")
     return "\n".join(text)
 
 

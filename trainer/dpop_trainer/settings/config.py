@@ -1,5 +1,6 @@
 """Configurations: transformers' TrainingArguments plus what this trainer needs, under TRL's names where TRL has one."""
 
+import copy
 import importlib.util
 import math
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from dpop_kernels.backends import BACKENDS, select_backend
 from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES, TRL_NAMES
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.weights import check_options, resolve_losses
+from dpop_trainer.run_folder.private import SecretFreeRepr, without_secrets
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
 from dpop_trainer.settings.ranges import check_ranges
 from dpop_trainer.settings.renamed import (
@@ -29,8 +31,8 @@ LAYOUTS = ("auto", "rows", "tree", "packed", "flat")
 _BITSANDBYTES_OPTIMIZERS = ("adamw_bnb", "adamw_8bit", "ademamix", "lion_", "paged_", "rmsprop_bnb")
 
 
-@dataclass
-class HeadConfig(TrainingArguments):
+@dataclass(repr=False)
+class HeadConfig(SecretFreeRepr, TrainingArguments):
     """What fine-tuning through the scoring head shares, whatever the loss.
 
     Every field of `transformers.TrainingArguments` is here too. As in TRL, some of its defaults differ:
@@ -125,6 +127,25 @@ class HeadConfig(TrainingArguments):
         },
     )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', which trackers are given; without secrets at any depth, and with the padding token."""
+        return without_secrets({**super().to_dict(), "pad_token": self.pad_token})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle is a file: training_args.bin, in the run's folder and its checkpoints, is one. It has no secrets."""
+        return without_secrets(vars(self))
+
+    def __copy__(self) -> "HeadConfig":
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HeadConfig":
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     def __post_init__(self) -> None:
         check_trl_fields(self)
         check_ranges(self)
@@ -194,14 +215,14 @@ def _check_backend(name: str, use_cpu: bool) -> None:
         raise ValueError(f"kernel_{error}") from error
 
 
-@dataclass
+@dataclass(repr=False)
 class SFTConfig(HeadConfig):
     """Configuration of `SFTTrainer`: the fields of `HeadConfig`, with a learning rate for supervised fine-tuning."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate for AdamW."})
 
 
-@dataclass
+@dataclass(repr=False)
 class DPOPConfig(TRLFields, HeadConfig):
     """Configuration of `DPOPTrainer`: the fields of `HeadConfig`, and those of the preference losses.
 

@@ -53,7 +53,7 @@ FORMER_NAMES = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class TRLFields:
     """Fields that may be mentioned, but not changed: see `ALTERNATIVES`."""
 

@@ -13,6 +13,7 @@ import transformers
 
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import load_trained
+from dpop_trainer.run_folder.private import without_secrets
 from dpop_trainer.run_folder.run_files import read_metrics
 from dpop_trainer.run_folder.versions import versions
 from dpop_trainer.settings.arguments import ComparisonArguments, DataArguments, ModelArguments, arguments_of, run_config
@@ -34,7 +35,7 @@ class PlannedRun(NamedTuple):
     method: Method
     seed: int
     values: dict[str, Any]
-    """Its whole configuration, as config.yaml holds it."""
+    """Its whole configuration, as config.yaml holds it but with its secrets."""
 
     @property
     def folder(self) -> Path:
@@ -67,7 +68,7 @@ def run_comparison(
     written = Comparison(
         methods=[method.name for method in parse_methods(comparison.methods)],
         results=results,
-        config=run_config(model_arguments, data_arguments, config),
+        config=without_secrets(run_config(model_arguments, data_arguments, config)),
         versions=versions(),
     )
     write_comparison(written, folder)
@@ -161,7 +162,7 @@ def _finished(run: PlannedRun, comparison: ComparisonArguments) -> RunResult | N
     if not path.is_file():
         return None
     record = json.loads(path.read_text())
-    before, now = record.pop("config"), json.loads(json.dumps(_identity(run, comparison)))
+    before, now = without_secrets(record.pop("config")), json.loads(json.dumps(_identity(run, comparison)))
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if changed:
         raise ValueError(
@@ -177,7 +178,7 @@ def _identity(run: PlannedRun, comparison: ComparisonArguments) -> dict[str, Any
     measured = ["max_eval_pairs"]
     if comparison.matcher:
         measured += ["matcher", "answer_regex", "max_answers", "max_new_tokens"]
-    return {**training, **{name: getattr(comparison, name) for name in measured}}
+    return without_secrets(training) | {name: getattr(comparison, name) for name in measured}
 
 
 def _grading(comparison: ComparisonArguments) -> Grading | None:

@@ -1,7 +1,7 @@
 """`dpop export`: merge, save, check what was saved, write the card; and only if asked, push."""
 
 import gc
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import yaml
 from dpop_trainer.models.loading import load_model
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import read_run_config
+from dpop_trainer.run_folder.files import write_json
+from dpop_trainer.run_folder.private import shareable
 from dpop_trainer.tools.delivery.card import model_card, shown_model
 from dpop_trainer.tools.delivery.inputs import check_out, evaluation_file
 from dpop_trainer.tools.delivery.merge import Merged, largest_change, merge_run, probe_logps
@@ -102,11 +104,9 @@ def run_export(
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     if run_config:
-        (folder / "training_config.yaml").write_text(
-            yaml.safe_dump(_shareable(run_config), sort_keys=True), encoding="utf-8"
-        )
+        (folder / "training_config.yaml").write_text(yaml.safe_dump(shareable(run_config)), encoding="utf-8")
     if results is not None:
-        shutil.copy(results, folder / "evaluation.json")
+        write_json(folder / "evaluation.json", shareable(json.loads(results.read_text(encoding="utf-8"))))
     print(f"{note}\nWritten: {folder}")
     if push_to_hub is not None:
         print(f"Pushed: {push(folder, push_to_hub, private=private)}")
@@ -165,13 +165,3 @@ def _merge_note(merged: Merged, run_config: dict[str, Any], dtype: torch.dtype, 
             "answers differ from those in training by that rounding."
         )
     return note
-
-
-def _shareable(config: dict[str, Any]) -> dict[str, Any]:
-    """Without tokens, and of paths on this machine the last part alone."""
-
-    def value(entry: Any) -> Any:
-        is_path = isinstance(entry, str) and (Path(entry).is_absolute() or entry.startswith(("~", "..")))
-        return Path(entry).name if is_path else entry
-
-    return {key: value(entry) for key, entry in config.items() if not key.endswith("_token")}
