@@ -1,6 +1,6 @@
 # make demo         train DPO and DPOP on generated low-edit pairs and compare them (offline, minutes)
 # make test         lint, then the test suite
-# make lint         ruff and pyright
+# make lint         ruff and pyrefly
 # make portability  the numeric tests under every arithmetic of this processor, and their closest bounds
 # make test-newest  the test suite on the newest versions of everything, in an environment of its own
 # make test-oldest  ... on the lower bounds of pyproject.toml
@@ -30,7 +30,7 @@ test: lint
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
+	@$(BIN)/pyrefly check --summary=none
 
 dist-check: $(READY)
 	@$(BIN)/python tests/dist_check.py

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dpop_kernels.kernels.launch import Launch
 
-TARGETS = {
+TARGETS: dict[str, tuple[str, Any, int]] = {
     "sm_80": ("cuda", 80, 32),  # A100
     "sm_90": ("cuda", 90, 32),  # H100, H200
     "sm_100": ("cuda", 100, 32),  # B200

@@ -24,7 +24,7 @@ from dpop_kernels.losses.options import check_hyperparameters
 
 try:
     import trl
-    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+    from trl import DPOConfig, DPOTrainer
 except ImportError as error:
     raise ImportError(
         "trl: expected TRL 1.16 beside this package, found none. Install 'trl==1.16.*', or use "

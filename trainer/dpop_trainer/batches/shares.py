@@ -29,7 +29,7 @@ class RankShares(BatchSampler):
     def __init__(self, batch_sampler: Any, *, num_ranks: int, rank: int) -> None:
         self.batch_sampler = batch_sampler
         self.num_processes, self.process_index = num_ranks, rank  # accelerate counts global batches with these
-        self.batch_size = getattr(batch_sampler, "batch_size", None)
+        self.batch_size: Any = getattr(batch_sampler, "batch_size", None)
         self.drop_last = getattr(batch_sampler, "drop_last", False)
 
     def set_epoch(self, epoch: int) -> None:

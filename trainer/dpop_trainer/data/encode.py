@@ -107,8 +107,8 @@ def _encode_messages(pairs: list[Any], tokenizer: "PreTrainedTokenizerBase") -> 
 
 def _render(pair: MessagesPair, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str, str] | Refused:
     """The chat template's text of the prompt, prompt + chosen and prompt + rejected."""
-    options = {**pair.template_options, "tokenize": False}
-    prompt_options = {**options, "add_generation_prompt": True}
+    options: dict[str, Any] = {**pair.template_options, "tokenize": False}
+    prompt_options: dict[str, Any] = {**options, "add_generation_prompt": True}
     try:
         return (
             str(tokenizer.apply_chat_template(pair.prompt, **prompt_options)),

@@ -3,9 +3,6 @@
 The same for a whole data set and for a part of a stream.
 """
 
-# pyright: reportAttributeAccessIssue=false
-# (pyarrow.compute makes its functions when it is imported)
-
 from collections import Counter
 from typing import Any, NamedTuple
 

@@ -61,11 +61,9 @@ class PairWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = None if self._out is None else self._out.schema
-        table = pa.Table.from_pylist(self._rows, schema=schema or _schema(self._rows[0]))
         if self._out is None:
-            self._out = pq.ParquetWriter(str(self._partial), table.schema)
-        self._out.write_table(table)
+            self._out = pq.ParquetWriter(str(self._partial), _schema(self._rows[0]))
+        self._out.write_table(pa.Table.from_pylist(self._rows, schema=self._out.schema))
         self._rows.clear()
 
 

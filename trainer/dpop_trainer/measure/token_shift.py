@@ -99,7 +99,7 @@ def token_shift(
 def token_shift_as_dict(shift: TokenShift) -> dict[str, Any]:
     """Plain values, for JSON: NaN becomes None."""
     regions = {name: _without_nan(list(getattr(shift, name))) for name in ("before", "at", "after")}
-    offsets, mean_change, counts = (values.tolist() for values in shift.profile)
+    offsets, mean_change, counts = map(np.ndarray.tolist, shift.profile)
     return {**regions, "profile": [offsets, _without_nan(mean_change), counts]}
 
 

@@ -93,7 +93,7 @@ def lora_config(arguments: ModelArguments) -> LoraConfig | None:
             hint = name_hint(str(name), known, "peft's documentation lists them.")
             raise ValueError(f"peft_config: expected fields of peft's LoraConfig, got {name!r}. {hint}")
     modules = arguments.lora_target_modules
-    chosen = {
+    chosen: dict[str, Any] = {
         "task_type": arguments.lora_task_type,
         "r": arguments.lora_r,
         "lora_alpha": arguments.lora_alpha,

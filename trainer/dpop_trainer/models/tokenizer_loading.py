@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpop_trainer.settings.model_paths import check_local_path
 from dpop_trainer.settings.recipes import recipe_files
@@ -49,7 +49,8 @@ def load_tokenizer(
 
     try:
         revision = revision or "main"
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        load: Any = AutoTokenizer.from_pretrained
+        return load(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"processing_class: expected a tokenizer at {name_or_path!r}, found none. {error}") from error
 

@@ -59,8 +59,10 @@ class RunResult(NamedTuple):
             evaluation[shift] = token_shift_from_dict(evaluation[shift])
         for ranking in ("ranking", "ref_ranking"):
             evaluation[ranking] = Ranking(**evaluation[ranking])
-        graded = {name: Answers(**values[name]) if values[name] else None for name in ("answers", "ref_answers")}
-        return cls(**{**values, "evaluation": PairEvaluation(**evaluation), **graded})
+        read: dict[str, Any] = {**values, "evaluation": PairEvaluation(**evaluation)}
+        for name in ("answers", "ref_answers"):
+            read[name] = Answers(**values[name]) if values[name] else None
+        return cls(**read)
 
 
 class Comparison(NamedTuple):

@@ -63,7 +63,7 @@ def scatter(x_values: NDArray[Any], y_values: NDArray[Any], x_axis: Axis, y_labe
     x, y = _scale(low, high, _LEFT, _WIDTH - _RIGHT), _scale(bottom, top, _HEIGHT - _BOTTOM, _TOP)
     dots = "".join(
         f'<circle class="dot" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2"/>'
-        for a, b in zip(x_values.tolist(), y_values.tolist(), strict=True)
+        for a, b in zip(map(float, x_values), map(float, y_values), strict=True)
     )
     ticks = _x_ticks(low, high, x, beyond=False) + _y_ticks(bottom, top, y, whole=False)
     above = f'<text class="label end" x="{_WIDTH - _RIGHT}" y="{_TOP}">{escape(y_label)}</text>'

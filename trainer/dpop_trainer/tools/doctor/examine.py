@@ -218,7 +218,7 @@ def _summary(column: NDArray[Any]) -> dict[str, float] | None:
     values = column[np.isfinite(column)].astype(np.float64)
     if not len(values):
         return None
-    quantiles = np.quantile(values, list(_QUANTILES.values())).tolist()
+    quantiles = map(float, np.quantile(values, list(_QUANTILES.values())))
     return {
         "mean": float(values.mean()),
         **dict(zip(_QUANTILES, quantiles, strict=True)),

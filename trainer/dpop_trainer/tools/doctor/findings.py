@@ -87,7 +87,7 @@ def rows_to_drop(findings: Sequence[Finding]) -> dict[int, str]:
     for name in DROPPED:
         for finding in findings:
             if finding.name == name:
-                for row in finding.rows.tolist():
+                for row in map(int, finding.rows):
                     reasons.setdefault(row, name)
     return dict(sorted(reasons.items()))
 

@@ -205,7 +205,7 @@ def _findings(examination: Examination) -> str:
 
 
 def _first_rows(rows: NDArray[np.int64]) -> str:
-    shown = ", ".join(map(str, rows[:3].tolist()))
+    shown = ", ".join(map(str, rows[:3]))
     return f"{shown}, …" if len(rows) > 3 else shown
 
 
@@ -282,7 +282,7 @@ def _examples(examination: Examination, tokenizer: "PreTrainedTokenizerBase | No
     groups: list[tuple[str, list[_Example]]] = []
     for finding in examination.findings:
         if finding.name not in ("low_edit", "length_cue") and len(finding.rows):
-            shown = [_Example(row, "") for row in finding.rows[:_PER_FINDING].tolist()]
+            shown = [_Example(int(row), "") for row in finding.rows[:_PER_FINDING]]
             groups.append((f"{finding.level}: {finding.name.replace('_', ' ')}", shown))
     scores = examination.model_scores
     if scores is not None:

@@ -190,7 +190,7 @@ def _worst(
     """The pairs whose chosen answers lost most, in nats per answer."""
     lost = [float(p.chosen.sum() - r.chosen.sum()) for p, r in zip(policy, reference, strict=True)]
     pairs = []
-    for index in np.argsort(lost, kind="stable")[:num_worst].tolist():
+    for index in map(int, np.argsort(lost, kind="stable")[:num_worst]):
         record: Any = dataset[index]
         chosen_ids, rejected_ids = record["chosen_ids"], record["rejected_ids"]
 

@@ -53,8 +53,8 @@ def find_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 def close_names(name: str) -> list[str]:
     """Known models that are called alike."""
-    found = process.extract(name, [*HUB_IDS, *SHAPES], processor=str.lower, limit=CLOSE)
-    return [close for close, _, _ in found]
+    known = {known.lower(): known for known in [*HUB_IDS, *SHAPES]}
+    return [known[close] for close, _, _ in process.extract(name.lower(), list(known), limit=CLOSE)]
 
 
 def _from_file(path: Path) -> PreTrainedConfig:

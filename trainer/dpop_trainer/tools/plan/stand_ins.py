@@ -228,7 +228,7 @@ class _GroupedProduct(torch.autograd.Function):
 def grouped_experts() -> Iterator[None]:
     """Let mixtures of experts run without knowing who gets which token."""
     own = moe._grouped_mm
-    moe._grouped_mm = lambda rows, weight, offs: _GroupedProduct.apply(rows.to(weight.dtype), weight, offs)
+    moe._grouped_mm = lambda input, weight, offs: _GroupedProduct.apply(input.to(weight.dtype), weight, offs)
     try:
         yield
     finally:
