@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from dpop_trainer.batches import PairCollator
-from dpop_trainer.batches.choose_layout import forward_inputs
 from dpop_trainer.batches.flat_attention import use_flat_attention
+from dpop_trainer.batches.scoring import ScoredModel, forward_inputs
 from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.reference import frozen_copy, reference_segment_logps
 from dpop_trainer.tools.pairs.metamath import build_pairs
@@ -54,10 +54,10 @@ class Step:
 
     def loss(self, records: list[dict[str, Any]]) -> torch.Tensor:
         batch = self.collator(records)
-        inputs: dict[str, Any] = forward_inputs(batch, self.policy)
+        inputs = forward_inputs(batch, self.policy)
         reference = reference_segment_logps(self.reference_head, self.reference, batch, inputs, "auto")
-        logps = self.head.token_logps(self.policy, batch["score_positions"], batch["target_ids"], **inputs)
-        return pair_loss(logps, batch["cu_seqlens"], reference).losses.mean()
+        logps = ScoredModel(self.policy, self.head).token_logps(batch, inputs)
+        return pair_loss(logps, batch.cu_seqlens, reference).losses.mean()
 
     def __call__(self, records: list[dict[str, Any]]) -> None:
         self.optimizer.zero_grad()

@@ -9,14 +9,13 @@ from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.batches import PairCollator, flat_attention
 from dpop_trainer.batches.choose_layout import (
-    ScoredModel,
     choose_layout,
-    forward_inputs,
     laid_out,
     layout_difference,
     tree_obstacle,
 )
 from dpop_trainer.batches.flat_attention import FLAT_ATTENTION, block_mask, use_flat_attention
+from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.settings.renamed import enable_checkpointing
 from peft import LoraConfig, get_peft_model
 from rounding import CONTRACT_NATS, EQUAL
@@ -96,7 +95,7 @@ def run(model, collator, records, *, loss_type="dpop", ref_shift=0.0):
     head = ScoringHead(model, backend="reference")
     model.zero_grad()
     try:
-        logps = head.token_logps(model, batch["score_positions"], batch["target_ids"], **forward_inputs(batch, model))
+        logps = ScoredModel(model, head).token_logps(batch)
     finally:
         head.remove()
     sums = segment_sums(logps, batch["cu_seqlens"]).view(-1, 3).detach()
@@ -211,8 +210,7 @@ def test_a_flat_row_under_a_block_mask_is_rows(name, flex_without_compiler, monk
     logps = []
     with torch.no_grad():
         for batch in (rows(records), flat(records)):
-            inputs = forward_inputs(batch, model)
-            logps.append(head.token_logps(model, batch["score_positions"], batch["target_ids"], **inputs))
+            logps.append(ScoredModel(model, head).token_logps(batch))
     torch.testing.assert_close(logps[1], logps[0], rtol=0, atol=3 * CONTRACT_NATS)  # two layers in fp32
     assert calls == [(1, 1, 128, 128)] * 2  # both layers, in whole blocks
 

@@ -231,7 +231,7 @@ def test_an_adapter_is_held_against_its_own_start(tmp_path, tokenizer, kind):
 
 
 def _tree(run, batch):
-    from dpop_trainer.batches.choose_layout import forward_inputs
+    from dpop_trainer.batches.scoring import forward_inputs
 
     return forward_inputs(batch, run.model)
 

@@ -7,18 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpop_trainer.batches.batch import Batch
     from dpop_trainer.batches.budget import Budget, BudgetBatchSampler, pair_units, plan_batches
-    from dpop_trainer.batches.collate import PairCollator, model_inputs
+    from dpop_trainer.batches.collate import PairCollator
     from dpop_trainer.batches.layouts import Layout, flat_row, packed_rows, padded_rows, tree_rows, trie_mask
     from dpop_trainer.batches.lengths import with_lengths
 
 __all__ = [
+    "Batch",
     "Budget",
     "BudgetBatchSampler",
     "Layout",
     "PairCollator",
     "flat_row",
-    "model_inputs",
     "packed_rows",
     "padded_rows",
     "pair_units",
@@ -29,12 +30,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Batch": "batch",
     "Budget": "budget",
     "BudgetBatchSampler": "budget",
     "Layout": "layouts",
     "PairCollator": "collate",
     "flat_row": "layouts",
-    "model_inputs": "collate",
     "packed_rows": "layouts",
     "padded_rows": "layouts",
     "pair_units": "budget",

@@ -7,26 +7,23 @@ everything else is run once in both layouts, and their log-probs compared.
 
 import inspect
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
-from dpop_kernels import ScoringHead
-from dpop_trainer.batches import Layout, PairCollator, trie_mask
-from dpop_trainer.batches.collate import model_inputs
+from dpop_trainer.batches import Layout, PairCollator
 from dpop_trainer.batches.flat_attention import (
     BLOCK_SIZE,
     FLAT_ATTENTION,
     AttentionCall,
     first_call,
-    flat_mask,
     gradient_difference,
     use_flat_attention,
 )
+from dpop_trainer.batches.scoring import ScoredModel, attention_of, mask_dtype
 from dpop_trainer.models.quantised import computed_in
 
 logger = logging.getLogger(__name__)
@@ -36,29 +33,6 @@ logger = logging.getLogger(__name__)
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 # fp32 whose products are rounded to 10 bits of mantissa
 _TF32_TOLERANCE = 0.02
-
-
-class ScoredModel(NamedTuple):
-    """A causal LM and the head on it."""
-
-    model: Any
-    head: ScoringHead
-
-
-def forward_inputs(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """What the model's forward takes of a collated batch. The mask of tree rows is made here, on the batch's device.
-
-    Args:
-        batch: from `PairCollator`.
-        model: tells by its configuration in which form its attention takes a mask.
-    """
-    inputs = model_inputs(batch)
-    if "trie_ends" in batch:
-        # a single row is flat wherever the attention can leave out what is not seen, which is never dearer
-        is_flat = _attention(model) == FLAT_ATTENTION and batch["trie_ends"].shape[0] == 1
-        ends = batch["trie_ends"]
-        inputs["attention_mask"] = flat_mask(ends) if is_flat else trie_mask(ends, _mask_dtype(model))
-    return inputs
 
 
 def laid_out(collator: PairCollator, layout: Layout, model: nn.Module) -> PairCollator:
@@ -96,7 +70,8 @@ def choose_layout(
     """
     models = [policy] if reference is None else [policy, reference]
     for model, _ in models:
-        if _attention(model) == FLAT_ATTENTION:  # of an earlier run; what this one needs is set anew, and in all models
+        # of an earlier run; what this one needs is set anew, and in all models
+        if attention_of(model) == FLAT_ATTENTION:
             _base_model(model).set_attn_implementation("sdpa")
     if asked == "rows":
         return "rows"
@@ -143,7 +118,7 @@ def tree_obstacle(model: nn.Module, *, max_length: int | None = None) -> str | N
         max_length: of prompt + answer in tokens. A sliding window no shorter than this hides nothing.
     """
     base = _base_model(model)
-    config, attention = base.config.get_text_config(), _attention(model)
+    config, attention = base.config.get_text_config(), attention_of(model)
     if attention not in ("sdpa", "eager", FLAT_ATTENTION):
         return f"attn_implementation {attention!r} takes no mask of its own (sdpa and eager do)"
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -172,8 +147,8 @@ def flat_obstacle(model: nn.Module, *, max_length: int | None = None) -> str | N
     device = _device(model).type
     if device not in ("cuda", "cpu", "meta"):
         return f"flat rows need an attention that was written for CUDA and CPU, and the model is on {device}"
-    if _attention(model) not in ("sdpa", FLAT_ATTENTION):
-        return f"attn_implementation {_attention(model)!r} is not replaced (sdpa is)"
+    if attention_of(model) not in ("sdpa", FLAT_ATTENTION):
+        return f"attn_implementation {attention_of(model)!r} is not replaced (sdpa is)"
     return tree_obstacle(model, max_length=max_length)
 
 
@@ -187,20 +162,18 @@ def layout_difference(
         The root mean square over the tokens of the rejected tails or over all others, whichever is larger. Tokens that
         have no finite log-prob in rows are left out; one that has none in the layout alone gives infinity.
     """
-    model, head = scored
-    device = _device(model)
+    model = scored.model
     was_training = model.training
     model.eval()
     try:
         logps = []
         for compared in (laid_out(collator, "rows", model), laid_out(collator, layout, model)):
-            batch = {key: value.to(device) for key, value in compared(records).items()}
-            inputs: dict[str, Any] = forward_inputs(batch, model)
-            logps.append(head.token_logps(model, batch["score_positions"], batch["target_ids"], **inputs).double())
+            batch = compared(records).to(_device(model))
+            logps.append(scored.token_logps(batch).double())
     finally:
         model.train(was_training)
     rows, other = (values.cpu() for values in logps)
-    bounds = batch["cu_seqlens"].cpu()
+    bounds = batch.cu_seqlens.cpu()
     segment = torch.searchsorted(bounds[1:].contiguous(), torch.arange(len(rows), dtype=bounds.dtype), right=True)
     is_rejected, is_known = segment % 3 == 2, rows.isfinite()
     squares = (other - rows).square().nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -214,7 +187,7 @@ def _obstacle_of_kind(layout: Layout, models: list[ScoredModel], max_length: int
         obstacle = find_obstacle(model, max_length=max_length)
         if obstacle:
             return obstacle
-    if len({_mask_dtype(model) == torch.bool for model, _ in models}) > 1:
+    if len({mask_dtype(model) == torch.bool for model, _ in models}) > 1:
         return "the reference's attn_implementation is another than the policy's, and takes another mask"
     return None
 
@@ -223,11 +196,11 @@ def _obstacle_of_probe(
     layout: Layout, models: list[ScoredModel], collator: PairCollator, records: list[dict[str, Any]]
 ) -> str | None:
     """Compares log-probs. Leaves the models with the attention that the layout needs, or as they were if it fails."""
-    before = [_attention(model) for model, _ in models]
+    before = [attention_of(model) for model, _ in models]
     obstacle = _found_by_probe(layout, models, collator, records)
     if obstacle is not None:
         for (model, _), attention in zip(models, before, strict=True):
-            if _attention(model) != attention:
+            if attention_of(model) != attention:
                 _base_model(model).set_attn_implementation(attention)
     return obstacle
 
@@ -279,20 +252,8 @@ def _base_model(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _attention(model: Any) -> str:
-    return _base_model(model).config.get_text_config()._attn_implementation
-
-
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _mask_dtype(model: Any) -> torch.dtype:
-    """bool for sdpa; eager adds its mask to the scores, in the model's own dtype."""
-    base = _base_model(model)
-    if _attention(model) != "eager":
-        return torch.bool
-    return base.dtype if base.dtype in _TOLERANCES else torch.float32  # weights of 8 bits are computed with in more
 
 
 def _tolerance(model: Any) -> float:

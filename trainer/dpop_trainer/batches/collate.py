@@ -1,22 +1,15 @@
 """Tokenised pairs -> one batch of CPU tensors, with everything that scoring needs worked out beforehand."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from dpop_trainer.batches.batch import Batch
 from dpop_trainer.batches.layouts import Layout, cheaper_layout, flat_row, packed_rows, padded_rows, tree_rows
 from dpop_trainer.data.pair_tree import PairTree
 from dpop_trainer.data.records import REF_COLUMNS, REF_SHARED_COLUMN, TOKEN_COLUMNS
-
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
-
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's forward takes of a batch."""
-    return {key: batch[key] for key in _MODEL_INPUTS if key in batch}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +48,7 @@ class PairCollator:
         if self.layout not in get_args(Layout):
             raise ValueError(f"layout: expected one of {get_args(Layout)}, got {self.layout!r}.")
 
-    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, records: list[dict[str, Any]]) -> Batch:
         """
         Args:
             records: B records with prompt_ids, chosen_ids, rejected_ids, pair_id and, in all or none,
@@ -86,7 +79,7 @@ class PairCollator:
         self._check_vocabulary(batch, records)
         return batch
 
-    def _lay_out(self, trees: list[PairTree], pad_token_id: int) -> dict[str, Tensor]:
+    def _lay_out(self, trees: list[PairTree], pad_token_id: int) -> Batch:
         layout, multiple = self.layout, self.pad_to_multiple_of
         if layout == "auto":
             layout = cheaper_layout(trees, hidden_size=self.hidden_size, pad_to_multiple_of=multiple)
@@ -97,13 +90,13 @@ class PairCollator:
         lay_out = {"rows": padded_rows, "tree": tree_rows, "flat": flat_row}[layout]
         return lay_out(trees, pad_token_id=pad_token_id, pad_to_multiple_of=multiple)
 
-    def _check_vocabulary(self, batch: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
-        input_ids, limit = batch["input_ids"], self.vocab_size
+    def _check_vocabulary(self, batch: Batch, records: list[dict[str, Any]]) -> None:
+        input_ids, limit = batch.input_ids, self.vocab_size
         outside = (input_ids < 0) | (input_ids >= limit) if limit is not None else input_ids < 0
         if outside.any():
             token_id = int(input_ids[outside][0])
             holders = [r["pair_id"] for r in records if any(token_id in r[column] for column in TOKEN_COLUMNS)]
-            if not holders and "trie_ends" not in batch:  # the pad token, in a row of one pair's
+            if not holders and batch.trie_ends is None:  # the pad token, in a row of one pair's
                 holders = [records[int(outside.nonzero()[0, 0]) % len(records)]["pair_id"]]
             where = f"for pair {holders[0]}" if holders else "as the pad token"
             bound = ">= 0" if limit is None else f"in [0, {limit})"

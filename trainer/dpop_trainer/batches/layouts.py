@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dpop_trainer.batches.batch import Batch
 from dpop_trainer.batches.trie import TrieRow, sorted_trie_row, trie_row
 from dpop_trainer.data.pair_tree import PairTree
 
@@ -36,9 +37,7 @@ def scored_tokens(trees: list[PairTree]) -> dict[str, Tensor]:
     }
 
 
-def padded_rows(
-    trees: list[PairTree], *, pad_token_id: int, pad_to_multiple_of: int | None = None
-) -> dict[str, Tensor]:
+def padded_rows(trees: list[PairTree], *, pad_token_id: int, pad_to_multiple_of: int | None = None) -> Batch:
     """Two right-padded rows per pair, prompt + answer each: any model can run it.
 
     Both rows of a pair hold the shared tokens; they are scored in the chosen row. Each tail is scored in its own row,
@@ -70,16 +69,16 @@ def padded_rows(
         chosen_start, rejected_start = pair * length, (len(trees) + pair) * length
         score_positions += range(chosen_start + shared, chosen_start + tail + len(tree.chosen_ids))
         score_positions += range(rejected_start + tail, rejected_start + tail + len(tree.rejected_ids))
-    return {
-        "input_ids": _padded(rows, length, pad_token_id),
-        "attention_mask": _padded([[1] * len(ids) for ids in rows], length, 0),
-        "score_positions": torch.tensor(score_positions, dtype=torch.int64),
-        "token_counts": token_counts(trees, rows),
+    return Batch(
+        input_ids=_padded(rows, length, pad_token_id),
+        attention_mask=_padded([[1] * len(ids) for ids in rows], length, 0),
+        score_positions=torch.tensor(score_positions, dtype=torch.int64),
+        token_counts=token_counts(trees, rows),
         **scored_tokens(trees),
-    }
+    )
 
 
-def tree_rows(trees: list[PairTree], *, pad_token_id: int, pad_to_multiple_of: int | None = None) -> dict[str, Tensor]:
+def tree_rows(trees: list[PairTree], *, pad_token_id: int, pad_to_multiple_of: int | None = None) -> Batch:
     """One right-padded row per pair, [prompt + shared | chosen tail | rejected tail]: every token once.
 
     The rejected tail's positions count on from the branch, and the chosen tail is hidden from it, so it sees what it
@@ -111,7 +110,7 @@ def packed_rows(
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
     hidden_size: int | None = None,
-) -> dict[str, Tensor]:
+) -> Batch:
     """Several pairs in each row, as many rows as make the batch cheapest; less padding than one row per pair.
 
     A row holds the trie of its pairs' sequences: whatever several of them begin with, prompt and answer tokens alike,
@@ -129,7 +128,7 @@ def packed_rows(
     return _binned_rows(trees, bins, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
 
 
-def flat_row(trees: list[PairTree], *, pad_token_id: int, pad_to_multiple_of: int | None = None) -> dict[str, Tensor]:
+def flat_row(trees: list[PairTree], *, pad_token_id: int, pad_to_multiple_of: int | None = None) -> Batch:
     """All pairs in a single row, for an attention that leaves out what is not seen (`flat_attention`): no padding but
     up to the multiple, and every token of the batch's trie once.
 
@@ -288,7 +287,7 @@ def _sequences(tree: PairTree) -> list[list[int]]:
 
 def _binned_rows(
     trees: list[PairTree], bins: list[list[int]], *, pad_token_id: int, pad_to_multiple_of: int | None
-) -> dict[str, Tensor]:
+) -> Batch:
     """The trie of each bin's pairs in a row."""
     rows = [sorted_trie_row([ids for pair in pairs for ids in _sequences(trees[pair])]) for pairs in bins]
     places: list[tuple[int, list[int], list[int]]] = [(0, [], [])] * len(trees)
@@ -305,22 +304,22 @@ def _trie_rows(
     *,
     pad_token_id: int,
     pad_to_multiple_of: int | None,
-) -> dict[str, Tensor]:
+) -> Batch:
     length = _padded_length([row.input_ids for row in rows], pad_to_multiple_of)
     score_positions: list[int] = []
     for tree, (row, chosen, rejected) in zip(trees, places, strict=True):
         # a token is predicted by the one before it in its own sequence
         predictors = chosen[len(tree.prompt_ids) - 1 : -1] + rejected[_beginning(tree) - 1 : -1]
         score_positions += [row * length + column for column in predictors]
-    return {
-        "input_ids": _padded([row.input_ids for row in rows], length, pad_token_id),
-        "attention_mask": _padded([[1] * len(row.input_ids) for row in rows], length, 0),
-        "position_ids": _padded([row.position_ids for row in rows], length, 0),
-        "trie_ends": _padded([row.ends for row in rows], length, length),
-        "score_positions": torch.tensor(score_positions, dtype=torch.int64),
-        "token_counts": token_counts(trees, [row.input_ids for row in rows]),
+    return Batch(
+        input_ids=_padded([row.input_ids for row in rows], length, pad_token_id),
+        attention_mask=_padded([[1] * len(row.input_ids) for row in rows], length, 0),
+        position_ids=_padded([row.position_ids for row in rows], length, 0),
+        trie_ends=_padded([row.ends for row in rows], length, length),
+        score_positions=torch.tensor(score_positions, dtype=torch.int64),
+        token_counts=token_counts(trees, [row.input_ids for row in rows]),
         **scored_tokens(trees),
-    }
+    )
 
 
 def _padded(rows: list[list[int]], length: int, fill: int) -> Tensor:

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler
 
-FILLER_KEY = "is_filler"
-"""In a collated batch: its pairs are there to keep the rank in step, and count for nothing."""
+from dpop_trainer.batches.batch import FILLER_KEY, Batch, as_batch
 
 
 class RankShares(BatchSampler):
@@ -80,13 +79,13 @@ class WithFillers:
 class FillerCollator:
     """A collator that is not shown the marks of fillers; the batch carries them instead."""
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], Any]) -> None:
         self._collate = collate
 
-    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, records: list[dict[str, Any]]) -> Batch:
         marks = [record.get(FILLER_KEY, False) for record in records]
         assert all(marks) or not any(marks), marks
         if not any(marks):
-            return self._collate(records)
+            return as_batch(self._collate(records))
         batch = self._collate([{key: value for key, value in r.items() if key != FILLER_KEY} for r in records])
-        return {**batch, FILLER_KEY: True}
+        return Batch(batch, **{FILLER_KEY: True})

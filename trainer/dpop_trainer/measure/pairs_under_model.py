@@ -7,13 +7,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dpop_kernels import ScoringHead
-from dpop_trainer.batches import PairCollator
-from dpop_trainer.batches.collate import model_inputs
+from dpop_trainer.batches.scoring import answer_batches, scoring
 from dpop_trainer.data.edits import edit_regions
 from dpop_trainer.measure.stop_tokens import stop_token_ids, until_stop
 from dpop_trainer.measure.token_shift import TokenShift, token_shift
@@ -63,7 +60,6 @@ class PairEvaluation(NamedTuple):
     """The same of the rejected answers."""
 
 
-@torch.no_grad()
 def pair_token_logps(
     model: nn.Module, dataset: Dataset, *, pad_token_id: int, batch_size: int = 16, desc: str | None = None
 ) -> list[PairTokenLogps]:
@@ -80,26 +76,17 @@ def pair_token_logps(
         ValueError: a pair has more tokens than the model has learned positions.
     """
     check_positions(model, dataset)
-    collator = PairCollator(pad_token_id=pad_token_id, prefix_sharing=False)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    head = ScoringHead(model)
     results: list[PairTokenLogps] = []
-    try:
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
-        for batch in tqdm(loader, desc=desc, disable=desc is None, leave=False):
-            bounds = batch["cu_seqlens"].tolist()
-            batch = {key: value.to(device) for key, value in batch.items()}
-            inputs = model_inputs(batch)
-            logps = head.token_logps(model, batch["score_positions"], batch["target_ids"], **inputs)
-            values = logps.float().cpu().numpy()
+    with scoring(model) as scored:
+        device = next(model.parameters()).device
+        for batch in answer_batches(
+            dataset, pad_token_id=pad_token_id, batch_size=batch_size, device=device, desc=desc
+        ):
+            values = scored.token_logps(batch).float().cpu().numpy()
+            bounds = batch.cu_seqlens.tolist()
             for b in range(len(bounds) // 3):  # segments: shared (empty), chosen, rejected
                 _, chosen, rejected, end = bounds[3 * b : 3 * b + 4]
                 results.append(PairTokenLogps(values[chosen:rejected], values[rejected:end]))
-    finally:
-        head.remove()
-        model.train(was_training)
     return results
 
 

@@ -23,8 +23,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.losses.weights import has_penalty
-from dpop_trainer.batches import PairCollator
-from dpop_trainer.batches.choose_layout import forward_inputs
+from dpop_trainer.batches import Batch, PairCollator
+from dpop_trainer.batches.batch import as_batch
+from dpop_trainer.batches.scoring import forward_inputs
 from dpop_trainer.data.records import REF_COLUMNS
 from dpop_trainer.reference.adapters import adapter_changes_nothing
 from dpop_trainer.reference.cache import ReferenceCache, cache_root
@@ -104,16 +105,16 @@ class PairReference:
         """Whether there is a model that gives the log-probs of pairs that bring none."""
         return self._source is not None
 
-    def segment_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
+    def segment_logps(self, batch: Batch, model_inputs: dict[str, Any]) -> Tensor:
         """The reference's sums of a batch's segments [B, 3]; zeros where no loss has a reference.
 
         Raises:
             ValueError: the batch has no reference log-probs and the model that they would be of is gone.
         """
         if not self.is_needed:
-            return torch.zeros(self._trainer.num_items(batch), 3, device=batch["cu_seqlens"].device)
-        if "ref_segment_logps" in batch:
-            return batch["ref_segment_logps"]
+            return torch.zeros(self._trainer.num_items(batch), 3, device=batch.cu_seqlens.device)
+        if batch.ref_segment_logps is not None:
+            return batch.ref_segment_logps
         if self._source is None:
             raise ValueError(
                 "ref_chosen_logps: expected pairs with reference log-probs, got pairs without, and no reference model "
@@ -142,7 +143,7 @@ class PairReference:
             collator = replace(collator, prefix_sharing=True)  # what is kept are the segments, whoever reads them
 
         def segment_logps(records: list[dict[str, Any]]) -> Tensor:
-            batch: Any = trainer._prepare_inputs(collator(records))
+            batch = as_batch(collator(records)).to(self._accelerator.device)
             return source.segment_logps(batch, forward_inputs(batch, self._accelerator.unwrap_model(trainer.model)))
 
         return precompute_reference(

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.losses.pair_loss import segment_sums
+from dpop_trainer.batches import Batch
+from dpop_trainer.batches.scoring import ScoredModel
 
 
 class Reference(Protocol):
@@ -24,7 +26,7 @@ class Reference(Protocol):
     kind: str
     """What it is, in words for a log line."""
 
-    def segment_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
+    def segment_logps(self, batch: Batch, model_inputs: dict[str, Any]) -> Tensor:
         """The log-prob sums of a collated batch's segments, in nats, without gradient -> [B, 3] (shared, chosen tail,
         rejected tail)."""
         ...
@@ -50,7 +52,7 @@ class PolicyAsReference:
     accelerator: Accelerator
     backend: str
 
-    def segment_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
+    def segment_logps(self, batch: Batch, model_inputs: dict[str, Any]) -> Tensor:
         with self.state(), self.accelerator.autocast():
             return reference_segment_logps(self.head, self.model(), batch, model_inputs, self.backend)
 
@@ -72,7 +74,7 @@ class FrozenModel:
     backend: str
     kind: str = "a frozen model"
 
-    def segment_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
+    def segment_logps(self, batch: Batch, model_inputs: dict[str, Any]) -> Tensor:
         with self.accelerator.autocast():
             return reference_segment_logps(self.head, self.model, batch, model_inputs, self.backend)
 
@@ -103,8 +105,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def reference_segment_logps(
-    head: ScoringHead, model: nn.Module, batch: dict[str, Any], model_inputs: dict[str, Any], backend: str
+    head: ScoringHead, model: nn.Module, batch: Batch, model_inputs: dict[str, Any], backend: str
 ) -> Tensor:
     """A model's log-prob sums of a batch's segments, as the model is -> [B, 3] (shared, chosen tail, rejected tail)."""
-    logps = head.token_logps(model, batch["score_positions"], batch["target_ids"], **model_inputs)
-    return segment_sums(logps, batch["cu_seqlens"], backend=backend).view(-1, 3)
+    logps = ScoredModel(model, head).token_logps(batch, model_inputs)
+    return segment_sums(logps, batch.cu_seqlens, backend=backend).view(-1, 3)

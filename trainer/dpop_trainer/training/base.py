@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback
 
 from dpop_kernels import ScoringHead
-from dpop_trainer.batches.shares import FILLER_KEY
+from dpop_trainer.batches.batch import Batch, as_batch
 from dpop_trainer.data import TokenisedStream
 from dpop_trainer.models.loading import disable_dropout
 from dpop_trainer.models.quantised import as_arguments
@@ -73,19 +73,19 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         if self.pop_callback(ProgressCallback) is not None:  # which prints every log line in full
             self.add_callback(RunProgress(type(self).__name__))
 
-    def num_items(self, batch: Mapping[str, Any]) -> int:
+    def num_items(self, batch: Batch) -> int:
         """How many items a batch holds, read without touching the device."""
         raise NotImplementedError
 
     def item_losses(
-        self, model: nn.Module, batch: dict[str, Any], mode: str
+        self, model: nn.Module, batch: Batch, mode: str
     ) -> tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor | int]]]:
         """-> sum of the items' losses (with gradient), is-bad flag per pair [B], metrics as sums and weights."""
         raise NotImplementedError
 
-    def token_counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def token_counts(self, batch: Batch) -> dict[str, Tensor]:
         """Tokens of a batch, without padding, by the name of the running total that is logged."""
-        return {"num_tokens": batch["attention_mask"].sum()}
+        return {"num_tokens": batch.attention_mask.sum()}
 
     def pair_values(self) -> Mapping[str, Tensor]:
         """[B] each: what `item_losses` last computed for its pairs, for the report on a value that is not finite."""
@@ -100,17 +100,17 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
-        is_filler = FILLER_KEY in inputs
-        loss_sum, is_bad, metrics = self.item_losses(model, inputs, mode)
-        if is_filler:  # keeps this rank in step with the others; the pair counts elsewhere
+        batch = as_batch(inputs)
+        loss_sum, is_bad, metrics = self.item_losses(model, batch, mode)
+        if batch.is_filler:  # keeps this rank in step with the others; the pair counts elsewhere
             loss_sum = loss_sum * 0.0
             is_bad = torch.zeros_like(is_bad)
             metrics = {key: (torch.zeros_like(value), 0) for key, (value, _) in metrics.items()}
         self._mean_metrics[mode].add(metrics)
-        num_items = 0 if is_filler else self.num_items(inputs)
+        num_items = 0 if batch.is_filler else self.num_items(batch)
         if mode == "train":
-            self._micro_batches.append(MicroBatch(inputs, is_bad, self.pair_values()))
-            self._count_tokens(inputs, weight=0.0 if is_filler else 1.0)
+            self._micro_batches.append(MicroBatch(batch, is_bad, self.pair_values()))
+            self._count_tokens(batch, weight=0.0 if batch.is_filler else 1.0)
         else:
             self._mean_metrics["eval_loss"].add({"loss": (loss_sum, num_items)})
         if num_items_in_batch is None:
@@ -170,7 +170,8 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
     def _get_num_items_in_batch(self, batch_samples, device):
         if not batch_samples:
             return None
-        count = sum(0 if FILLER_KEY in batch else self.num_items(batch) for batch in batch_samples)
+        batches = map(as_batch, batch_samples)
+        count = sum(0 if batch.is_filler else self.num_items(batch) for batch in batches)
         if self.accelerator.num_processes == 1:
             return count
         return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
@@ -188,7 +189,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         return data_collator  # the same for a stream
 
-    def _count_tokens(self, batch: Mapping[str, Any], *, weight: float) -> None:
+    def _count_tokens(self, batch: Batch, *, weight: float) -> None:
         for key, count in self.token_counts(batch).items():
             self._token_counts[key] = self._token_counts.get(key, 0) + weight * count.double()
 
@@ -249,7 +250,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
                 dataset=self.train_dataset,
                 tokenizer=self.processing_class,
             )
-            pair_ids = pair_ids or torch.cat([batch.inputs["pair_ids"] for batch in batches]).tolist()
+            pair_ids = pair_ids or torch.cat([batch.inputs.pair_ids for batch in batches]).tolist()
         self.accelerator.wait_for_everyone()  # a rank that ends takes the others along; let all of them write first
         raise NonFiniteError(non_finite_message(step, what, pair_ids, folder))
 

@@ -10,6 +10,7 @@ from dpop_kernels import PairLosses, TokenStats
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.pair_loss import segment_sums
 from dpop_kernels.losses.weights import has_penalty
+from dpop_trainer.batches import Batch
 
 
 class MeanMetrics:
@@ -105,21 +106,19 @@ def token_metrics(stats: TokenStats, cu_seqlens: Tensor) -> dict[str, tuple[Tens
     }
 
 
-def layout_metrics(
-    batch: Mapping[str, Tensor], *, max_positions: int | None = None
-) -> dict[str, tuple[Tensor, Tensor | int]]:
+def layout_metrics(batch: Batch, *, max_positions: int | None = None) -> dict[str, tuple[Tensor, Tensor | int]]:
     """What the layout saves: tokens computed per token of the whole sequences, and the padding among all positions.
 
     With a budget of positions also the pairs per batch, and how much of the budget batches fill.
     """
-    logical, computed = batch["token_counts"]
-    num_positions = batch["input_ids"].numel()
+    logical, computed = batch.token_counts
+    num_positions = batch.input_ids.numel()
     metrics: dict[str, tuple[Tensor, Tensor | int]] = {
         "tokens/computed_ratio": (computed, logical),
         "tokens/padding_share": (num_positions - computed, num_positions),
     }
     if max_positions is not None:
         device = computed.device
-        metrics["batch/pairs"] = (torch.tensor(batch["pair_ids"].shape[0], device=device), 1)
+        metrics["batch/pairs"] = (torch.tensor(batch.pair_ids.shape[0], device=device), 1)
         metrics["batch/fill"] = (torch.tensor(num_positions, device=device), max_positions)
     return metrics

@@ -12,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpop_trainer.batches import Batch
 from dpop_trainer.data.records import TOKEN_COLUMNS
 from dpop_trainer.run_folder.files import write_json
 
@@ -25,7 +26,7 @@ class NonFiniteError(ValueError):
 class MicroBatch(NamedTuple):
     """What is remembered of a micro-batch until its optimizer step: references to tensors that exist anyway."""
 
-    inputs: dict[str, Any]
+    inputs: Batch
     """The collated batch, on the device."""
     is_bad: Tensor
     """[B] bool: a log-prob or loss of the pair is not finite."""
@@ -68,7 +69,7 @@ def save_non_finite(
             for key, value in {**inputs, **values}.items()
             if isinstance(value, Tensor)
         }
-        for i, pair_id in enumerate(inputs["pair_ids"].tolist()):
+        for i, pair_id in enumerate(inputs.pair_ids.tolist()):
             pairs.append(
                 {
                     "pair_id": pair_id,

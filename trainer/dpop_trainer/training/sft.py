@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpop_kernels.losses.pair_loss import segment_sums
-from dpop_trainer.batches import model_inputs
+from dpop_trainer.batches import Batch
+from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.data import SkippedRecords
 from dpop_trainer.models.loading import prepare_policy
 from dpop_trainer.settings.config import SFTConfig
@@ -88,16 +89,13 @@ class SFTTrainer(HeadTrainer):
             callbacks=callbacks,
         )
 
-    def num_items(self, batch: Mapping[str, Any]) -> int:
-        return batch["target_ids"].shape[0]
+    def num_items(self, batch: Batch) -> int:
+        return batch.target_ids.shape[0]
 
-    def item_losses(self, model: nn.Module, batch: dict[str, Any], mode: str):
-        inputs = model_inputs(batch)
-        logps, stats = self.head.token_logps(
-            model, batch["score_positions"], batch["target_ids"], return_stats=True, **inputs
-        )
+    def item_losses(self, model: nn.Module, batch: Batch, mode: str):
+        logps, stats = ScoredModel(model, self.head).token_logps(batch, batch.model_inputs(), return_stats=True)
         num_tokens = self.num_items(batch)
-        sequence_logps = segment_sums(logps, batch["cu_seqlens"], backend=self.args.kernel_backend)
+        sequence_logps = segment_sums(logps, batch.cu_seqlens, backend=self.args.kernel_backend)
         metrics: dict[str, tuple[Tensor, Tensor | int]] = {
             "entropy": (stats.entropy.sum(), num_tokens),
             "mean_token_accuracy": (stats.is_top1.sum(), num_tokens),
@@ -116,7 +114,7 @@ class CompletionCollator:
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
         self._pad_token_id, self._multiple = pad_token_id, pad_to_multiple_of or 1
 
-    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, records: list[dict[str, Any]]) -> Batch:
         rows = [torch.tensor([*record["prompt_ids"], *record["chosen_ids"]]) for record in records]
         length = max(len(row) for row in rows)
         length += -length % self._multiple
@@ -131,11 +129,11 @@ class CompletionCollator:
             i * length + torch.arange(start - 1, start - 1 + count)  # the token before predicts
             for i, (start, count) in enumerate(zip(starts, lengths, strict=True))
         ]
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "score_positions": torch.cat(positions),
-            "target_ids": torch.cat([torch.tensor(record["chosen_ids"]) for record in records]),
-            "cu_seqlens": torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(),
-            "pair_ids": torch.tensor([record["pair_id"] for record in records]),
-        }
+        return Batch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            score_positions=torch.cat(positions),
+            target_ids=torch.cat([torch.tensor(record["chosen_ids"]) for record in records]),
+            cu_seqlens=torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(),
+            pair_ids=torch.tensor([record["pair_id"] for record in records]),
+        )

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from dpop_kernels import ScoringHead, needs_reference
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.pair_loss import pair_loss_terms
-from dpop_trainer.batches import PairCollator, with_lengths
-from dpop_trainer.batches.choose_layout import ScoredModel, choose_layout, forward_inputs, laid_out
+from dpop_trainer.batches import Batch, PairCollator, with_lengths
+from dpop_trainer.batches.choose_layout import choose_layout, laid_out
 from dpop_trainer.batches.flat_attention import use_flat_attention
-from dpop_trainer.batches.shares import FILLER_KEY
+from dpop_trainer.batches.scoring import ScoredModel, forward_inputs
 from dpop_trainer.data import SkippedRecords
 from dpop_trainer.data.stream import first_records
 from dpop_trainer.models.loading import Policy, disable_dropout, prepare_policy
@@ -201,32 +201,28 @@ class DPOPTrainer(BudgetTrainer):
                 )
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
 
-    def num_items(self, batch: Mapping[str, Any]) -> int:
-        return batch["pair_ids"].shape[0]
+    def num_items(self, batch: Batch) -> int:
+        return batch.pair_ids.shape[0]
 
     def token_counts(self, batch):
-        logical, computed = batch["token_counts"]
+        logical, computed = batch.token_counts
         return {"num_tokens": logical, "num_computed_tokens": computed}
 
     def item_losses(self, model, batch, mode):
         model_inputs = forward_inputs(batch, self.accelerator.unwrap_model(self.model))
         # the reference first: nothing of its forward stays, and so none of the policy's activations lie beside it
         options, ref_logps = self._loss_options(mode), self._reference_logps(batch, model_inputs)
-        logps, stats = self.head.token_logps(
-            model, batch["score_positions"], batch["target_ids"], return_stats=True, **model_inputs
-        )
+        logps, stats = ScoredModel(model, self.head).token_logps(batch, model_inputs, return_stats=True)
         pairs, terms = pair_loss_terms(
             logps,
-            batch["cu_seqlens"],
+            batch.cu_seqlens,
             ref_logps,
             loss_weights=self.args.weights_by_loss(),
             options=options,
             backend=self.args.kernel_backend,
         )
         if mode == "train" and self.state.global_step == 0 and self.reference.is_needed:
-            self.reference.step_zero.add(
-                pairs.chosen_logratios, pairs.rejected_logratios, is_filler=FILLER_KEY in batch
-            )
+            self.reference.step_zero.add(pairs.chosen_logratios, pairs.rejected_logratios, is_filler=batch.is_filler)
         self._pair_values = {
             "loss": pairs.losses.detach(),
             "chosen_logps": pairs.chosen_logps,
@@ -242,7 +238,7 @@ class DPOPTrainer(BudgetTrainer):
                 has_reference=self.reference.is_needed,
             ),
             **loss_metrics(terms, options),
-            **token_metrics(stats, batch["cu_seqlens"]),
+            **token_metrics(stats, batch.cu_seqlens),
             **layout_metrics(batch, max_positions=self.args.max_tokens_per_batch if mode == "train" else None),
         }
         is_bad = ~torch.isfinite(pairs.losses.detach() + pairs.margins + pairs.chosen_logratios)
@@ -284,7 +280,7 @@ class DPOPTrainer(BudgetTrainer):
             return self.args.loss_options()
         return self.args.loss_options(self.args.lambda_at(self.state.global_step, self.state.max_steps))
 
-    def _reference_logps(self, batch: dict[str, Any], model_inputs: dict[str, Any]) -> Tensor:
+    def _reference_logps(self, batch: Batch, model_inputs: dict[str, Any]) -> Tensor:
         return self.reference.segment_logps(batch, model_inputs)
 
     def _precompute_reference(self) -> None:

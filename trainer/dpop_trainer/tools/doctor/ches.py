@@ -13,19 +13,16 @@ Source: Razin et al. 2024, arXiv:2410.08847, Definition 2 (CHES); the length-nor
 section 6 filters data.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from dpop_kernels import ScoringHead
-from dpop_trainer.batches import PairCollator
-from dpop_trainer.batches.collate import model_inputs
+from dpop_trainer.batches.scoring import answer_batches, scoring
 from dpop_trainer.models.positions import check_positions
 
 
@@ -85,7 +82,6 @@ def ches_score(chosen_hidden_states: Tensor, rejected_hidden_states: Tensor) -> 
     return Ches(float(chosen @ (rejected - chosen)), float(mean_chosen @ (mean_rejected - mean_chosen)))
 
 
-@torch.no_grad()
 def score_pairs(
     model: Any, dataset: Dataset, *, pad_token_id: int, batch_size: int = 8, desc: str | None = "Scoring pairs"
 ) -> ModelScores:
@@ -102,32 +98,21 @@ def score_pairs(
         ValueError: a pair has more tokens than the model has learned positions.
     """
     check_positions(model, dataset)
-    collator = PairCollator(pad_token_id=pad_token_id, prefix_sharing=False)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    captured: list[Tensor] = []
-    head = ScoringHead(model)
-    hook = _output_layer(model).register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     rows: list[tuple[float, ...]] = []
-    try:
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
-        for batch in tqdm(loader, desc=desc, disable=desc is None):
-            bounds, pair_ids = batch["cu_seqlens"].tolist(), batch["pair_ids"].tolist()
-            batch = {key: value.to(device) for key, value in batch.items()}
-            inputs = model_inputs(batch)
-            logps = head.token_logps(model, batch["score_positions"], batch["target_ids"], **inputs).double()
+    with scoring(model) as scored, _head_inputs(model) as captured:
+        device = next(model.parameters()).device
+        for batch in answer_batches(
+            dataset, pad_token_id=pad_token_id, batch_size=batch_size, device=device, desc=desc
+        ):
+            logps = scored.token_logps(batch).double()
             hidden_states = captured.pop()
-            scored = hidden_states.reshape(-1, hidden_states.shape[-1])[batch["score_positions"]]
-            for b, pair_id in enumerate(pair_ids):  # segments: shared (empty), chosen, rejected
+            predictors = hidden_states.reshape(-1, hidden_states.shape[-1])[batch.score_positions]
+            bounds = batch.cu_seqlens.tolist()
+            for b, pair_id in enumerate(batch.pair_ids.tolist()):  # segments: shared (empty), chosen, rejected
                 _, chosen, rejected, end = bounds[3 * b : 3 * b + 4]
-                score = ches_score(scored[chosen:rejected], scored[rejected:end])
+                score = ches_score(predictors[chosen:rejected], predictors[rejected:end])
                 sums = logps[chosen:rejected].sum(), logps[rejected:end].sum()
                 rows.append((pair_id, float(sums[0]), float(sums[1]), rejected - chosen, end - rejected, *score))
-    finally:
-        hook.remove()
-        head.remove()
-        model.train(was_training)
     columns = np.array(rows, np.float64).reshape(len(rows), len(ModelScores._fields)).T
     integers = {"rows", "chosen_tokens", "rejected_tokens"}
     return ModelScores(
@@ -151,7 +136,14 @@ def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def _output_layer(model: Any) -> nn.Module:
+@contextmanager
+def _head_inputs(model: Any) -> Iterator[list[Tensor]]:
+    """What the model's head is given from here on, forward by forward."""
     layer = model.get_output_embeddings()
     assert layer is not None  # ScoringHead has refused such a model
-    return layer
+    captured: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    try:
+        yield captured
+    finally:
+        hook.remove()

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
-from dpop_trainer.batches import Budget, BudgetBatchSampler, PairCollator, pair_units
+from dpop_trainer.batches import Batch, Budget, BudgetBatchSampler, PairCollator, pair_units
 from dpop_trainer.batches.budget import Unit
 from dpop_trainer.batches.layouts import longest_sequence, tree_length
 from dpop_trainer.data.pair_tree import PairTree
@@ -65,9 +63,9 @@ class BatchSetting:
 class Batches:
     """What matters of an epoch's batches."""
 
-    largest: dict[str, Tensor]
+    largest: Batch
     """The most positions that a batch can have: of the longest pairs together."""
-    typical: dict[str, Tensor]
+    typical: Batch
     """One with about the mean number of positions."""
     scale: float
     """Mean positions over the typical batch's."""
@@ -98,21 +96,21 @@ def make_batches(pairs: Pairs, setting: BatchSetting, *, seed: int = 0) -> Batch
         pairs_per_batch = float(setting.num_pairs)
     else:
         chosen = _batches_of_budget(records, setting, seed)
-        largest = max(chosen, key=lambda batch: collate(batch)["input_ids"].numel())
+        largest = max(chosen, key=lambda batch: collate(batch).input_ids.numel())
         pairs_per_batch = sum(map(len, chosen)) / len(chosen)
         sampled = chosen[: 2 * NUM_SAMPLED]
     batches = [collate(batch) for batch in sampled]
-    mean = sum(batch["input_ids"].numel() for batch in batches) / len(batches)
-    typical = min(batches, key=lambda batch: abs(batch["input_ids"].numel() - mean))
-    tokens = sum(float(batch["token_counts"][1]) for batch in batches) / len(batches)
+    mean = sum(batch.input_ids.numel() for batch in batches) / len(batches)
+    typical = min(batches, key=lambda batch: abs(batch.input_ids.numel() - mean))
+    tokens = sum(float(batch.token_counts[1]) for batch in batches) / len(batches)
     return Batches(
         largest=collate(largest),
         typical=typical,
-        scale=mean / typical["input_ids"].numel(),
+        scale=mean / typical.input_ids.numel(),
         pairs_per_batch=pairs_per_batch,
         positions=mean,
         padding=1 - tokens / mean,
-        scored=sum(batch["target_ids"].shape[0] for batch in batches) / len(batches),
+        scored=sum(batch.target_ids.shape[0] for batch in batches) / len(batches),
     )
 
 

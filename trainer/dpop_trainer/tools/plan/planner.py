@@ -1,14 +1,13 @@
 """A run as it is configured, and what any setting of it takes: memory of a device, time and cost of an epoch."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 
+from dpop_trainer.batches import Batch
 from dpop_trainer.batches.choose_layout import flat_obstacle, tree_obstacle
 from dpop_trainer.batches.flat_attention import BLOCK_SIZE
 from dpop_trainer.tools.plan.batches import Batches, BatchSetting, Pairs, make_batches
@@ -94,7 +93,7 @@ class Outcome:
 
     def logits_bytes(self, vocab_size: int) -> float:
         """What logits would add: three tensors of theirs in fp32, as in a trainer that makes them of whole rows."""
-        return 3.0 * 4 * self.batches.largest["input_ids"].numel() * vocab_size
+        return 3.0 * 4 * self.batches.largest.input_ids.numel() * vocab_size
 
 
 @dataclass
@@ -162,7 +161,7 @@ class Planner:
             in_compute_dtype=is_split,
         )
         cost = self._cost(choice.bits, setting, batches.largest, is_flat=layout == "flat")
-        typical, scale = cost, batches.positions / batches.largest["input_ids"].numel()
+        typical, scale = cost, batches.positions / batches.largest.input_ids.numel()
         if exact_time:
             typical = self._cost(choice.bits, setting, batches.typical, is_flat=layout == "flat")
             scale = batches.scale
@@ -213,9 +212,9 @@ class Planner:
             self._batches[setting] = make_batches(run.pairs, setting, seed=run.seed)
         return self._batches[setting]
 
-    def _cost(self, bits: int | None, setting: StepSetting, batch: Mapping[str, Tensor], *, is_flat: bool) -> StepCost:
+    def _cost(self, bits: int | None, setting: StepSetting, batch: Batch, *, is_flat: bool) -> StepCost:
         shapes = tuple((name, tuple(value.shape)) for name, value in batch.items() if name != "cu_seqlens")
-        ends = batch["trie_ends"].numpy().tobytes() if is_flat else bool(batch["attention_mask"].all())
+        ends = batch["trie_ends"].numpy().tobytes() if is_flat else bool(batch.attention_mask.all())
         key = bits, setting, shapes, ends
         if key not in self._costs:
             self._costs[key] = step_cost(

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from dpop_trainer.batches.choose_layout import forward_inputs
+from dpop_trainer.batches import Batch
 from dpop_trainer.batches.flat_attention import runs
+from dpop_trainer.batches.scoring import forward_inputs
 from dpop_trainer.settings.renamed import enable_checkpointing
 from dpop_trainer.tools.plan.flat_on_paper import PAPER_ATTENTION, flat_row_on_paper
 from dpop_trainer.tools.plan.paper_model import ModelSetting, Sizes, build, decoder_layers, on_paper
@@ -89,7 +90,7 @@ def step_cost(
     sizes: Sizes,
     model: ModelSetting,
     setting: StepSetting,
-    batch: Mapping[str, Tensor],
+    batch: Batch,
     *,
     is_flat: bool,
 ) -> StepCost:
@@ -126,7 +127,7 @@ def step_cost(
     return StepCost(moments, flop)
 
 
-def _run(model: Any, setting: StepSetting, batch: Mapping[str, Tensor], *, is_flat: bool, sizes: Sizes) -> StepCost:
+def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes: Sizes) -> StepCost:
     """A model of the meta device through one step."""
     mode = FakeTensorMode()
     if setting.in_compute_dtype and setting.autocast is not None:
@@ -142,14 +143,14 @@ def _run(model: Any, setting: StepSetting, batch: Mapping[str, Tensor], *, is_fl
         if isinstance(model, PeftModel):
             model.enable_input_require_grads()
     model.train()
-    has_padding = not bool(batch["attention_mask"].all())
+    has_padding = not bool(batch.attention_mask.all())
     row = contextlib.nullcontext()
     if is_flat:  # the backward of a checkpoint attends again
         row = flat_row_on_paper(runs(batch["trie_ends"].flatten().tolist()), on_gpu=setting.on_gpu)
     with mode, grouped_experts(), row:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        head = PaperHead(base, on_gpu=setting.on_gpu, num_scored=batch["target_ids"].shape[0])
-        inputs = {key: torch.empty(value.shape, dtype=value.dtype) for key, value in batch.items()}
+        head = PaperHead(base, on_gpu=setting.on_gpu, num_scored=batch.target_ids.shape[0])
+        inputs = Batch({key: torch.empty(value.shape, dtype=value.dtype) for key, value in batch.items()})
         known: list[Tensor] = [*model.parameters(), *model.buffers(), *inputs.values()]
         if setting.accumulates:
             for parameter in trained:
@@ -180,7 +181,7 @@ class _Step:
     has_padding: bool
     is_flat: bool
 
-    def forward(self, tape: Tape, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, tape: Tape, batch: Batch) -> Tensor:
         """Reference and policy, in the trainer's order -> the loss."""
         setting = self.setting
         autocast = contextlib.nullcontext()
@@ -195,15 +196,12 @@ class _Step:
             tape.enter("forward")
             return self.head.token_logps(self.model, **inputs).sum()
 
-    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
         if self.is_flat:
-            return {
-                "input_ids": batch["input_ids"],
-                "position_ids": batch["position_ids"],
-                "attention_mask": batch["trie_ends"][:, None, None, :],
-            }
+            assert batch.trie_ends is not None
+            return batch.model_inputs(batch.trie_ends[:, None, None, :])
         inputs = forward_inputs(batch, self.model)
-        if "trie_ends" not in batch and not self.has_padding:  # which transformers sees, and makes no mask
+        if batch.trie_ends is None and not self.has_padding:  # which transformers sees, and makes no mask
             del inputs["attention_mask"]
         return inputs
 
