@@ -193,7 +193,7 @@ def flex_without_compiler(monkeypatch):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"gpt2"}))
 def test_a_flat_row_under_a_block_mask_is_rows(name, flex_without_compiler, monkeypatch):
-    monkeypatch.setattr("dpop_trainer.batches.choose_layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
+    monkeypatch.setattr("dpop_trainer.batches.scoring.flat_mask", lambda ends: block_mask(ends, compiled=False))
     model = family(name)
     records = edge_pairs() + siblings()
     rows = PairCollator(pad_token_id=PAD)
@@ -381,7 +381,7 @@ def test_code_that_takes_no_attention_of_ours_runs_trees(caplog, monkeypatch):
 
 def test_a_model_that_takes_no_block_mask_runs_trees(caplog, monkeypatch):
     # GPT-2's forward asks the mask for its number of dimensions, which a BlockMask does not tell
-    monkeypatch.setattr("dpop_trainer.batches.choose_layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
+    monkeypatch.setattr("dpop_trainer.batches.scoring.flat_mask", lambda ends: block_mask(ends, compiled=False))
     model = family("gpt2")
     assert choose(model) == "auto"
     assert attention(model) == "sdpa"
@@ -408,7 +408,7 @@ def test_a_flat_attention_without_a_backward_is_found_out(flex_without_compiler,
         return NoBackward.apply(states), nothing
 
     monkeypatch.setattr(flat_attention, "flex_attention_forward", without_backward)
-    monkeypatch.setattr("dpop_trainer.batches.choose_layout.flat_mask", lambda ends: block_mask(ends, compiled=False))
+    monkeypatch.setattr("dpop_trainer.batches.scoring.flat_mask", lambda ends: block_mask(ends, compiled=False))
     model = family("llama")
     assert choose(model) == "auto"
     assert attention(model) == "sdpa"

@@ -16,7 +16,7 @@ from dpop_trainer.data import SkippedRecords
 from dpop_trainer.models.loading import prepare_policy
 from dpop_trainer.settings.config import SFTConfig
 from dpop_trainer.training.base import HeadTrainer
-from dpop_trainer.training.split_preparation import check_streams, tokenise_for_training
+from dpop_trainer.training.split_preparation import Preparation, check_streams
 
 
 class SFTTrainer(HeadTrainer):
@@ -58,29 +58,19 @@ class SFTTrainer(HeadTrainer):
         policy = prepare_policy(
             model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
         )
-        data_metrics: dict[str, float] = {}
-        skipped = SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0)
-
-        def tokenise(dataset: Any, name: str, *, repeat: bool = False) -> Any:
-            if isinstance(dataset, Mapping):
-                return {part_name: tokenise(part, part_name) for part_name, part in dataset.items()}
-            return tokenise_for_training(
-                dataset,
-                name,
-                policy,
-                args,
-                data_metrics,
-                keep_identical=True,
-                skipped=skipped,
-                completions=True,
-                repeat=repeat,
-            )
-
-        train_dataset, eval_dataset = tokenise(train_dataset, "train", repeat=True), tokenise(eval_dataset, "eval")
+        preparation = Preparation(
+            policy=policy,
+            args=args,
+            keep_identical=True,
+            skipped=SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0),
+            completions=True,
+        )
+        train_dataset = preparation.split(train_dataset, "train", repeat=True)
+        eval_dataset = preparation.split(eval_dataset, "eval")
         super().__init__(
             policy.model,
             args,
-            data_metrics=data_metrics,
+            data_metrics=preparation.counts,
             run_config=run_config,
             data_collator=CompletionCollator(policy.tokenizer.pad_token_id, args.pad_to_multiple_of),  # type: ignore[arg-type]
             train_dataset=train_dataset,

@@ -1,16 +1,23 @@
-"""A split of pairs made ready for training: checked against the configuration, tokenised, counted."""
+"""The splits of a run made ready for training: checked against the configuration, tokenised, counted."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
+
+from dpop_trainer.batches import with_lengths
 from dpop_trainer.data import SkippedRecords, TokenisedStream, tokenise_pairs
 from dpop_trainer.data.records import BadRecord
 from dpop_trainer.data.stream import as_stream, is_stream
 from dpop_trainer.models.loading import Policy
 from dpop_trainer.models.positions import usable_positions
-from dpop_trainer.settings.config import HeadConfig
+from dpop_trainer.settings.config import DPOPConfig, HeadConfig
 
 logger = logging.getLogger(__name__)
+
+_SAMPLED_BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 def check_streams(args: HeadConfig, train_dataset: Any, *eval_datasets: Any) -> None:
@@ -42,73 +49,87 @@ def check_streams(args: HeadConfig, train_dataset: Any, *eval_datasets: Any) -> 
         )
 
 
-def tokenise_for_training(
-    dataset: Any,
-    name: str,
-    policy: Policy,
-    args: HeadConfig,
-    data_metrics: dict[str, float],
-    *,
-    keep_identical: bool,
-    skipped: SkippedRecords | None = None,
-    completions: bool = False,
-    repeat: bool = False,
-) -> Any:
-    """Tokenise a split as the configuration says, tell what became of its pairs, and add the counts to data_metrics.
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How a run makes pairs ready to train on or to be evaluated on; the same for each of its splits."""
 
-    Args:
-        dataset: pairs in any form, rows of `read_pairs`, or a stream of either, which is tokenised as it is read.
-        name: of the split, in messages and counts: "train", "eval", or an evaluation set's name.
-        policy: whose tokenizer and vocabulary are used.
-        args: the configuration.
-        data_metrics: is given the counts; those of a stream are logged as it runs.
-        keep_identical: keep pairs whose two answers have the same tokens.
-        skipped: is given the records that are left out.
-        completions: take prompt and completion too.
-        repeat: a stream begins anew when it ends.
+    policy: Policy
+    """Whose tokenizer and vocabulary are used."""
+    args: HeadConfig
+    keep_identical: bool
+    """Keep pairs whose two answers have the same tokens."""
+    skipped: SkippedRecords
+    """Is given the records that are left out."""
+    completions: bool = False
+    """Take prompt and completion too."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """What became of the pairs of the splits made ready so far. A stream's are logged as it runs."""
 
-    Returns:
-        A tokenised Dataset or `TokenisedStream`; None for None.
+    def split(self, dataset: Any, name: str, *, repeat: bool = False) -> Any:
+        """Tokenise a split as the configuration says, and tell what became of its pairs.
 
-    Raises:
-        ValueError: the data cannot be used: what, where, and the remedy.
-    """
-    if dataset is None:
-        return None
-    max_positions = usable_positions(policy.model, args.pad_to_multiple_of)  # type: ignore[arg-type]
-    if is_stream(dataset):
+        Args:
+            dataset: pairs in any form, rows of `read_pairs`, or a stream of either, which is tokenised as it is read;
+                several of them by name.
+            name: of the split, in messages and counts: "train", "eval". Of several each has its own.
+            repeat: a stream begins anew when it ends.
+
+        Returns:
+            A tokenised Dataset or `TokenisedStream`, several of them by name, or None for None.
+
+        Raises:
+            ValueError: the data cannot be used: what, where, and the remedy.
+        """
+        if dataset is None:
+            return None
+        if isinstance(dataset, Mapping):
+            return {part_name: self.split(part, part_name) for part_name, part in dataset.items()}
+        return self._streamed(dataset, name, repeat) if is_stream(dataset) else self._tokenised(dataset, name)
+
+    def _streamed(self, dataset: Any, name: str, repeat: bool) -> TokenisedStream:
         return TokenisedStream(
-            as_stream(dataset, completions=completions),
-            policy.tokenizer,
+            as_stream(dataset, completions=self.completions),
+            self.policy.tokenizer,
             name=name,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
-            keep_identical=keep_identical,
-            vocab_size=policy.vocab_size,
-            max_positions=max_positions,
-            on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
-            skipped=skipped,
+            skipped=self.skipped,
             repeat=repeat,
+            **self._options(),
         )
 
-    def on_skipped(bad_records: list[BadRecord]) -> None:
-        if skipped is not None and args.process_index == 0:
-            skipped.add(name, bad_records)
+    def _tokenised(self, dataset: Any, name: str) -> Dataset:
+        args = self.args
 
-    with args.main_process_first(desc="tokenising"):  # the others find its work in the cache
-        dataset, counts = tokenise_pairs(
-            dataset,
-            policy.tokenizer,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
-            num_proc=args.dataset_num_proc,
-            keep_identical=keep_identical,
-            vocab_size=policy.vocab_size,
-            max_positions=max_positions,
-            on_bad_record=args.on_bad_record,  # type: ignore[arg-type]
-            on_skipped=on_skipped,
-            completions=completions,
-        )
-    logger.warning("%s data: %s", name, counts.summary())
-    data_metrics.update({f"{name}_{key}": value for key, value in counts.as_metrics().items()})
-    return dataset
+        def on_skipped(bad_records: list[BadRecord]) -> None:
+            if args.process_index == 0:
+                self.skipped.add(name, bad_records)
+
+        with args.main_process_first(desc="tokenising"):  # the others find its work in the cache
+            tokenised, counts = tokenise_pairs(
+                dataset,
+                self.policy.tokenizer,
+                num_proc=args.dataset_num_proc,
+                on_skipped=on_skipped,
+                completions=self.completions,
+                **self._options(),
+            )
+        logger.warning("%s data: %s", name, counts.summary())
+        self.counts.update({f"{name}_{key}": value for key, value in counts.as_metrics().items()})
+        return self._with_lengths(tokenised)
+
+    def _with_lengths(self, dataset: Dataset) -> Dataset:
+        """Pairs that are batched by length bring it along, in the column that transformers' samplers read."""
+        args = self.args
+        if not isinstance(args, DPOPConfig) or args.train_sampling_strategy not in _SAMPLED_BY_LENGTH:
+            return dataset
+        return with_lengths(dataset, args.length_column_name, prefix_sharing=args.prefix_sharing)
+
+    def _options(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+            "keep_identical": self.keep_identical,
+            "vocab_size": self.policy.vocab_size,
+            "max_positions": usable_positions(self.policy.model, args.pad_to_multiple_of),  # type: ignore[arg-type]
+            "on_bad_record": args.on_bad_record,
+        }

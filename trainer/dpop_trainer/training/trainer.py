@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from dpop_kernels import ScoringHead, needs_reference
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.pair_loss import pair_loss_terms
-from dpop_trainer.batches import Batch, PairCollator, with_lengths
+from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.choose_layout import choose_layout, laid_out
 from dpop_trainer.batches.flat_attention import use_flat_attention
 from dpop_trainer.batches.scoring import ScoredModel, forward_inputs
@@ -29,7 +29,7 @@ from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.model_paths import check_local_path
 from dpop_trainer.training.budget_batches import BudgetTrainer
 from dpop_trainer.training.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
-from dpop_trainer.training.split_preparation import tokenise_for_training
+from dpop_trainer.training.split_preparation import Preparation
 from dpop_trainer.training.trainer_checks import check_arguments, check_form, warn_of_router_loss
 from dpop_trainer.training.watch import ChosenWatch
 
@@ -101,15 +101,14 @@ class DPOPTrainer(BudgetTrainer):
                 "PeftModel.from_pretrained(..., is_trainable=True)."
             )
         warn_of_router_loss(policy.model)
-        self._policy = policy
-        data_metrics: dict[str, float] = {}
-        skipped = SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0)
-        self._skipped = skipped
-
-        def tokenise(dataset: Any, name: str, *, repeat: bool = False) -> Any:
-            return _tokenised(dataset, name, policy, args, data_metrics, skipped, repeat=repeat)
-
-        train_dataset, eval_dataset = tokenise(train_dataset, "train", repeat=True), tokenise(eval_dataset, "eval")
+        self._preparation = Preparation(
+            policy=policy,
+            args=args,
+            keep_identical=args.keep_identical,
+            skipped=SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0),
+        )
+        train_dataset = self._preparation.split(train_dataset, "train", repeat=True)
+        eval_dataset = self._preparation.split(eval_dataset, "eval")
         parts = _parts(train_dataset, eval_dataset)
         is_missing = needs_reference(args.loss_type) and not all(has_reference_columns(part) for part in parts)
         if ref_model is not None and not is_missing:
@@ -143,7 +142,7 @@ class DPOPTrainer(BudgetTrainer):
         super().__init__(
             policy.model,
             args,
-            data_metrics=data_metrics,
+            data_metrics=self._preparation.counts,
             run_config=run_config,
             data_collator=data_collator or _collator(policy, args),
             train_dataset=train_dataset,
@@ -193,7 +192,7 @@ class DPOPTrainer(BudgetTrainer):
             return metrics
         if isinstance(eval_dataset, Dataset):
             check_form("eval_dataset", eval_dataset)
-            eval_dataset = _tokenised(eval_dataset, metric_key_prefix, self._policy, self.args, {}, self._skipped)
+            eval_dataset = self._preparation.split(eval_dataset, metric_key_prefix)
             if self.reference.is_needed and not (has_reference_columns(eval_dataset) or self.reference.has_model):
                 raise ValueError(
                     "eval_dataset: expected the columns ref_chosen_logps and ref_rejected_logps, since this run took "
@@ -301,33 +300,6 @@ def default_output_dir(model: Any) -> str:
     """Where a run goes that has no configuration: "<the model's name>-DPOP"."""
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     return f"{Path(name).name or type(model).__name__}-DPOP"
-
-
-def _tokenised(
-    dataset: Any,
-    name: str,
-    policy: Policy,
-    args: DPOPConfig,
-    data_metrics: dict[str, float],
-    skipped: SkippedRecords,
-    *,
-    repeat: bool = False,
-) -> Any:
-    if isinstance(dataset, Mapping):
-        return {key: _tokenised(part, key, policy, args, data_metrics, skipped) for key, part in dataset.items()}
-    dataset = tokenise_for_training(
-        dataset,
-        name,
-        policy,
-        args,
-        data_metrics,
-        keep_identical=args.keep_identical,
-        skipped=skipped,
-        repeat=repeat,
-    )
-    if not isinstance(dataset, Dataset) or args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
-        return dataset
-    return with_lengths(dataset, args.length_column_name, prefix_sharing=args.prefix_sharing)
 
 
 def _collator(policy: Policy, args: DPOPConfig) -> PairCollator:
