@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from dpop_trainer.batches import Layout, PairCollator
@@ -24,6 +23,7 @@ from dpop_trainer.batches.flat_attention import (
     use_flat_attention,
 )
 from dpop_trainer.batches.scoring import ScoredModel, attention_of, mask_dtype
+from dpop_trainer.models.adapters import base_model
 from dpop_trainer.models.quantised import computed_in
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def choose_layout(
     for model, _ in models:
         # of an earlier run; what this one needs is set anew, and in all models
         if attention_of(model) == FLAT_ATTENTION:
-            _base_model(model).set_attn_implementation("sdpa")
+            base_model(model).set_attn_implementation("sdpa")
     if asked == "rows":
         return "rows"
     is_absent = any(p.is_meta or not p.numel() for model, _ in models for p in model.parameters())
@@ -117,7 +117,7 @@ def tree_obstacle(model: nn.Module, *, max_length: int | None = None) -> str | N
         model: a causal LM, or a peft model around one.
         max_length: of prompt + answer in tokens. A sliding window no shorter than this hides nothing.
     """
-    base = _base_model(model)
+    base = base_model(model)
     config, attention = base.config.get_text_config(), attention_of(model)
     if attention not in ("sdpa", "eager", FLAT_ATTENTION):
         return f"attn_implementation {attention!r} takes no mask of its own (sdpa and eager do)"
@@ -201,7 +201,7 @@ def _obstacle_of_probe(
     if obstacle is not None:
         for (model, _), attention in zip(models, before, strict=True):
             if attention_of(model) != attention:
-                _base_model(model).set_attn_implementation(attention)
+                base_model(model).set_attn_implementation(attention)
     return obstacle
 
 
@@ -245,11 +245,7 @@ def _backward_obstacle(calls: list[AttentionCall], tolerance: float) -> str | No
 
 def _switch_attention(models: list[ScoredModel]) -> None:
     for model, _ in models:
-        use_flat_attention(_base_model(model))
-
-
-def _base_model(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+        use_flat_attention(base_model(model))
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -257,7 +253,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _tolerance(model: Any) -> float:
-    base = _base_model(model)
+    base = base_model(model)
     widest = max(_TOLERANCES.values())
     if base.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         found = _TF32_TOLERANCE

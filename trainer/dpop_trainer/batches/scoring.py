@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -16,6 +15,7 @@ from dpop_trainer.batches.batch import Batch
 from dpop_trainer.batches.collate import PairCollator
 from dpop_trainer.batches.flat_attention import FLAT_ATTENTION, flat_mask
 from dpop_trainer.batches.layouts import trie_mask
+from dpop_trainer.models.adapters import base_model
 
 
 class ScoredModel(NamedTuple):
@@ -87,17 +87,13 @@ def answer_batches(
 
 def attention_of(model: Any) -> str:
     """The attention implementation of a model, under an adapter or not."""
-    return _base_model(model).config.get_text_config()._attn_implementation
+    return base_model(model).config.get_text_config()._attn_implementation
 
 
 def mask_dtype(model: Any) -> torch.dtype:
     """bool for sdpa; eager adds its mask to the scores, in the model's own dtype."""
     if attention_of(model) != "eager":
         return torch.bool
-    dtype = _base_model(model).dtype
+    dtype = base_model(model).dtype
     # weights of 8 bits are computed with in more
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
-
-
-def _base_model(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model

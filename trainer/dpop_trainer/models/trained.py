@@ -1,7 +1,6 @@
 """Models as they are used after training: a folder or hub id, full weights or an adapter on its base, ready to run."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,13 +8,11 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
+from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.loading import load_model
 from dpop_trainer.models.quantised import widened
 from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
-from dpop_trainer.settings.model_paths import check_trained_path
 from dpop_trainer.settings.renamed import without_renaming_warnings
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
@@ -26,40 +23,6 @@ class TrainedModel(NamedTuple):
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-
-
-def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
-    """The base model that an adapter names, by folder or hub id; None where `name_or_path` is a whole model.
-
-    Raises:
-        ValueError: a local path with neither a model nor an adapter, a hub id that cannot be had, or an adapter that
-            names no base.
-    """
-    check_trained_path(name_or_path)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        config_file = path / "adapter_config.json"
-        if not config_file.exists():
-            return None
-    else:
-        found = find_adapter_config_file(name_or_path, revision=revision)
-        if found is None:
-            try:
-                cached_file(name_or_path, "config.json", revision=revision)
-            except OSError as error:
-                raise ValueError(
-                    f"model: expected a folder, or a hub id that the hub or its cache knows, got {name_or_path!r}. "
-                    f"{error}"
-                ) from error
-            return None
-        config_file = Path(found)
-    base = json.loads(config_file.read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"model: expected base_model_name_or_path in {config_file}, found none. Add the base model's hub id or "
-            "folder."
-        )
-    return base
 
 
 def load_trained(

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dpop_trainer.data.records import TOKEN_COLUMNS
+from dpop_trainer.models.adapters import base_model
 from dpop_trainer.reference.adapters import adapter_parameters
 
 # to be raised whenever the same tokens and weights are to give other log-probs than before, or in another form
@@ -70,7 +71,7 @@ def describe_reference(model: Any, *, with_adapter: bool, mixed_precision: str) 
         with_adapter: False for a peft model whose adapter is off: the same as its base without peft.
         mixed_precision: accelerate's name of the autocast that it runs under.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_model(model)
     adapters = {}
     if isinstance(model, PeftModel) and with_adapter:
         adapters = {name: _plain(model.peft_config[name].to_dict(), _ADAPTER_INERT) for name in model.active_adapters}

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload
-from peft import PeftModel
 from transformers import PreTrainedModel
 
+from dpop_trainer.models.adapters import base_model
 from dpop_trainer.models.loading import load_model
 from dpop_trainer.models.quantised import check_bitsandbytes
 
@@ -24,7 +24,7 @@ def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] |
     Raises:
         ValueError: nothing can be loaded from there, or it is to be quantised by bitsandbytes, which is not installed.
     """
-    base: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    base: Any = base_model(policy)
     own = dict(check_init_kwargs(init_kwargs) or {})
     quantization = own.get("quantization_config")
     if isinstance(quantization, dict) and quantization.keys() & {"load_in_4bit", "load_in_8bit"}:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from dpop_trainer.models.adapters import base_model
 from dpop_trainer.reference.adapters import adapter_changes_nothing
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def explanation(setting: Setting) -> str:
 
 def probable_causes(setting: Setting) -> Iterator[str]:
     """What makes the two differ, as far as looking at both can tell: each cause with its remedy."""
-    policy = _base(setting.policy)
+    policy = base_model(setting.policy)
     dropout = active_dropout(setting.policy)
     if dropout is not None:
         yield f"dropout is on in the policy ({dropout}); set disable_dropout"
@@ -140,7 +141,7 @@ def probable_causes(setting: Setting) -> Iterator[str]:
             "start from the adapter"
         )
     if setting.reference is not None:
-        yield from _differences(policy, _base(setting.reference))
+        yield from _differences(policy, base_model(setting.reference))
     if setting.columns == "given":
         yield (
             "the data set's own ref_chosen_logps and ref_rejected_logps are another model's, or stale: made with "
@@ -223,13 +224,9 @@ def _has_trained_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and not adapter_changes_nothing(model)
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def attention_of(model: Any) -> str:
     """The attention implementation of a model, under an adapter or not."""
-    return _base(model).config.get_text_config()._attn_implementation
+    return base_model(model).config.get_text_config()._attn_implementation
 
 
 def _is_quantised(model: Any) -> bool:

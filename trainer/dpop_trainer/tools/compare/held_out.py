@@ -7,8 +7,9 @@ from datasets import Dataset
 
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.measure.pairs_under_model import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
+from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained
-from dpop_trainer.models.trained import TrainedModel, adapter_base, load_trained, load_trained_tokenizer
+from dpop_trainer.models.trained import TrainedModel, load_trained, load_trained_tokenizer
 from dpop_trainer.settings.arguments import arguments_of
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.tools.compare.answers import Answers, Grading, Problem, grade_answers, problems_of

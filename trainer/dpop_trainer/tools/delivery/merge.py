@@ -16,7 +16,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dpop_trainer.models.trained import adapter_base, load_trained
+from dpop_trainer.models.adapters import adapter_base
+from dpop_trainer.models.trained import load_trained
 
 # tokens of the probe on which the run and the saved model are held against each other
 NUM_PROBE_TOKENS = 32

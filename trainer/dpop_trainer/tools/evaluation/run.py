@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
+from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained, check_bitsandbytes, compute_dtype, four_bit_config
-from dpop_trainer.models.trained import TrainedModel, adapter_base, fingerprint, load_trained, read_run_config
+from dpop_trainer.models.trained import TrainedModel, fingerprint, load_trained, read_run_config
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.versions import versions
 from dpop_trainer.tools.evaluation import held_out

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from dpop_trainer.data import read_pairs, tokenise_pairs
 from dpop_trainer.data.edits import edit_regions
 from dpop_trainer.measure.pairs_under_model import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
+from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained
-from dpop_trainer.models.trained import adapter_base, load_trained, read_run_config
+from dpop_trainer.models.trained import load_trained, read_run_config
 from dpop_trainer.report.plots import plot_checkpoints, plot_token_shift
 from dpop_trainer.report.token_text import token_texts
 from dpop_trainer.run_folder.versions import versions

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, set_seed
 
 from dpop_trainer.measure.stop_tokens import stop_token_ids, until_stop
-from dpop_trainer.models.trained import TrainedModel, adapter_base, fingerprint, load_trained, load_trained_tokenizer
+from dpop_trainer.models.adapters import adapter_base
+from dpop_trainer.models.trained import TrainedModel, fingerprint, load_trained, load_trained_tokenizer
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.tools.mtbench.files import Question, append_records, read_answers, read_questions, write_records
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from dpop_trainer.models.adapters import base_model
 from dpop_trainer.models.loading import disable_dropout
 from dpop_trainer.settings.renamed import without_renaming_warnings
 from dpop_trainer.tools.plan.stand_ins import quantise
@@ -128,7 +129,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     Raises:
         ValueError: they are not found.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     expected = base.config.get_text_config().num_hidden_layers
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == expected]
     if not lists:
@@ -172,7 +173,7 @@ def _shortened(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
 
 def _signature(model: Any, layers: list[nn.Module], index: int) -> tuple[Any, ...]:
     """What makes a layer cost what it costs."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     kinds = getattr(base.config.get_text_config(), "layer_types", None)
     shapes = tuple((name, tuple(p.shape)) for name, p in layers[index].named_parameters())
     return type(layers[index]), shapes, None if not kinds else kinds[index]
@@ -210,7 +211,7 @@ def _num_weights(model: nn.Module, name: str, parameter: Tensor) -> int:
 
 def _share_used(model: Any, name: str, parameter: Tensor) -> float:
     """The part of a parameter that one token meets: k of E experts where it stacks experts, else all."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     text = base.config.get_text_config()
     chosen = getattr(text, "num_experts_per_tok", None)
     owner: Any = model.get_submodule(name.rpartition(".")[0])

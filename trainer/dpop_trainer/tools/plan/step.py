@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 from dpop_trainer.batches import Batch
 from dpop_trainer.batches.flat_attention import runs
 from dpop_trainer.batches.scoring import forward_inputs
+from dpop_trainer.models.adapters import base_model
 from dpop_trainer.settings.renamed import enable_checkpointing
 from dpop_trainer.tools.plan.flat_on_paper import PAPER_ATTENTION, flat_row_on_paper
 from dpop_trainer.tools.plan.paper_model import ModelSetting, Sizes, build, decoder_layers, on_paper
@@ -135,7 +136,7 @@ def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(setting.autocast)
     on_paper(model, mode)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_model(model)
     if is_flat:
         base.set_attn_implementation(PAPER_ATTENTION)
     if setting.checkpointing:

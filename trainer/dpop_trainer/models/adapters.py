@@ -1,0 +1,88 @@
+"""Adapters: the model under one in memory, and the base that one in a folder or on the hub names."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from dpop_trainer.settings.model_paths import check_trained_path
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+# of from_pretrained's arguments: what finds a file on the hub
+_WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def base_model(model: Any) -> Any:
+    """The causal LM itself: what peft has wrapped, or the model where it has not. An adapter's layers stay in it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def has_adapter_inside(model: nn.Module) -> bool:
+    """Whether layers of a model that is no peft model are an adapter's: transformers put it in, or peft's wrapper is
+    off it."""
+    if isinstance(model, PeftModel):
+        return False
+    return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
+
+
+def find_adapter_base(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> str | None:
+    """The base model that an adapter names, by folder or hub id; None where there is no adapter.
+
+    Args:
+        name_or_path: folder or hub id.
+        init_kwargs: from_pretrained's; those that find a file on the hub are heeded.
+
+    Raises:
+        ValueError: the adapter names no base, or one that is an adapter itself.
+    """
+    path = Path(name_or_path).expanduser()
+    config_file: Path | None
+    if path.is_dir():
+        config_file = path / ADAPTER_CONFIG
+        config_file = config_file if config_file.exists() else None
+    else:
+        where = {key: value for key, value in (init_kwargs or {}).items() if key in _WHERE}
+        found = find_adapter_config_file(name_or_path, **where)
+        config_file = None if found is None else Path(found)
+    if config_file is None:
+        return None
+    base = json.loads(config_file.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"model: expected base_model_name_or_path in {config_file}, found none. Add the base model's hub id or "
+            "folder."
+        )
+    if (Path(base).expanduser() / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"model: expected an adapter on a whole model, got {name_or_path!r}, whose base {base!r} is an adapter "
+            "itself: peft would put the one in place of the other. Merge that one with `dpop export`, and name the "
+            f"merged model as base_model_name_or_path in {config_file}."
+        )
+    return base
+
+
+def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
+    """As `find_adapter_base`; None is a whole model that is there.
+
+    Raises:
+        ValueError: a local path with neither a model nor an adapter, a hub id that cannot be had, or an adapter that
+            names no base, or one that is an adapter itself.
+    """
+    check_trained_path(name_or_path)
+    base = find_adapter_base(name_or_path, {"revision": revision})
+    if base is None and not Path(name_or_path).expanduser().is_dir():
+        try:
+            cached_file(name_or_path, "config.json", revision=revision)
+        except OSError as error:
+            raise ValueError(
+                f"model: expected a folder, or a hub id that the hub or its cache knows, got {name_or_path!r}. {error}"
+            ) from error
+    return base
