@@ -12,9 +12,7 @@ from torch import nn
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from dpop_trainer.settings.model_paths import check_trained_path
-
-ADAPTER_CONFIG = "adapter_config.json"
+from dpop_trainer.settings.model_paths import ADAPTER_CONFIG, check_trained_path, is_adapter_folder
 
 # of from_pretrained's arguments: what finds a file on the hub
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -60,7 +58,7 @@ def find_adapter_base(name_or_path: str, init_kwargs: Mapping[str, Any] | None =
             f"model: expected base_model_name_or_path in {config_file}, found none. Add the base model's hub id or "
             "folder."
         )
-    if (Path(base).expanduser() / ADAPTER_CONFIG).exists():
+    if is_adapter_folder(base):
         raise ValueError(
             f"model: expected an adapter on a whole model, got {name_or_path!r}, whose base {base!r} is an adapter "
             "itself: peft would put the one in place of the other. Merge that one with `dpop export`, and name the "

@@ -8,10 +8,16 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpop_trainer.models.quantised import make_trainable
-from dpop_trainer.models.tokenizer_loading import load_chat_template, load_tokenizer, prepare_tokenizer
+from dpop_trainer.models.adapters import find_adapter_base, has_adapter_inside
+from dpop_trainer.models.quantised import make_trainable, widened
+from dpop_trainer.models.tokenizer_loading import (
+    load_chat_template,
+    load_tokenizer,
+    load_trained_tokenizer,
+    prepare_tokenizer,
+)
 from dpop_trainer.settings.config import HeadConfig
-from dpop_trainer.settings.model_paths import check_local_path
+from dpop_trainer.settings.model_paths import adapter_on_adapter, check_model_path
 from dpop_trainer.settings.renamed import without_renaming_warnings
 
 logger = logging.getLogger(__name__)
@@ -33,10 +39,10 @@ def prepare_policy(
     quantization_config: Any = None,
     peft_config: PeftConfig | None = None,
 ) -> Policy:
-    """Load what is given by name and put the adapter on.
+    """Load what is given by name and put the adapter on. An adapter by name is loaded on its base, to be trained on.
 
     Args:
-        model: a causal LM, a peft model, or the name or path of one.
+        model: a causal LM, a peft model, or the name or path of one or of an adapter.
         tokenizer: by default loaded from the model's name or path, at the same revision.
         args: the configuration. Where the model is given by name, `model_init_kwargs` go to `from_pretrained`, and the
             dtype is float32 unless they say another, as in TRL: a small learning rate is lost in weights of 16 bits.
@@ -47,18 +53,29 @@ def prepare_policy(
         ValueError: something cannot be loaded, or an adapter is asked for on a model that has one.
     """
     kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    base = None
     if isinstance(model, str):
         kwargs.setdefault("dtype", torch.float32)
         kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        check_model_path(model)
+        base = find_adapter_base(model, kwargs)
+        if base is not None and peft_config is not None:
+            raise ValueError(adapter_on_adapter(model))
     else:
         _check_loaded(kwargs, quantization_config)
+        _check_no_adapter_inside(model)
     if tokenizer is None:
         name = model if isinstance(model, str) else model.config._name_or_path
-        tokenizer = load_tokenizer(name, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
+        options: Any = {"revision": kwargs.get("revision"), "trust_remote_code": args.trust_remote_code}
+        tokenizer = load_tokenizer(name, **options) if base is None else load_trained_tokenizer(name, base, **options)
     prepare_tokenizer(tokenizer, args.pad_token)
     if args.chat_template_path is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template_path)
-    loaded: Any = load_model(model, kwargs, quantization_config) if isinstance(model, str) else model
+    loaded: Any = model
+    if isinstance(model, str) and base is not None:
+        loaded = load_adapter(model, base, kwargs, quantization_config, is_trainable=True)
+    elif isinstance(model, str):
+        loaded = load_model(model, kwargs, quantization_config)
     make_trainable(loaded)
     if peft_config is not None:
         if not isinstance(peft_config, PeftConfig):
@@ -74,10 +91,8 @@ def prepare_policy(
     return Policy(loaded, tokenizer, loaded.get_input_embeddings().weight.shape[0])
 
 
-def load_model(
-    name_or_path: str, init_kwargs: dict[str, Any] | None = None, quantization_config: Any = None
-) -> PreTrainedModel:
-    """A causal LM from a hub id or a local folder.
+def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, quantization_config: Any = None) -> Any:
+    """A causal LM from a hub id or a local folder; of an adapter a peft model, the adapter on its base, frozen.
 
     Raises:
         ValueError: nothing can be loaded from there (says what was tried), or an argument is of no use.
@@ -92,13 +107,67 @@ def load_model(
                 "quantization_config: expected it once, got it as an argument and in model_init_kwargs. Remove one."
             )
         kwargs["quantization_config"] = quantization_config
-    check_local_path(name_or_path, "config.json")
+    check_model_path(name_or_path)
+    base = find_adapter_base(name_or_path, kwargs)
+    if base is not None:
+        return load_adapter(name_or_path, base, init_kwargs, quantization_config)
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     except OSError as error:
         raise ValueError(f"model: expected a hub id or a folder with a model, got {name_or_path!r}. {error}") from error
     make_trainable(model)
     return model
+
+
+def load_adapter(
+    name_or_path: str,
+    base: str,
+    init_kwargs: dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    *,
+    is_trainable: bool = False,
+    num_tokens: int | None = None,
+    widen: bool = False,
+) -> PeftModel:
+    """An adapter on its base, not merged.
+
+    Args:
+        name_or_path: folder or hub id of the adapter.
+        base: of the model that it goes on.
+        init_kwargs: for from_pretrained of the base; a revision is the adapter's, the base has its own.
+        quantization_config: loads the base quantised.
+        is_trainable: the adapter's parameters take a gradient.
+        num_tokens: the base's embedding gets at least so many rows, which the adapter was trained with.
+        widen: of a quantised base, keep the rounded values and store them as ordinary weights again.
+
+    Raises:
+        ValueError: the base or the adapter cannot be loaded, or the one does not go on the other.
+    """
+    kwargs = dict(init_kwargs or {})
+    where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    kwargs.pop("revision", None)
+    model = load_model(base, kwargs, quantization_config)
+    if widen and quantization_config is not None:
+        model = widened(model)
+    if num_tokens is not None and num_tokens > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(num_tokens)
+    try:
+        with without_renaming_warnings():
+            return PeftModel.from_pretrained(model, name_or_path, is_trainable=is_trainable, **where)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"model: expected an adapter that goes on its base {base!r}, got {name_or_path!r}. {error}"
+        ) from error
+
+
+def _check_no_adapter_inside(model: Any) -> None:
+    if has_adapter_inside(model):
+        raise ValueError(
+            f"model: expected a whole model or a peft model, got a {type(model).__name__} with an adapter's layers in "
+            "it (loaded by AutoModelForCausalLM from an adapter, or taken out of peft's wrapper), which is not saved "
+            "as it is trained. Pass the adapter by name, or peft's PeftModel.from_pretrained(base, adapter, "
+            "is_trainable=True); to train a new adapter, merge the old one first (merge_and_unload)."
+        )
 
 
 def _check_loaded(init_kwargs: dict[str, Any], quantization_config: Any) -> None:

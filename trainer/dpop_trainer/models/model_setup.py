@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
+from dpop_trainer.models.adapters import find_adapter_base
 from dpop_trainer.models.quantised import check_bitsandbytes, compute_dtype, four_bit_config
-from dpop_trainer.models.tokenizer_loading import load_tokenizer
+from dpop_trainer.models.tokenizer_loading import load_tokenizer, load_trained_tokenizer
 from dpop_trainer.settings.arguments import ModelArguments
 from dpop_trainer.settings.config import HeadConfig
 from dpop_trainer.settings.run_inputs import model_name
@@ -24,9 +25,10 @@ def tokenizer_of(arguments: ModelArguments, config: HeadConfig) -> PreTrainedTok
     Raises:
         ValueError: none is found there.
     """
-    return load_tokenizer(
-        model_name(arguments), revision=arguments.model_revision, trust_remote_code=config.trust_remote_code
-    )
+    name = model_name(arguments)
+    base = find_adapter_base(name, {"revision": arguments.model_revision})
+    options: Any = {"revision": arguments.model_revision, "trust_remote_code": config.trust_remote_code}
+    return load_tokenizer(name, **options) if base is None else load_trained_tokenizer(name, base, **options)
 
 
 def init_kwargs(arguments: ModelArguments, config: HeadConfig) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def quantization_config(arguments: ModelArguments, config: HeadConfig | None = N
     if not (arguments.load_in_4bit or arguments.load_in_8bit):
         return None
     name = "load_in_4bit" if arguments.load_in_4bit else "load_in_8bit"
-    if not (arguments.use_peft or arguments.peft_config):
+    if not (arguments.use_peft or arguments.peft_config or _is_adapter(arguments)):
         raise ValueError(
             f"{name}: expected an adapter to train, got none: rounded weights take no gradient. Set use_peft to true."
         )
@@ -75,6 +77,11 @@ def quantization_config(arguments: ModelArguments, config: HeadConfig | None = N
         nested=arguments.use_bnb_nested_quant,
         storage=arguments.bnb_4bit_quant_storage,
     )
+
+
+def _is_adapter(arguments: ModelArguments) -> bool:
+    name = arguments.model_name_or_path
+    return name is not None and find_adapter_base(name, {"revision": arguments.model_revision}) is not None
 
 
 def lora_config(arguments: ModelArguments) -> LoraConfig | None:

@@ -55,6 +55,22 @@ def load_tokenizer(
         raise ValueError(f"processing_class: expected a tokenizer at {name_or_path!r}, found none. {error}") from error
 
 
+def load_trained_tokenizer(
+    name_or_path: str, base: str | None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer saved with a model; of an adapter without one, its base's. It has a padding token.
+
+    Raises:
+        ValueError: no tokenizer is found.
+    """
+    path = Path(name_or_path).expanduser()
+    without_own = base is not None and path.is_dir() and not (path / "tokenizer_config.json").exists()
+    name, revision = (base, None) if without_own else (name_or_path, revision)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
 def load_chat_template(path_or_text: str) -> str:
     """A chat template by name (chatml), from a .jinja file, from another model's tokenizer, or as it stands.
 

@@ -6,14 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.models.adapters import adapter_base
-from dpop_trainer.models.loading import load_model
-from dpop_trainer.models.quantised import widened
-from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
-from dpop_trainer.settings.renamed import without_renaming_warnings
+from dpop_trainer.models.loading import load_adapter, load_model
+from dpop_trainer.models.tokenizer_loading import load_trained_tokenizer
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
 
@@ -50,41 +47,20 @@ def load_trained(
         ValueError: the model, the adapter or a tokenizer cannot be loaded.
     """
     init_kwargs = dict(init_kwargs or {})
-    revision = init_kwargs.get("revision")
     if quantization_config is not None and device is not None:
         init_kwargs.setdefault("device_map", {"": device})  # where it is rounded, and stays
-    named_base = adapter_base(name_or_path, revision)
+    named_base = adapter_base(name_or_path, init_kwargs.get("revision"))
     base = named_base and (base or named_base)
     tokenizer = load_trained_tokenizer(name_or_path, base)
     if base is None:
         model: Any = load_model(name_or_path, init_kwargs, quantization_config)
     else:
-        # a revision is the adapter's; the base's is named in the adapter's own configuration
-        init_kwargs.pop("revision", None)
-        model = load_model(base, init_kwargs, quantization_config)
-        if widen and quantization_config is not None:
-            model = widened(model)
-        num_rows = model.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > num_rows:
-            model.resize_token_embeddings(len(tokenizer))
-        with without_renaming_warnings():
-            model = PeftModel.from_pretrained(model, name_or_path, revision=revision)
+        model = load_adapter(
+            name_or_path, base, init_kwargs, quantization_config, num_tokens=len(tokenizer), widen=widen
+        )
     if "device_map" not in init_kwargs and quantization_config is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return TrainedModel(model.eval(), tokenizer)
-
-
-def load_trained_tokenizer(name_or_path: str, base: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model; of an adapter without one, its base's. It has a padding token.
-
-    Raises:
-        ValueError: no tokenizer is found.
-    """
-    path = Path(name_or_path).expanduser()
-    without_own = base is not None and path.is_dir() and not (path / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(base if without_own else name_or_path)
-    prepare_tokenizer(tokenizer)
-    return tokenizer
 
 
 def read_run_config(run: Path) -> dict[str, Any]:

@@ -4,19 +4,18 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload
-from transformers import PreTrainedModel
 
 from dpop_trainer.models.adapters import base_model
 from dpop_trainer.models.loading import load_model
 from dpop_trainer.models.quantised import check_bitsandbytes
 
 
-def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] | str | None = None) -> PreTrainedModel:
+def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] | str | None = None) -> Any:
     """A frozen reference from a hub id or a local folder, in the policy's dtype and with its attention, which keeps
     their rounding alike, where `init_kwargs` do not say otherwise.
 
     Args:
-        name_or_path: of a causal LM.
+        name_or_path: of a causal LM, or of an adapter, which is loaded on its base.
         policy: the model that is trained.
         init_kwargs: for from_pretrained: dtype, attn_implementation, device_map, quantization_config (also as a
             mapping, such as {"load_in_4bit": true}: nf4, products in the policy's dtype), ...

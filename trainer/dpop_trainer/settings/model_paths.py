@@ -4,6 +4,36 @@ from pathlib import Path
 
 from dpop_trainer.data.source_path import looks_local
 
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_FILES = ("config.json", ADAPTER_CONFIG)
+
+
+def check_model_path(name_or_path: str) -> None:
+    """
+    Raises:
+        ValueError: the name is that of a local folder, and there is no such folder with a model or an adapter.
+    """
+    folder = Path(name_or_path).expanduser()
+    if looks_local(name_or_path) and not any((folder / file).exists() for file in MODEL_FILES):
+        raise ValueError(
+            f"model: expected a folder with {' or '.join(MODEL_FILES)}, found none at {name_or_path!r}. "
+            "Check the path (it is relative to the working directory)."
+        )
+
+
+def is_adapter_folder(name_or_path: str) -> bool:
+    """Whether the name is that of a local folder with an adapter."""
+    return (Path(name_or_path).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def adapter_on_adapter(name_or_path: str) -> str:
+    """The sentence for a new adapter asked for on a model that is one."""
+    return (
+        f"peft_config: expected None (use_peft: false) with the model {name_or_path!r}, which is an adapter itself, "
+        "got one. Leave it out to train that adapter on; for a new adapter, merge that one first with `dpop export` "
+        "and train on the merged model."
+    )
+
 
 def check_local_path(name_or_path: str, required_file: str) -> None:
     """
@@ -24,7 +54,7 @@ def check_trained_path(name_or_path: str) -> None:
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        if not any((path / file).exists() for file in ("adapter_config.json", "config.json")):
+        if not any((path / file).exists() for file in MODEL_FILES):
             raise ValueError(
                 f"model: expected a folder with config.json or adapter_config.json, found neither in "
                 f"{name_or_path!r}. Name the output_dir of a finished run, or one of its checkpoints."

@@ -5,7 +5,7 @@ from pathlib import Path
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.run_folder.files import check_writable
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
-from dpop_trainer.settings.model_paths import check_local_path
+from dpop_trainer.settings.model_paths import adapter_on_adapter, check_local_path, check_model_path, is_adapter_folder
 
 
 def check_inputs(model: ModelArguments, data: DataArguments, output_dir: str | None) -> None:
@@ -30,7 +30,7 @@ def check_inputs(model: ModelArguments, data: DataArguments, output_dir: str | N
         if source:
             check_source_path(source)
     if model.model_name_or_path:
-        check_local_path(model.model_name_or_path, "config.json")
+        model_name(model)
     if model.ref_model_name_or_path:
         check_local_path(model.ref_model_name_or_path, "")
 
@@ -53,9 +53,11 @@ def check_data(arguments: DataArguments) -> None:
 def model_name(arguments: ModelArguments) -> str:
     """
     Raises:
-        ValueError: there is none, or it is a local folder without a model.
+        ValueError: there is none, or it is a local folder without a model, or an adapter on which another is asked for.
     """
     if not arguments.model_name_or_path:
         raise ValueError("model_name_or_path: expected a hub id or a local folder, got none. Set it in the YAML file.")
-    check_local_path(arguments.model_name_or_path, "config.json")
+    check_model_path(arguments.model_name_or_path)
+    if (arguments.use_peft or arguments.peft_config) and is_adapter_folder(arguments.model_name_or_path):
+        raise ValueError(adapter_on_adapter(arguments.model_name_or_path))
     return arguments.model_name_or_path

@@ -26,7 +26,7 @@ from dpop_trainer.models.positions import check_positions
 from dpop_trainer.models.quantised import make_trainable
 from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
 from dpop_trainer.settings.config import DPOPConfig
-from dpop_trainer.settings.model_paths import check_local_path
+from dpop_trainer.settings.model_paths import check_model_path
 from dpop_trainer.training.budget_batches import BudgetTrainer
 from dpop_trainer.training.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
 from dpop_trainer.training.split_preparation import Preparation
@@ -90,7 +90,7 @@ class DPOPTrainer(BudgetTrainer):
         args = args if args is not None else DPOPConfig(default_output_dir(model))
         check_arguments(model, args, train_dataset, eval_dataset, processing_class, data_collator, compute_metrics)
         if isinstance(ref_model, str):  # which is loaded last
-            check_local_path(ref_model, "config.json")
+            check_model_path(ref_model)
         set_seed(args.seed)  # peft draws the adapter's initial weights
         policy = prepare_policy(
             model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config

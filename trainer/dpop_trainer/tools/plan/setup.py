@@ -4,13 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig
 
 from dpop_kernels import needs_reference
 from dpop_trainer.data import read_pairs, tokenise_pairs
 from dpop_trainer.data.mixture import mix_pairs, parse_sources
+from dpop_trainer.models.adapters import find_adapter_base
 from dpop_trainer.models.model_setup import lora_config
-from dpop_trainer.models.tokenizer_loading import load_chat_template, load_tokenizer, prepare_tokenizer
+from dpop_trainer.models.tokenizer_loading import (
+    load_chat_template,
+    load_tokenizer,
+    load_trained_tokenizer,
+    prepare_tokenizer,
+)
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
+from dpop_trainer.settings.model_paths import adapter_on_adapter, is_adapter_folder
 from dpop_trainer.tools.plan.arguments import PlanArguments
 from dpop_trainer.tools.plan.batches import Pairs, of_statistics, worst_case
 from dpop_trainer.tools.plan.devices import find_device
@@ -48,7 +56,7 @@ def make_planner(
     )
     reference_name = model.ref_model_name_or_path
     reference_config = find_config(reference_name).config if reference_name else None
-    lora = lora_config(model)
+    lora = _lora(model)
     bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
     if bits is not None and not device.is_gpu:
         raise ValueError(
@@ -105,6 +113,25 @@ def make_planner(
     return planner, choice, _notes(planner, source.origin, config, plan)
 
 
+def _lora(model: ModelArguments) -> LoraConfig | None:
+    """The adapter that is trained: a new one, or the one that is named as the model.
+
+    Raises:
+        ValueError: both, or one of another kind.
+    """
+    name = str(model.model_name_or_path)
+    new = lora_config(model)
+    if not is_adapter_folder(name):
+        return new
+    if new is not None:
+        raise ValueError(adapter_on_adapter(name))
+    found = PeftConfig.from_pretrained(name)
+    if not isinstance(found, LoraConfig):
+        raise ValueError(f"model: expected an adapter of peft's LoRA to plan with, got {found.peft_type} in {name!r}.")
+    found.inference_mode, found.init_lora_weights = False, True  # its values are not looked at
+    return found
+
+
 def _sharding(plan: PlanArguments) -> Any:
     if plan.sharding != "auto":
         return plan.sharding
@@ -151,11 +178,13 @@ def _pairs(model: ModelArguments, data: DataArguments, config: PlanConfig, plan:
     if data.max_train_pairs is not None:
         dataset = dataset.select(range(min(data.max_train_pairs, len(dataset))))
     num_pairs = len(dataset)
-    tokenizer = load_tokenizer(
-        plan.tokenizer or model.model_name_or_path,
-        revision=None if plan.tokenizer else model.model_revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+    own: Any = {"trust_remote_code": config.trust_remote_code}
+    if plan.tokenizer is None and is_adapter_folder(str(model.model_name_or_path)):
+        adapter = str(model.model_name_or_path)
+        tokenizer = load_trained_tokenizer(adapter, find_adapter_base(adapter), **own)
+    else:
+        revision = None if plan.tokenizer else model.model_revision
+        tokenizer = load_tokenizer(plan.tokenizer or model.model_name_or_path, revision=revision, **own)
     prepare_tokenizer(tokenizer, config.pad_token)
     if config.chat_template_path is not None:
         tokenizer.chat_template = load_chat_template(config.chat_template_path)

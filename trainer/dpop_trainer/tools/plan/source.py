@@ -11,7 +11,8 @@ import huggingface_hub
 from rapidfuzz import process
 from transformers import AutoConfig, PreTrainedConfig
 
-from dpop_trainer.settings.model_paths import check_local_path
+from dpop_trainer.models.adapters import find_adapter_base
+from dpop_trainer.settings.model_paths import check_model_path, is_adapter_folder
 from dpop_trainer.tools.plan.known_models import HUB_IDS, SHAPES, known_config, known_name
 
 HUB_SECONDS = 3.0
@@ -32,7 +33,8 @@ def find_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     """The configuration of a model, without a network where that is possible.
 
     Args:
-        name: a folder with config.json, that file itself, a name or hub id of `known_models`, or another hub id.
+        name: a folder with config.json or an adapter, that file itself, a name or hub id of `known_models`, or
+            another hub id.
         revision: on the hub.
         trust_remote_code: run configuration code that comes with the weights.
 
@@ -44,10 +46,15 @@ def find_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         return ModelSource(_from_file(path), f"{name}")
     if (path / "config.json").is_file():
         return ModelSource(_loaded(str(path), None, trust_remote_code), f"{name}/config.json")
+    if is_adapter_folder(name):
+        base = find_adapter_base(name)
+        assert base is not None
+        source = find_config(base, trust_remote_code=trust_remote_code)
+        return ModelSource(source.config, f"the base under the adapter {name}: {source.origin}")
     shape = known_name(name)
     if shape is not None and revision is None:
         return ModelSource(known_config(shape), f"the table of known models, {shape}")
-    check_local_path(name, "config.json")
+    check_model_path(name)
     return ModelSource(_from_hub(name, revision, trust_remote_code), f"config.json of {name} on the hub")
 
 
