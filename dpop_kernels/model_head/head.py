@@ -119,7 +119,8 @@ class ScoringHead:
         if result is None:
             raise RuntimeError(
                 f"{type(model).__name__}: expected the forward to call the head that this ScoringHead was put on, and "
-                "it did not. Pass the same model, or a wrapper around it."
+                "it did not. Pass the same model, or a wrapper around it; where another trainer was built on it "
+                "since, the head is that one's."
             )
         return result
 

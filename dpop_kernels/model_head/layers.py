@@ -53,6 +53,19 @@ class StandIn:
         return any(isinstance(module.__dict__.get(slot), StandIn) for slot in ("forward", "_old_forward"))
 
 
+def take_off_heads(model: Any) -> None:
+    """Give a model its own head back, whoever put another behind it; that one scores nothing any more.
+
+    Args:
+        model: a module, or anything else, which is left alone.
+    """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        for slot in ("forward", "_old_forward"):
+            stand_in = module.__dict__.get(slot)
+            if isinstance(stand_in, StandIn):
+                stand_in.remove()
+
+
 def output_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that can act as the model's head: one, or the original and its `modules_to_save` copies.
 

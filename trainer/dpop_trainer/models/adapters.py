@@ -14,6 +14,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpop_trainer.settings.model_paths import ADAPTER_CONFIG, check_trained_path, is_adapter_folder
 
+# peft's inits that change the base by what loading cannot repeat -> what to use instead
+_UNREPEATED_INITS = {
+    "pissa_niter_": "a random SVD, drawn anew; use 'pissa', which is exact",
+    "corda": "it was made from data that the adapter does not keep; use 'olora' or 'pissa'",
+    "lora_ga": "it was made from gradients that the adapter does not keep; use 'olora' or 'pissa'",
+    "loftq": "it replaces the base by a rounded one; load the base in 4 bits (load_in_4bit) and use the default",
+}
+
 # of from_pretrained's arguments: what finds a file on the hub
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -29,6 +37,21 @@ def has_adapter_inside(model: nn.Module) -> bool:
     if isinstance(model, PeftModel):
         return False
     return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
+
+
+def check_inits(configs: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: an adapter begins in a way that is not repeated when it is loaded on its base.
+    """
+    for config in configs.values():
+        init = getattr(config, "init_lora_weights", None)
+        for name, why in _UNREPEATED_INITS.items():
+            if isinstance(init, str) and init.startswith(name):
+                raise ValueError(
+                    f"peft_config: expected init_lora_weights that loading the adapter repeats, got {init!r}, which "
+                    f"changes the base: {why}. What is trained on it could not be loaded again."
+                )
 
 
 def find_adapter_base(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> str | None:

@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpop_trainer.models.adapters import find_adapter_base, has_adapter_inside
+from dpop_trainer.models.adapters import check_inits, find_adapter_base, has_adapter_inside
 from dpop_trainer.models.quantised import make_trainable, widened
 from dpop_trainer.models.tokenizer_loading import (
     load_chat_template,
@@ -54,6 +54,12 @@ def prepare_policy(
     """
     kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     base = None
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise ValueError(
+            f"peft_config: expected a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}."
+        )
+    if peft_config is not None:
+        check_inits({"default": peft_config})
     if isinstance(model, str):
         kwargs.setdefault("dtype", torch.float32)
         kwargs.setdefault("trust_remote_code", args.trust_remote_code)
@@ -78,10 +84,6 @@ def prepare_policy(
         loaded = load_model(model, kwargs, quantization_config)
     make_trainable(loaded)
     if peft_config is not None:
-        if not isinstance(peft_config, PeftConfig):
-            raise ValueError(
-                f"peft_config: expected a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}."
-            )
         if isinstance(loaded, PeftModel):
             raise ValueError("peft_config: expected None with a model that is a peft model already, got one.")
         with without_renaming_warnings():

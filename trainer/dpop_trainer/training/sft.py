@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dpop_kernels.losses.pair_loss import segment_sums
+from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.batches import Batch
 from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.data import SkippedRecords
@@ -17,6 +18,7 @@ from dpop_trainer.models.loading import prepare_policy
 from dpop_trainer.settings.config import SFTConfig
 from dpop_trainer.training.base import HeadTrainer
 from dpop_trainer.training.split_preparation import Preparation, check_streams
+from dpop_trainer.training.trainable import check_trainable
 
 
 class SFTTrainer(HeadTrainer):
@@ -54,10 +56,12 @@ class SFTTrainer(HeadTrainer):
     ) -> None:
         args = args if args is not None else SFTConfig()
         check_streams(args, train_dataset, eval_dataset)
+        take_off_heads(model)  # another trainer's, whose model this was
         set_seed(args.seed)
         policy = prepare_policy(
             model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
         )
+        check_trainable(policy.model, trains=train_dataset is not None)
         preparation = Preparation(
             policy=policy,
             args=args,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from dpop_kernels import ScoringHead, needs_reference
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.pair_loss import pair_loss_terms
+from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.choose_layout import choose_layout, laid_out
 from dpop_trainer.batches.flat_attention import use_flat_attention
@@ -30,7 +31,8 @@ from dpop_trainer.settings.model_paths import check_model_path
 from dpop_trainer.training.budget_batches import BudgetTrainer
 from dpop_trainer.training.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
 from dpop_trainer.training.split_preparation import Preparation
-from dpop_trainer.training.trainer_checks import check_arguments, check_form, warn_of_router_loss
+from dpop_trainer.training.trainable import check_trainable
+from dpop_trainer.training.trainer_checks import check_arguments, check_form, check_reference, warn_of_router_loss
 from dpop_trainer.training.watch import ChosenWatch
 
 logger = logging.getLogger(__name__)
@@ -91,15 +93,13 @@ class DPOPTrainer(BudgetTrainer):
         check_arguments(model, args, train_dataset, eval_dataset, processing_class, data_collator, compute_metrics)
         if isinstance(ref_model, str):  # which is loaded last
             check_model_path(ref_model)
+        take_off_heads(model)  # another trainer's, whose model this was
+        take_off_heads(ref_model)
         set_seed(args.seed)  # peft draws the adapter's initial weights
         policy = prepare_policy(
             model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
         )
-        if train_dataset is not None and not any(p.requires_grad for p in policy.model.parameters()):
-            raise ValueError(
-                "model: expected parameters to train, got a model in which all are frozen. Load an adapter with "
-                "PeftModel.from_pretrained(..., is_trainable=True)."
-            )
+        check_trainable(policy.model, optimizers, trains=train_dataset is not None)
         warn_of_router_loss(policy.model)
         self._preparation = Preparation(
             policy=policy,
@@ -116,11 +116,8 @@ class DPOPTrainer(BudgetTrainer):
         reference: Any = ref_model
         if isinstance(ref_model, str):
             reference = load_reference(ref_model, policy.model, _ref_init_kwargs(args)) if is_missing else None
-        if reference is policy.model:
-            raise ValueError(
-                "ref_model: expected a model of its own, got the policy itself, which would train the reference too. "
-                "Pass None for a frozen copy."
-            )
+        if reference is not None:
+            check_reference(reference, policy.model, num_tokens=len(policy.tokenizer))
         # an adapter's start costs less than a copy, and before training the policy is still its own reference
         ref_is_copy = (
             is_missing

@@ -27,6 +27,7 @@ from dpop_trainer.run_folder.checkpoints import (
 )
 from dpop_trainer.run_folder.files import flush_folder, move_folder
 from dpop_trainer.run_folder.identity import identity_of
+from dpop_trainer.training.given_weights import GivenWeights, use_given_weights
 from dpop_trainer.training.speed import TrainingClock
 
 
@@ -40,6 +41,7 @@ class WholeCheckpoints(Trainer):
         self._resumed_from: Path | None = None
         self._clock = TrainingClock()  # writing does not count as training
         super().__init__(*args, **kwargs)
+        self.add_callback(GivenWeights())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`transformers.Trainer.train`, from a checkpoint that is looked at before anything is computed.
@@ -98,6 +100,7 @@ class WholeCheckpoints(Trainer):
             if self.is_world_process_zero():
                 shutil.rmtree(part, ignore_errors=True)
             self.accelerator.wait_for_everyone()
+            use_given_weights(self.optimizer)
             try:
                 self._writes_incomplete = True
                 super()._save_checkpoint(model, trial)
