@@ -138,15 +138,18 @@ def test_what_is_held_against_what(tmp_path):
     for name in ("checkpoint-20", "checkpoint-100", "checkpoint-3"):
         (run / name).mkdir(parents=True)
     (run / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"ref_model: expected the model that training started from.*--ref_model"):
+    with pytest.raises(ValueError, match=r"ref_model: expected the model that training was held against.*--ref_model"):
         subject_of(str(run))
     (run / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
-    assert subject_of(str(run)).reference is None  # the base model under the adapter
+    assert subject_of(str(run)).reference.name == "base"
     (run / "config.yaml").write_text(yaml.safe_dump({"model_name_or_path": "start", "max_length": 77}))
     subject = subject_of(str(run))
-    assert (subject.reference, subject.max_length) == ("start", 77)
+    assert (subject.reference.name, subject.max_length) == ("start", 77)
+    (run / "checkpoint-20" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    of_checkpoint = subject_of(str(run / "checkpoint-20"))  # is asked like its run
+    assert (of_checkpoint.reference, of_checkpoint.max_length) == (subject.reference, 77)
     assert [step for step, _ in subject.checkpoints] == [3, 20, 100]
-    assert subject_of(str(run), "other").reference == "other"
+    assert subject_of(str(run), "other").reference.name == "other"
 
 
 def test_inspect_follows_the_checkpoints_of_a_run(tmp_path, capsys):

@@ -24,6 +24,14 @@ logger = logging.getLogger(__name__)
 RECORD_FILE, WEIGHTS_FILE = "reference.json", "reference_start.safetensors"
 
 
+def recorded_kind(path: Path) -> str | None:
+    """What `reference.json` says that a run's reference is; None where it cannot be read."""
+    try:
+        return json.loads(path.read_text()).get("reference")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 class StartWeights:
     """A copy of a model's trainable parameters.
 

@@ -10,6 +10,7 @@ from dpop_trainer.measure.pairs_under_model import PairEvaluation, PairTokenLogp
 from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import TrainedModel, load_trained, load_trained_tokenizer
+from dpop_trainer.reference.of_run import reference_name
 from dpop_trainer.settings.arguments import arguments_of
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.tools.compare.answers import Answers, Grading, Problem, grade_answers, problems_of
@@ -90,4 +91,6 @@ class HeldOut:
 
 
 def _reference_name(values: Mapping[str, Any]) -> str:
-    return values["ref_model_name_or_path"] or values["model_name_or_path"]
+    name = reference_name(values)
+    assert name is not None  # a run that is planned has a model
+    return name

@@ -16,16 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from dpop_trainer.data import read_pairs, tokenise_pairs
 from dpop_trainer.data.edits import edit_regions
 from dpop_trainer.measure.pairs_under_model import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
-from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import load_trained, read_run_config
+from dpop_trainer.reference.of_run import RunReference, reference_of_run
 from dpop_trainer.report.plots import plot_checkpoints, plot_token_shift
 from dpop_trainer.report.token_text import token_texts
 from dpop_trainer.run_folder.versions import versions
-from dpop_trainer.settings.arguments import read_yaml
 from dpop_trainer.tools.inspect.report import AnswerTokens, Inspection, PairChange, format_inspection, write_inspection
-
-CONFIG_FILE = "config.yaml"
 
 
 class Subject(NamedTuple):
@@ -33,8 +30,7 @@ class Subject(NamedTuple):
 
     policy: str
     """Folder of a model or an adapter, or a hub id."""
-    reference: str | None
-    """The same of the reference; None is the base model under the adapter."""
+    reference: RunReference
     checkpoints: list[tuple[int, str]]
     """Steps and folders, in the order of training."""
     max_length: int | None
@@ -45,25 +41,18 @@ def subject_of(model: str, ref_model: str | None = None) -> Subject:
     """What a run, a model or an adapter is to be held against, and how its run cut the data.
 
     Args:
-        model: folder of a run (with config.yaml), of a model or of an adapter, or a hub id.
-        ref_model: the reference, where it is not what the run says: its ref_model_name_or_path, else the model that
-            it started from. Of an adapter without a run, the base model.
+        model: folder of a run (with config.yaml), of one of its checkpoints, of a model or of an adapter, or a hub id.
+        ref_model: the reference, where it is not the run's own (`reference_of_run`).
 
     Raises:
         ValueError: the reference is neither given nor known.
     """
     folder = Path(model).expanduser()
-    config = read_yaml(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    reference = ref_model or config.get("ref_model_name_or_path") or config.get("model_name_or_path")
-    if reference is None and adapter_base(model) is None:
-        raise ValueError(
-            f"ref_model: expected the model that training started from, got None, and {model!r} has no {CONFIG_FILE} "
-            "that says. Pass --ref_model."
-        )
+    config = read_run_config(folder)
     checkpoints = [(int(path.name.partition("-")[2]), str(path)) for path in folder.glob("checkpoint-[0-9]*")]
     return Subject(
         policy=model,
-        reference=reference,
+        reference=reference_of_run(model, ref_model),
         checkpoints=sorted(checkpoints),
         max_length=config.get("max_length", 1024),
         truncation_mode=config.get("truncation_mode", "keep_start"),
@@ -106,8 +95,7 @@ def run_inspect(
     if out is None and not folder.is_dir():
         raise ValueError(f"out: expected a folder for the results of a model from the hub, got None for {model!r}.")
     dataset = read_pairs(pairs)
-    config = read_run_config(Path(model).expanduser())
-    rounding = as_trained(config)
+    rounding = as_trained(read_run_config(Path(model).expanduser()))
     policy, tokenizer = load_trained(model, quantization_config=rounding)
     dataset, counts = tokenise_pairs(
         dataset.select(range(min(limit, len(dataset)))),
@@ -119,15 +107,9 @@ def run_inspect(
 
     score: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "batch_size": batch_size}
     policy_logps = pair_token_logps(policy, dataset, desc="Policy", **score)
-    if subject.reference is None:
-        policy = policy.unload()  # the base model
-    else:
-        del policy
-        gc.collect()
-        is_start = subject.reference == config.get("model_name_or_path")  # which training saw rounded too
-        policy = load_trained(subject.reference, quantization_config=rounding if is_start else None).model
-    ref_logps = pair_token_logps(policy, dataset, desc="Reference", **score)
     del policy
+    gc.collect()
+    ref_logps = pair_token_logps(subject.reference.load(), dataset, desc="Reference", **score)
     history = {}
     for step, path in subject.checkpoints if checkpoints else []:
         gc.collect()
@@ -138,7 +120,7 @@ def run_inspect(
 
     inspection = Inspection(
         name=Path(model).name,
-        reference=subject.reference or "the base model under the adapter",
+        reference=subject.reference.shown,
         pairs=pairs,
         counts=counts,
         evaluation=evaluate_pairs(policy_logps, ref_logps, dataset),
