@@ -8,12 +8,12 @@ import torch
 import yaml
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer.reference import choose
 from dpop_trainer.reference.adapters import adapter_changes_nothing
 from dpop_trainer.reference.second_model import check_init_kwargs
 from dpop_trainer.reference.source import eval_mode
 from dpop_trainer.reference.start_weights import RECORD_FILE, WEIGHTS_FILE, StartWeights
 from dpop_trainer.settings.arguments import parse_arguments
-from dpop_trainer.training import trainer as trainer_module
 from dpop_trainer.training.runs import run_train
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -144,7 +144,7 @@ def test_layouts_may_differ_between_caching_and_training(tmp_path, tokenizer, ca
 
 
 def test_full_fine_tuning_that_precomputes_holds_one_model(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(trainer_module, "frozen_copy", lambda model: pytest.fail("copied"))
+    monkeypatch.setattr(choose, "frozen_copy", lambda model: pytest.fail("copied"))
     run, _ = precomputed(tmp_path, tokenizer)
     assert run.ref_model is None
     assert run.model.training
@@ -412,7 +412,7 @@ def test_arguments_of_a_second_model_that_cannot_be_used(init_kwargs, message, m
 def test_no_reference_where_no_loss_has_one(tmp_path, tokenizer, monkeypatch, caplog):
     if "sft" not in LOSSES:  # the log-ratio to a reference of 0 nats is the log-prob
         monkeypatch.setitem(LOSSES, "sft", lambda chosen_logratios, margins, **_: -chosen_logratios)
-    monkeypatch.setattr(trainer_module, "frozen_copy", lambda model: pytest.fail("copied"))
+    monkeypatch.setattr(choose, "frozen_copy", lambda model: pytest.fail("copied"))
     run = trainer(tmp_path, tokenizer, loss_type="sft", max_steps=1, precompute_ref_log_probs=True)
     assert "ref_chosen_logps" not in run.train_dataset.column_names
     run.train()

@@ -1,6 +1,7 @@
 """The reference: which model it is, what it costs, and how its log-probs are kept.
 
-pair_reference    the choice, and what a trainer asks
+choose            which reference a run has: one plan, decided once
+pair_reference    that reference at work: what a trainer asks
 source            the policy in a state in which it is the reference, or a frozen model
 adapters          does an adapter change anything yet?
 start_weights     the trainable parameters as they were, and their place in a run that is resumed
@@ -12,7 +13,8 @@ of_run            which it was, from what a run left, loaded anew
 step_zero         how far policy and reference are apart before the first update, and why
 """
 
-from dpop_trainer.reference.pair_reference import PairReference, has_reference_columns
+from dpop_trainer.reference.choose import has_reference_columns
+from dpop_trainer.reference.pair_reference import PairReference
 from dpop_trainer.reference.second_model import load_reference
 from dpop_trainer.reference.source import frozen_copy, reference_segment_logps
 

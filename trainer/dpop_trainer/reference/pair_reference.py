@@ -1,11 +1,4 @@
-"""The reference of a run: chosen once, then asked batch by batch; columns of the data set go before any model.
-
-Which it is, cheapest first, where no second model is given: the policy is its own reference, as it was at the start.
-
-    new adapter                 the base: adapter off
-    adapter trained before      the adapter as it was, switched in
-    all weights                 a frozen copy; with precompute_ref_log_probs the policy before training, and no copy
-"""
+"""The reference of a run at work: asked batch by batch, or once for whole data sets before training."""
 
 import logging
 from dataclasses import replace
@@ -17,18 +10,15 @@ from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from dpop_kernels import ScoringHead
 from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.batch import as_batch
-from dpop_trainer.batches.scoring import forward_inputs
-from dpop_trainer.data.records import REF_COLUMNS
-from dpop_trainer.reference.adapters import adapter_changes_nothing
+from dpop_trainer.batches.scoring import ScoredModel, forward_inputs
 from dpop_trainer.reference.cache import ReferenceCache, cache_root
+from dpop_trainer.reference.choose import Kind, ReferencePlan, has_reference_columns
 from dpop_trainer.reference.keys import describe_reference, weights_digest
 from dpop_trainer.reference.precompute import precompute_reference
 from dpop_trainer.reference.second_model import offload_reference
@@ -51,54 +41,35 @@ class PairReference:
 
     Args:
         trainer: built as far as transformers' Trainer builds it; the policy is what training starts from.
-        model: a second model, frozen; None where the policy is its own reference.
-        head: on that model.
-        is_needed: some loss has a reference at all.
-        is_missing: some data set has no reference log-probs of its own.
-        is_copy: the second model is a copy of the policy.
-        is_new_adapter: the trainer has just put the adapter on.
+        plan: which reference it is.
+        model: the one beside the policy, frozen, with its head, where the plan asks for one.
 
     Raises:
         ValueError: such a reference cannot be had in the way that weights are distributed.
     """
 
-    def __init__(
-        self,
-        trainer: "DPOPTrainer",
-        model: Any,
-        head: ScoringHead | None,
-        *,
-        is_needed: bool,
-        is_missing: bool,
-        is_copy: bool,
-        is_new_adapter: bool,
-    ) -> None:
-        self._trainer, self._accelerator = trainer, trainer.accelerator
-        self.is_needed = is_needed
-        self._is_precomputed = is_needed and is_missing and trainer.args.precompute_ref_log_probs
-        self._is_start_of_policy = model is None or is_copy
-        self._has_own_columns = is_needed and has_reference_columns(trainer.train_dataset)
+    def __init__(self, trainer: "DPOPTrainer", plan: ReferencePlan, model: ScoredModel | None) -> None:
+        self._trainer, self._accelerator, self.plan = trainer, trainer.accelerator, plan
         self._start_weights: StartWeights | None = None
         self._source: Reference | None = None
         self._cache: ReferenceCache | None = None
         self.step_zero = StepZero(self._accelerator, self._setting)
         trainer.add_callback(self.step_zero)
-        if not (is_needed and is_missing):
+        if not plan.is_a_model:
             return
-        model_of_weights, with_adapter = model, True
         if model is None:
-            model_of_weights, with_adapter = trainer.model, not self._choose_state_of_policy(is_new_adapter)
+            self._source = self._policy_as_reference()
+            described: tuple[Any, bool] = trainer.model, plan.kind is not Kind.ADAPTER_OFF
         else:
-            assert head is not None
-            kind = "a copy of the model as it was at the start" if is_copy else "a second model"
-            self._source = FrozenModel(model, head, self._accelerator, trainer.args.kernel_backend, kind)
-        fingerprint = _fingerprint(model_of_weights, with_adapter)
-        trainer.add_callback(ReferenceRecord(self._source.kind, fingerprint, self._start_weights))  # type: ignore[union-attr]
-        if self._is_precomputed and self._accelerator.is_main_process:
-            self._cache = self._open_cache(model_of_weights, with_adapter)
+            kind, backend = plan.kind.value, trainer.args.kernel_backend
+            self._source = FrozenModel(model.model, model.head, self._accelerator, backend, kind)
+            described = model.model, True
+        trainer.add_callback(ReferenceRecord(plan.kind.value, _fingerprint(*described), self._start_weights))
+        if plan.is_precomputed and self._accelerator.is_main_process:
+            self._cache = self._open_cache(*described)
         if model is not None:
-            self._home = _device(model)
-            self._place(model)
+            self._home = _device(model.model)
+            self._place(model.model)
 
     @property
     def has_model(self) -> bool:
@@ -111,7 +82,7 @@ class PairReference:
         Raises:
             ValueError: the batch has no reference log-probs and the model that they would be of is gone.
         """
-        if not self.is_needed:
+        if not self.plan.is_needed:
             return torch.zeros(self._trainer.num_items(batch), 3, device=batch.cu_seqlens.device)
         if batch.ref_segment_logps is not None:
             return batch.ref_segment_logps
@@ -166,31 +137,28 @@ class PairReference:
             elif self._home != _device(source.model):
                 source.model.to(self._home)
             clear_device_cache(garbage_collection=True)
-        elif source is not None and source.kind == _ADAPTER_OFF:
+        elif self.plan.kind is Kind.ADAPTER_OFF:
             self._source = source  # costs nothing, and can tell of pairs that come later
 
-    def _choose_state_of_policy(self, is_new_adapter: bool) -> bool:
-        """Which state of the policy is the reference -> whether its adapter is off in it."""
+    def _policy_as_reference(self) -> PolicyAsReference:
         trainer = self._trainer
-        policy: Any = trainer.model
-        is_off = isinstance(policy, PeftModel) and adapter_changes_nothing(policy, is_new=is_new_adapter)
-        if is_off:
-            kind, state = _ADAPTER_OFF, adapter_off
-        elif self._is_precomputed:
-            kind, state = "the model as it was at the start", eval_mode
+        if self.plan.kind is Kind.ADAPTER_OFF:
+            state: Any = adapter_off
+        elif self.plan.kind is Kind.BEFORE_TRAINING:
+            state = eval_mode
         else:
+            assert self.plan.kind is Kind.START_WEIGHTS, self.plan
             _check_not_sharded(self._accelerator)
-            self._start_weights = StartWeights(policy)
-            kind, state = "the adapter as it was at the start", self._start_weights.switched_in
-        self._source = PolicyAsReference(
-            kind,
+            self._start_weights = StartWeights(trainer.model)  # type: ignore[arg-type]
+            state = self._start_weights.switched_in
+        return PolicyAsReference(
+            self.plan.kind.value,
             trainer.head,
             lambda: trainer.model_wrapped,
             lambda: state(self._accelerator.unwrap_model(trainer.model)),
             self._accelerator,
             trainer.args.kernel_backend,
         )
-        return is_off
 
     def _place(self, model: Any) -> None:
         if self._trainer.args.ref_model_offload:
@@ -225,27 +193,19 @@ class PairReference:
     def _setting(self) -> Setting:
         """For the step-0 report."""
         columns: Columns | None = None
-        if self._has_own_columns:
+        if self.plan.trains_on_given_columns:
             columns = "given"
-        elif self._is_precomputed:
+        elif self.plan.is_precomputed:
             columns = "computed"
         return Setting(
             policy=self._accelerator.unwrap_model(self._trainer.model),  # type: ignore[arg-type]
             reference=self._source.model if isinstance(self._source, FrozenModel) and columns is None else None,
-            is_start_of_policy=self._is_start_of_policy,
+            is_start_of_policy=self.plan.is_start_of_policy,
             columns=columns,
             mixed_precision=str(self._accelerator.mixed_precision),
             has_hinge=has_penalty(self._trainer.args.loss_type) and not self._trainer.args.dpop_dead_zone,
             cached_attention=self._cache.notes().get("attn_implementation") if self._cache is not None else None,
         )
-
-
-_ADAPTER_OFF = "the base under the adapter"
-
-
-def has_reference_columns(dataset: Any) -> bool:
-    """Whether a data set brings the reference's log-probs."""
-    return set(REF_COLUMNS) <= set(getattr(dataset, "column_names", None) or ())
 
 
 def _check_not_sharded(accelerator: Accelerator) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload
+from torch import nn
 
 from dpop_trainer.models.adapters import base_model
 from dpop_trainer.models.loading import load_model
@@ -52,6 +53,50 @@ def check_init_kwargs(init_kwargs: Any) -> dict[str, Any] | None:
     if any(asked.get(key) or init_kwargs.get(key) for key in ("load_in_4bit", "load_in_8bit")):
         check_bitsandbytes("ref_model_init_kwargs")
     return init_kwargs
+
+
+def check_reference(reference: Any, policy: Any, *, num_tokens: int) -> None:
+    """
+    Args:
+        reference: the second model.
+        policy: the model that is trained, with its adapter.
+        num_tokens: of the tokenizer.
+
+    Raises:
+        ValueError: training would change the reference too, or it does not know all tokens.
+    """
+    if reference is policy:
+        raise ValueError(
+            "ref_model: expected a model of its own, got the policy itself, which would train the reference too. "
+            "Pass None for a frozen copy."
+        )
+    if reference is base_model(policy):
+        raise ValueError(
+            "ref_model: expected a model of its own, got the base under the policy's adapter, in whose layers the "
+            "adapter is: it would be trained too. Pass None: the reference is then this base, with the adapter off; or "
+            "load the model a second time."
+        )
+    ours = {id(module): name for name, module in policy.named_modules() if _has_own_weights(module)}
+    shared = [ours[id(module)] for module in reference.modules() if id(module) in ours]
+    trained = {id(parameter): name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    shared = shared or [trained[id(parameter)] for parameter in reference.parameters() if id(parameter) in trained]
+    if shared:
+        raise ValueError(
+            f"ref_model: expected a model of its own, got one that has {len(shared)} parts in common with the policy "
+            f"({shared[0]} is the first): what training does to the one reaches the other. Load it a second time, or "
+            "pass a copy.deepcopy of it."
+        )
+    rows, needed = (int(model.get_input_embeddings().weight.shape[0]) for model in (reference, policy))
+    needed = min(needed, num_tokens)
+    if 0 < rows < needed:
+        raise ValueError(
+            f"ref_model: expected an embedding for all {needed} tokens, got one of {rows} rows: a model with another "
+            "tokenizer, or from before tokens were added. Pass the model that the policy started from, resized alike."
+        )
+
+
+def _has_own_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def offload_reference(model: Any, device: torch.device) -> None:

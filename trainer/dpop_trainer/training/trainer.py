@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from dpop_kernels import ScoringHead, needs_reference
+from dpop_kernels import ScoringHead
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.pair_loss import pair_loss_terms
 from dpop_kernels.model_head.layers import take_off_heads
@@ -22,17 +22,15 @@ from dpop_trainer.batches.flat_attention import use_flat_attention
 from dpop_trainer.batches.scoring import ScoredModel, forward_inputs
 from dpop_trainer.data import SkippedRecords
 from dpop_trainer.data.stream import first_records
-from dpop_trainer.models.loading import Policy, disable_dropout, prepare_policy
-from dpop_trainer.models.positions import check_positions
-from dpop_trainer.models.quantised import make_trainable
-from dpop_trainer.reference import PairReference, frozen_copy, has_reference_columns, load_reference
+from dpop_trainer.models.loading import Policy, prepare_policy
+from dpop_trainer.reference import PairReference, has_reference_columns
+from dpop_trainer.reference.choose import Kind, ReferencePlan, data_parts, plan_reference, reference_model
 from dpop_trainer.settings.config import DPOPConfig
-from dpop_trainer.settings.model_paths import check_model_path
 from dpop_trainer.training.budget_batches import BudgetTrainer
 from dpop_trainer.training.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
 from dpop_trainer.training.split_preparation import Preparation
 from dpop_trainer.training.trainable import check_trainable
-from dpop_trainer.training.trainer_checks import check_arguments, check_form, check_reference, warn_of_router_loss
+from dpop_trainer.training.trainer_checks import check_arguments, check_form, warn_of_router_loss
 from dpop_trainer.training.watch import ChosenWatch
 
 logger = logging.getLogger(__name__)
@@ -89,13 +87,16 @@ class DPOPTrainer(BudgetTrainer):
         *,
         run_config: dict[str, Any] | None = None,
     ) -> None:
+        # The order is one of needs: what is wrong is told before anything is loaded; the seed comes before peft draws;
+        # the reference is chosen by the data and copied before transformers moves the policy; a layout is tried on both
+        # models; batches are planned in that layout; and the pass over the data, which runs the models, is last.
         args = args if args is not None else DPOPConfig(default_output_dir(model))
-        check_arguments(model, args, train_dataset, eval_dataset, processing_class, data_collator, compute_metrics)
-        if isinstance(ref_model, str):  # which is loaded last
-            check_model_path(ref_model)
+        check_arguments(
+            model, args, train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, ref_model
+        )
         take_off_heads(model)  # another trainer's, whose model this was
         take_off_heads(ref_model)
-        set_seed(args.seed)  # peft draws the adapter's initial weights
+        set_seed(args.seed)
         policy = prepare_policy(
             model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
         )
@@ -109,33 +110,16 @@ class DPOPTrainer(BudgetTrainer):
         )
         train_dataset = self._preparation.split(train_dataset, "train", repeat=True)
         eval_dataset = self._preparation.split(eval_dataset, "eval")
-        parts = _parts(train_dataset, eval_dataset)
-        is_missing = needs_reference(args.loss_type) and not all(has_reference_columns(part) for part in parts)
-        if ref_model is not None and not is_missing:
-            logger.warning("ref_model is not used: no loss needs a reference, or all pairs bring their own columns.")
-        reference: Any = ref_model
-        if isinstance(ref_model, str):
-            reference = load_reference(ref_model, policy.model, _ref_init_kwargs(args)) if is_missing else None
-        if reference is not None:
-            check_reference(reference, policy.model, num_tokens=len(policy.tokenizer))
-        # an adapter's start costs less than a copy, and before training the policy is still its own reference
-        ref_is_copy = (
-            is_missing
-            and reference is None
-            and not isinstance(policy.model, PeftModel)
-            and not args.precompute_ref_log_probs
+        parts = data_parts(train_dataset, eval_dataset)
+        plan = plan_reference(
+            policy.model,
+            ref_model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            is_new_adapter=peft_config is not None,
         )
-        if ref_is_copy:
-            reference = frozen_copy(policy.model)
-        if reference is not None:
-            for part in parts:
-                if isinstance(part, Dataset):
-                    check_positions(reference, part, "ref_model")
-            reference.eval().requires_grad_(False)
-            make_trainable(reference)
-            if args.disable_dropout:
-                disable_dropout(reference)
-
+        self.ref_model = reference_model(plan, policy, ref_model, args, parts)
         super().__init__(
             policy.model,
             args,
@@ -148,22 +132,13 @@ class DPOPTrainer(BudgetTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.ref_model = reference
-        ref_head = ScoringHead(reference, backend=args.kernel_backend) if reference is not None else None
+        reference = self._scored_reference()
         if data_collator is None:
-            self._lay_out(first_records(parts[0], NUM_PROBED_PAIRS), ref_head, ref_is_copy=ref_is_copy)
+            self._lay_out(first_records(parts[0], NUM_PROBED_PAIRS), plan, reference)
         if args.max_tokens_per_batch is not None and train_dataset is not None:
             self.plan_batches(args.max_tokens_per_batch)
-        self.reference = PairReference(
-            self,
-            reference,
-            ref_head,
-            is_needed=needs_reference(args.loss_type),
-            is_missing=is_missing,
-            is_copy=ref_is_copy,
-            is_new_adapter=peft_config is not None,
-        )
-        if args.precompute_ref_log_probs and is_missing:
+        self.reference = PairReference(self, plan, reference)
+        if plan.is_precomputed:
             self._precompute_reference()
         self._pair_values: dict[str, Tensor] = {}
         self.add_callback(
@@ -190,7 +165,7 @@ class DPOPTrainer(BudgetTrainer):
         if isinstance(eval_dataset, Dataset):
             check_form("eval_dataset", eval_dataset)
             eval_dataset = self._preparation.split(eval_dataset, metric_key_prefix)
-            if self.reference.is_needed and not (has_reference_columns(eval_dataset) or self.reference.has_model):
+            if self.reference.plan.is_needed and not (has_reference_columns(eval_dataset) or self.reference.has_model):
                 raise ValueError(
                     "eval_dataset: expected the columns ref_chosen_logps and ref_rejected_logps, since this run took "
                     "its reference from such columns and has no reference model, got none. Add them, or pass ref_model."
@@ -217,7 +192,7 @@ class DPOPTrainer(BudgetTrainer):
             options=options,
             backend=self.args.kernel_backend,
         )
-        if mode == "train" and self.state.global_step == 0 and self.reference.is_needed:
+        if mode == "train" and self.state.global_step == 0 and self.reference.plan.is_needed:
             self.reference.step_zero.add(pairs.chosen_logratios, pairs.rejected_logratios, is_filler=batch.is_filler)
         self._pair_values = {
             "loss": pairs.losses.detach(),
@@ -231,7 +206,7 @@ class DPOPTrainer(BudgetTrainer):
                 pairs,
                 beta=options.beta,
                 dead_zone=options.dead_zone,
-                has_reference=self.reference.is_needed,
+                has_reference=self.reference.plan.is_needed,
             ),
             **loss_metrics(terms, options),
             **token_metrics(stats, batch.cu_seqlens),
@@ -254,21 +229,26 @@ class DPOPTrainer(BudgetTrainer):
             logs.update(self.reference.step_zero.pop_metrics())
         super().log(logs, start_time)
 
-    def _lay_out(self, probed: list[dict[str, Any]], ref_head: ScoringHead | None, *, ref_is_copy: bool) -> None:
+    def _scored_reference(self) -> ScoredModel | None:
+        if self.ref_model is None:
+            return None
+        return ScoredModel(self.ref_model, ScoringHead(self.ref_model, backend=self.args.kernel_backend))
+
+    def _lay_out(self, probed: list[dict[str, Any]], plan: ReferencePlan, reference: ScoredModel | None) -> None:
         """Have the collator make batches in the layout that policy and reference can run."""
-        reference: Any = self.ref_model
+        is_copy = plan.kind is Kind.COPY
         layout = choose_layout(
             self.args.layout,
             ScoredModel(self.model, self.head),
-            ScoredModel(reference, ref_head) if ref_head is not None and not ref_is_copy else None,
+            None if is_copy else reference,
             self.data_collator,  # type: ignore[arg-type]
             probed,
             max_length=self.args.max_length,
         )
         layout = broadcast_object_list([layout])[0]  # rounding may decide otherwise on another rank's device
         self.data_collator = laid_out(self.data_collator, layout, self.model)  # type: ignore[arg-type]
-        if layout == "flat" and ref_is_copy:  # which was not probed
-            use_flat_attention(reference)
+        if layout == "flat" and is_copy:  # which was not probed
+            use_flat_attention(self.ref_model)  # type: ignore[arg-type]
 
     def _loss_options(self, mode: str) -> LossOptions:
         """Evaluation takes the full λ from the first step on: one objective, by which checkpoints compare."""
@@ -307,13 +287,3 @@ def _collator(policy: Policy, args: DPOPConfig) -> PairCollator:
         hidden_size=getattr(policy.model.config.get_text_config(), "hidden_size", None),
         vocab_size=policy.vocab_size,
     )
-
-
-def _ref_init_kwargs(args: DPOPConfig) -> dict[str, Any] | None:
-    own: Any = args.ref_model_init_kwargs
-    return {"trust_remote_code": True, **(own or {})} if args.trust_remote_code else own
-
-
-def _parts(train_dataset, eval_dataset) -> list[Dataset]:
-    parts = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
-    return [part for part in [train_dataset, *parts] if part is not None]

@@ -8,8 +8,8 @@ from torch import nn
 
 from dpop_trainer.data.stream import is_stream
 from dpop_trainer.data.vision import refuse_vision
-from dpop_trainer.models.adapters import base_model
 from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.model_paths import check_model_path
 from dpop_trainer.training.split_preparation import check_streams
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ def check_arguments(
     processing_class: Any,
     data_collator: Any,
     compute_metrics: Any,
+    ref_model: Any,
 ) -> None:
     """
     Raises:
@@ -62,6 +63,8 @@ def check_arguments(
         )
     check_form("train_dataset", train_dataset)
     check_form("eval_dataset", eval_dataset)
+    if isinstance(ref_model, str):  # which is loaded last
+        check_model_path(ref_model)
 
 
 def check_form(name: str, dataset: Any) -> None:
@@ -72,50 +75,6 @@ def check_form(name: str, dataset: Any) -> None:
     parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
     for part in parts:
         refuse_vision(getattr(part, "column_names", None) or (), name)
-
-
-def check_reference(reference: Any, policy: Any, *, num_tokens: int) -> None:
-    """
-    Args:
-        reference: the second model.
-        policy: the model that is trained, with its adapter.
-        num_tokens: of the tokenizer.
-
-    Raises:
-        ValueError: training would change the reference too, or it does not know all tokens.
-    """
-    if reference is policy:
-        raise ValueError(
-            "ref_model: expected a model of its own, got the policy itself, which would train the reference too. "
-            "Pass None for a frozen copy."
-        )
-    if reference is base_model(policy):
-        raise ValueError(
-            "ref_model: expected a model of its own, got the base under the policy's adapter, in whose layers the "
-            "adapter is: it would be trained too. Pass None: the reference is then this base, with the adapter off; or "
-            "load the model a second time."
-        )
-    ours = {id(module): name for name, module in policy.named_modules() if _has_own_weights(module)}
-    shared = [ours[id(module)] for module in reference.modules() if id(module) in ours]
-    trained = {id(parameter): name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    shared = shared or [trained[id(parameter)] for parameter in reference.parameters() if id(parameter) in trained]
-    if shared:
-        raise ValueError(
-            f"ref_model: expected a model of its own, got one that has {len(shared)} parts in common with the policy "
-            f"({shared[0]} is the first): what training does to the one reaches the other. Load it a second time, or "
-            "pass a copy.deepcopy of it."
-        )
-    rows, needed = (int(model.get_input_embeddings().weight.shape[0]) for model in (reference, policy))
-    needed = min(needed, num_tokens)
-    if 0 < rows < needed:
-        raise ValueError(
-            f"ref_model: expected an embedding for all {needed} tokens, got one of {rows} rows: a model with another "
-            "tokenizer, or from before tokens were added. Pass the model that the policy started from, resized alike."
-        )
-
-
-def _has_own_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
 
 
 def warn_of_router_loss(model: Any) -> None:
