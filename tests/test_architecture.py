@@ -1,6 +1,8 @@
 """The house stays as drawn: imports go one way, and the kernels' package needs torch alone to be imported."""
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +205,37 @@ def test_a_plan_is_made_without_training():
     """It reads the run's configuration, data and batches."""
     for path, imported in trainer_imports():
         assert path.parts[:2] != ("tools", "plan") or imported.parts[:1] != ("training",), (path, imported)
+
+
+def test_transformers_private_names_stand_in_one_file():
+    """Also no method or attribute of a trainer has by accident a private name of transformers' Trainer."""
+    from transformers import Trainer
+
+    private = {name for name in dir(Trainer) if name.startswith("_") and not name.startswith("__")}
+    private |= set(re.findall(r"\bself\.(_(?!_)\w+)", inspect.getsource(Trainer)))
+    assert "_tr_loss" in private
+    package = ROOT / "trainer" / "dpop_trainer"
+    for path in sorted(package.rglob("*.py")):
+        if path == package / "training" / "hf_hooks.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = ""
+            if isinstance(node, ast.Attribute) and _is_a_trainer(node.value, path):
+                name = node.attr
+            elif isinstance(node, ast.FunctionDef) and path.parent.name == "training":
+                name = node.name
+            assert name not in private, f"{path.relative_to(ROOT)}, line {node.lineno}: {name}"  # type: ignore[attr-defined]
+
+
+def _is_a_trainer(node: ast.AST, path: Path) -> bool:
+    """Whether an expression may be one, by what it is called."""
+    if isinstance(node, ast.Attribute):
+        return node.attr in ("trainer", "_trainer")
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "super"
+    return isinstance(node, ast.Name) and (
+        node.id in ("trainer", "run") or (node.id == "self" and path.parent.name == "training")
+    )
 
 
 def test_benchmarks_reach_the_house_from_outside():

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback
 
 from dpop_kernels import ScoringHead
@@ -26,7 +24,7 @@ from dpop_trainer.training.exact_shares import ExactShares
 from dpop_trainer.training.metrics import MeanMetrics
 from dpop_trainer.training.non_finite import MicroBatch, NonFiniteError, non_finite_message, not_finite, save_non_finite
 from dpop_trainer.training.progress import RunProgress
-from dpop_trainer.training.run_progress import load_progress, save_progress
+from dpop_trainer.training.run_progress import Progress, load_progress, save_progress
 from dpop_trainer.training.speed import peak_memory_gib
 from dpop_trainer.training.whole_checkpoints import WholeCheckpoints
 
@@ -121,7 +119,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.placed(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             self.compute_loss(model, inputs)
         return None, None, None  # evaluation_loop makes the means; transformers' are over batches, the last one padded
@@ -148,7 +146,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:
             # the sum goes on in a resumed run; transformers 5.24 divides it by the steps since resuming
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            logs["train_loss"] = self.loss_sums.before / max(self.state.global_step, 1)
         # evaluation brings its own metrics along, and leaves the model in eval mode
         metrics = self._mean_metrics["train"].pop(self.accelerator) if self.model.training else {}  # type: ignore[union-attr]
         if metrics:
@@ -167,27 +165,11 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         logs.update(metrics)  # in place, as transformers does with the epoch: evaluate() returns what is logged
         super().log(logs, start_time)
 
-    def _get_num_items_in_batch(self, batch_samples, device):
-        if not batch_samples:
-            return None
-        batches = map(as_batch, batch_samples)
-        count = sum(0 if batch.is_filler else self.num_items(batch) for batch in batches)
+    def num_global_items(self, batches, device):
+        count = sum(0 if batch.is_filler else self.num_items(batch) for batch in map(as_batch, batches))
         if self.accelerator.num_processes == 1:
             return count
         return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if isinstance(grad_norm, DTensor):  # FSDP2's, a part on each rank
-            grad_norm = grad_norm.full_tensor()
-        self._last_grad_norm = grad_norm
-        return grad_norm
-
-    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
-        return dataset  # the collator reads the columns that it needs; none of them is an argument of the model
-
-    def _get_collator_with_removed_columns(self, data_collator, description=None):
-        return data_collator  # the same for a stream
 
     def _count_tokens(self, batch: Batch, *, weight: float) -> None:
         for key, count in self.token_counts(batch).items():
@@ -204,7 +186,9 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         return totals
 
     def write_progress(self, folder):
-        save_progress(self, folder)
+        keys, totals = self._mean_metrics["train"].state()
+        progress = Progress(self.loss_sums, keys, totals, self._token_counts, self.carried_state())
+        save_progress(progress, folder, rank=self.args.process_index)
 
     def begin_training(self) -> None:
         """Called when the loop is about to begin, the model wrapped and a checkpoint loaded."""
@@ -212,11 +196,19 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         self._mean_metrics["train"] = MeanMetrics()
         self._token_counts, self._logged_token_counts = {}, {}
         if self._resumed_from is not None:
-            load_progress(self, self._resumed_from)
+            progress = load_progress(self._resumed_from, rank=self.args.process_index, device=self.args.device)
+            if progress is not None:
+                self._take_up(progress)
             for key in {key for line in self.state.log_history for key in line if key.startswith("num_")}:
                 logged = (line[key] for line in reversed(self.state.log_history) if key in line)
                 self._logged_token_counts[key] = next(logged, 0.0)
         self._clock.restart()
+
+    def _take_up(self, progress: Progress) -> None:
+        self.loss_sums = progress.losses
+        self._mean_metrics["train"].restore(progress.metric_keys, progress.metric_totals)
+        self._token_counts = progress.token_counts
+        self.restore_carried_state(progress.carried)
 
     def stop_if_not_finite(self) -> None:
         """
@@ -229,8 +221,8 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
             return
         pairs_are_bad = torch.cat([batch.is_bad for batch in batches]).any()
         # fp16's loss scaler meets infinite gradients as a matter of course, and skips the step by itself
-        heeds_gradient = self._last_grad_norm is not None and self.accelerator.scaler is None
-        gradient_is_bad = not_finite(self._last_grad_norm if heeds_gradient else 0.0, pairs_are_bad.device)
+        heeds_gradient = self.last_grad_norm is not None and self.accelerator.scaler is None
+        gradient_is_bad = not_finite(self.last_grad_norm if heeds_gradient else 0.0, pairs_are_bad.device)
         flags: Any = torch.stack([pairs_are_bad, gradient_is_bad]).float()
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.reduce(flags, reduction="sum")
@@ -253,8 +245,6 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
             pair_ids = pair_ids or torch.cat([batch.inputs.pair_ids for batch in batches]).tolist()
         self.accelerator.wait_for_everyone()  # a rank that ends takes the others along; let all of them write first
         raise NonFiniteError(non_finite_message(step, what, pair_ids, folder))
-
-    _last_grad_norm: Tensor | float | None = None
 
 
 class _AroundTraining(TrainerCallback):

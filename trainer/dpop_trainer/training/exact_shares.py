@@ -3,10 +3,10 @@
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer
+from torch.utils.data import DataLoader
 
 from dpop_trainer.batches.shares import FillerCollator, RankShares, WithFillers
+from dpop_trainer.training.hf_hooks import HfHooks
 
 # of a DataLoader, beside what it loads from
 _LOADER_OPTIONS = (
@@ -22,11 +22,10 @@ _LOADER_OPTIONS = (
 )
 
 
-class ExactShares(Trainer):
+class ExactShares(HfHooks):
     """transformers.Trainer with `shares.RankShares` in place of accelerate's padded shards."""
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader: Any = super()._get_dataloader(*args, **kwargs)
+    def dealt_out(self, loader: Any) -> Any:
         shard = getattr(loader, "batch_sampler", None)
         if not isinstance(shard, BatchSamplerShard) or shard.split_batches or isinstance(loader.dataset, WithFillers):
             return loader
@@ -38,7 +37,3 @@ class ExactShares(Trainer):
             **{name: getattr(loader, name) for name in _LOADER_OPTIONS},
         )
         return loader
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        sampler = super()._get_eval_sampler(eval_dataset)
-        return SequentialSampler(eval_dataset) if sampler is None and hasattr(eval_dataset, "__len__") else sampler

@@ -2,53 +2,68 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dpop_trainer.training.base import HeadTrainer
+from dpop_trainer.training.hf_hooks import LossSums
 
 
-def save_progress(trainer: "HeadTrainer", checkpoint: Path) -> None:
-    """Write this rank's sums into a checkpoint. Reads them from the device."""
-    keys, totals = trainer._mean_metrics["train"].state()
-    tensors = {"loss": trainer._tr_loss, **{f"tokens/{key}": value for key, value in trainer._token_counts.items()}}
-    if totals is not None:
-        tensors["metrics"] = totals
-    tensors |= {f"carried/{key}": value for key, value in trainer.carried_state().items()}
+class Progress(NamedTuple):
+    """The sums of one rank."""
+
+    losses: LossSums
+    metric_keys: list[str]
+    metric_totals: Tensor | None
+    """See `MeanMetrics.state`."""
+    token_counts: dict[str, Tensor]
+    carried: dict[str, Tensor]
+    """What a trainer adds, see `HeadTrainer.carried_state`."""
+
+
+def save_progress(progress: Progress, checkpoint: Path, *, rank: int) -> None:
+    """Write a rank's sums into a checkpoint. Reads them from the device."""
+    tensors = {"loss": progress.losses.since_log}
+    tensors |= {f"tokens/{key}": value for key, value in progress.token_counts.items()}
+    if progress.metric_totals is not None:
+        tensors["metrics"] = progress.metric_totals
+    tensors |= {f"carried/{key}": value for key, value in progress.carried.items()}
     told = {
-        "metric_keys": json.dumps(keys),
-        "total_loss": float(trainer._total_loss_scalar).hex(),  # to the bit
-        "last_logged_step": str(trainer._globalstep_last_logged),
+        "metric_keys": json.dumps(progress.metric_keys),
+        "total_loss": progress.losses.before.hex(),  # to the bit
+        "last_logged_step": str(progress.losses.last_logged_step),
     }
     checkpoint.mkdir(parents=True, exist_ok=True)
     kept = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    save_file(kept, _path(trainer, checkpoint), metadata=told)
+    save_file(kept, _path(checkpoint, rank), metadata=told)
 
 
-def load_progress(trainer: "HeadTrainer", checkpoint: Path) -> None:
-    """Take this rank's sums up again. A checkpoint of another trainer has none: its next log line begins anew."""
-    path = _path(trainer, checkpoint)
+def load_progress(checkpoint: Path, *, rank: int, device: torch.device) -> Progress | None:
+    """A rank's sums, on its device. None where another trainer wrote the checkpoint: the next log line begins anew."""
+    path = _path(checkpoint, rank)
     if not path.is_file():
-        return
+        return None
     with safe_open(path, framework="pt") as file:
         told = file.metadata()
-        tensors: dict[str, Tensor] = {key: file.get_tensor(key).to(trainer.args.device) for key in file.keys()}  # noqa: SIM118
-    trainer._tr_loss = tensors["loss"].to(torch.float32)
-    trainer._total_loss_scalar = float.fromhex(told["total_loss"])
-    trainer._globalstep_last_logged = int(told["last_logged_step"])
-    trainer._mean_metrics["train"].restore(json.loads(told["metric_keys"]), tensors.get("metrics"))
-    trainer._token_counts = _with_prefix(tensors, "tokens/")
-    trainer.restore_carried_state(_with_prefix(tensors, "carried/"))
+        tensors: dict[str, Tensor] = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
+    losses = LossSums(
+        tensors["loss"].to(torch.float32), float.fromhex(told["total_loss"]), int(told["last_logged_step"])
+    )
+    return Progress(
+        losses,
+        json.loads(told["metric_keys"]),
+        tensors.get("metrics"),
+        _with_prefix(tensors, "tokens/"),
+        _with_prefix(tensors, "carried/"),
+    )
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _path(trainer: "HeadTrainer", checkpoint: Path) -> Path:
-    return checkpoint / f"progress_{trainer.args.process_index}.safetensors"
+def _path(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f"progress_{rank}.safetensors"

@@ -6,13 +6,11 @@ renamed, with a record of what it holds (`checkpoints`) and of what makes the ru
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import Trainer
 
 from dpop_trainer.run_folder.checkpoints import (
     INCOMPLETE,
@@ -28,16 +26,16 @@ from dpop_trainer.run_folder.checkpoints import (
 from dpop_trainer.run_folder.files import flush_folder, move_folder
 from dpop_trainer.run_folder.identity import identity_of
 from dpop_trainer.training.given_weights import GivenWeights, use_given_weights
+from dpop_trainer.training.hf_hooks import HfHooks
 from dpop_trainer.training.speed import TrainingClock
 
 
-class WholeCheckpoints(Trainer):
+class WholeCheckpoints(HfHooks):
     """transformers.Trainer with these checkpoints. `run_config` is what tells a run from another."""
 
     run_config: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._writes_incomplete = False
         self._resumed_from: Path | None = None
         self._clock = TrainingClock()  # writing does not count as training
         super().__init__(*args, **kwargs)
@@ -77,23 +75,12 @@ class WholeCheckpoints(Trainer):
     def _identity(self) -> dict[str, Any]:
         return identity_of(self.run_config, num_processes=self.accelerator.num_processes, dataset=self.train_dataset)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at its last step: transformers would add one more
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, INCOMPLETE) if self._writes_incomplete else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def save_checkpoint(self, output_dir: Path, write: Callable[[str], None]) -> None:
         """transformers' checkpoint, written aside and renamed into place once it is whole.
 
         Raises:
             CheckpointError: it cannot be written, as on a full disk. The checkpoints that there are stay as they are.
         """
-        output_dir = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         part, final = output_dir / INCOMPLETE / name, output_dir / name
         with self._clock.paused():
@@ -102,31 +89,16 @@ class WholeCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
             use_given_weights(self.optimizer)
             try:
-                self._writes_incomplete = True
-                super()._save_checkpoint(model, trial)
+                write(INCOMPLETE)
                 self._finish_checkpoint(part, final)
             except (OSError, RuntimeError, SafetensorError) as error:
                 shutil.rmtree(part, ignore_errors=True)
                 raise CheckpointError(_unwritten(final, error)) from error
-            finally:
-                self._writes_incomplete = False
             self._publish_checkpoint(part, final)
             if self.args.should_save:
                 remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             if self.args.push_to_hub:
-                super()._push_from_checkpoint(str(final))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.args.device.type == "cpu":  # torch.load knows a place "cpu", and none "cpu:0", which ranks are given
-            self.args.__dict__["_setup_devices"] = torch.device("cpu")
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        path = Path(output_dir) / "scheduler.pt"
-        if self.args.should_save and path.is_file():
-            # FSDP2 makes learning rates tensors of rank 0's device, which another rank may not have
-            torch.save(_as_numbers(self.lr_scheduler.state_dict()), path)  # type: ignore[union-attr]
+                self.push_checkpoint(final)
 
     def _finish_checkpoint(self, part: Path, final: Path) -> None:
         """Add what transformers leaves out: the paths as they will be, and what a subclass has summed up."""
@@ -155,19 +127,6 @@ class WholeCheckpoints(Trainer):
                     raise CheckpointError(_unwritten(final, error)) from error
                 shutil.rmtree(part.parent, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._writes_incomplete:  # else it follows when the folder is in place
-            super()._push_from_checkpoint(checkpoint_folder)
-
-
-def _as_numbers(value: Any) -> Any:
-    """Nested lists and dicts with their scalar tensors as numbers."""
-    if isinstance(value, dict):
-        return {key: _as_numbers(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_as_numbers(item) for item in value)
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _unwritten(final: Path, error: Exception) -> str:
