@@ -208,6 +208,7 @@ def test_truncation_is_counted():
         truncated_prompts=2,
         truncated_chosen=1,
         truncated_rejected=1,
+        stray_specials=1,  # the first prompt ends with EOS
         prompt_tokens=5,
         chosen_tokens=5,
         rejected_tokens=5,

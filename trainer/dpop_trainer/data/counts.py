@@ -29,6 +29,16 @@ class TokeniseCounts(NamedTuple):
     merged_boundaries: int
     """Pairs whose prompt is shorter than when tokenised alone: tokens merge across its end, or the chat template
     renders it differently there. The model is then trained on another context than it sees when it generates."""
+    mended_seams: int
+    """Pairs of which a second BOS or a second end of a turn was left out."""
+    stray_specials: int
+    """Pairs in which a special token stands where texts meet and none should, or twice; they are left as they are."""
+    left_out: int
+    """Pairs of which the chat template leaves out a part of an answer (reasoning, a tool call) or a tool."""
+    foreign_turns: int
+    """Pairs whose answers go on over turns that the model does not write (a user's, a tool's); they are scored."""
+    endless_answers: int
+    """Pairs with an answer that ends in no token at which the model stops; 0 where these are not known."""
     equal_scores: int
     """Pairs whose answers the data set's own scores call equally good."""
     inverted_scores: int
@@ -67,11 +77,21 @@ class TokeniseCounts(NamedTuple):
                 "prompts shortened where they meet the answer": self.merged_boundaries,
             }
         )
+        notes = _listed(
+            {
+                "with a special token twice where texts meet, one left out": self.mended_seams,
+                "with a special token where texts meet that should not be there": self.stray_specials,
+                "of which the chat template leaves a part out": self.left_out,
+                "whose answers go on over turns that the model does not write, which are scored": self.foreign_turns,
+                "with an answer that ends in no token at which the model stops": self.endless_answers,
+            }
+        )
         scores = _listed({"equal": self.equal_scores, "inverted": self.inverted_scores})
         return (
             f"{self.num_pairs:,} of {self.num_pairs_in:,} pairs kept; dropped: {dropped}.\n"
             f"{self.prompt_tokens:,} prompt, {self.chosen_tokens:,} chosen and {self.rejected_tokens:,} rejected "
             f"tokens; changed: {changed}."
+            + (f"\nPairs to look at: {notes} (docs/data.md, Seams)." if notes != "nothing" else "")
             + (f"\nScores of the two answers: {scores}." if self.equal_scores or self.inverted_scores else "")
         )
 

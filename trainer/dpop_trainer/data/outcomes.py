@@ -4,6 +4,7 @@ The same for a whole data set and for a part of a stream.
 """
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from dpop_trainer.data.counts import TokeniseCounts
 from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
 
 CUT_COLUMNS = ("prompt_cut", "chosen_cut", "rejected_cut")
+NOTE_COLUMNS = ("prompt_shortened", "mended_seams", "stray_specials", "left_out", "foreign_turns")
+END_COLUMNS = ("chosen_end", "rejected_end")
 
 
 class Outcomes(NamedTuple):
@@ -23,18 +26,27 @@ class Outcomes(NamedTuple):
     """[rows] of text: kept, identical, identical_after_truncation, no_room, empty or bad."""
     kept: np.ndarray
     """[rows] of bool: the pair is trained on."""
+    endless: np.ndarray
+    """[rows] of bool: an answer ends in no token at which the model stops."""
     problems: dict[int, str]
     """Row -> why its record cannot be used, in order of the rows: those that are bad."""
 
 
 def judge_outcomes(
-    table: pa.Table, *, vocab_size: int | None, max_positions: int | None, refs: bool, keep_identical: bool
+    table: pa.Table,
+    *,
+    vocab_size: int | None,
+    max_positions: int | None,
+    stop_ids: Collection[int],
+    refs: bool,
+    keep_identical: bool,
 ) -> Outcomes:
     """
     Args:
         table: the columns of `tokenise.tokenised_features`.
         vocab_size: if given, every id must be below it.
         max_positions: if given, no prompt with an answer may have more tokens.
+        stop_ids: at which the model stops; none: nothing is said of endless answers.
         refs: the data set brings reference log-probs, so every record must.
         keep_identical: pairs with identical answers are kept.
     """
@@ -49,7 +61,8 @@ def judge_outcomes(
     names = _shared_texts(table["outcome"])
     names[list(problems)] = "bad"
     identical = ("identical", "identical_after_truncation") if keep_identical else ()
-    return Outcomes(names, np.isin(names, ["kept", *identical]), dict(sorted(problems.items())))
+    kept = np.isin(names, ["kept", *identical])
+    return Outcomes(names, kept, _endless(table, stop_ids), dict(sorted(problems.items())))
 
 
 def count_outcomes(table: pa.Table, outcomes: Outcomes) -> TokeniseCounts:
@@ -72,6 +85,11 @@ def count_outcomes(table: pa.Table, outcomes: Outcomes) -> TokeniseCounts:
         truncated_chosen=total(table["chosen_cut"]),
         truncated_rejected=total(table["rejected_cut"]),
         merged_boundaries=total(table["prompt_shortened"]),
+        mended_seams=total(table["mended_seams"]),
+        stray_specials=total(table["stray_specials"]),
+        left_out=total(table["left_out"]),
+        foreign_turns=total(table["foreign_turns"]),
+        endless_answers=int((outcomes.endless & outcomes.kept).sum()),
         equal_scores=total(pc.equal(table["score_gap"], 0.0)),
         inverted_scores=total(pc.less(table["score_gap"], 0.0)),
         prompt_tokens=total(pc.list_value_length(table["prompt_ids"])),
@@ -104,6 +122,13 @@ def _ref_problems(table: pa.Table) -> dict[int, str]:
     return {int(row): absent for row in np.flatnonzero(is_absent & is_used)} | {
         int(row): cut for row in np.flatnonzero(is_cut & is_used & ~is_absent)
     }
+
+
+def _endless(table: pa.Table, stop_ids: Collection[int]) -> np.ndarray:
+    if not stop_ids:
+        return np.zeros(len(table), np.bool_)
+    chosen, rejected = (np.isin(table[column].to_numpy(), list(stop_ids)) for column in END_COLUMNS)
+    return ~(chosen & rejected)
 
 
 def _position_problems(table: pa.Table, max_positions: int) -> dict[int, str]:

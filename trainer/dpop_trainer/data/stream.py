@@ -7,7 +7,7 @@ takes.
 import itertools
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -148,7 +148,7 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         stream: rows, see `SourceStream`.
         tokenizer: the model's.
         name: of the data set, in messages and counts.
-        max_length, truncation_mode, keep_identical, vocab_size, max_positions: as in `tokenise_pairs`.
+        max_length, truncation_mode, keep_identical, vocab_size, max_positions, stop_ids: as in `tokenise_pairs`.
         on_bad_record: "error" stops at the first batch with a record that cannot be used and names it; "skip" leaves
             such records out and counts them.
         skipped: writes down what "skip" leaves out.
@@ -170,6 +170,7 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         keep_identical: bool = False,
         vocab_size: int | None = None,
         max_positions: int | None = None,
+        stop_ids: Collection[int] = (),
         on_bad_record: OnBadRecord = "error",
         skipped: SkippedRecords | None = None,
         repeat: bool = False,
@@ -180,7 +181,7 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         self._max_length = max_length
         self._truncation_mode: TruncationMode = truncation_mode
         self._keep_identical = keep_identical
-        self._vocab_size, self._max_positions = vocab_size, max_positions
+        self._vocab_size, self._max_positions, self._stop_ids = vocab_size, max_positions, stop_ids
         self._on_bad_record, self._skipped, self._repeat = on_bad_record, skipped or SkippedRecords(None), repeat
         self.counts: TokeniseCounts = NO_COUNTS
         self._refs = self._find_refs()
@@ -235,6 +236,7 @@ class TokenisedStream(torch.utils.data.IterableDataset):
             table,
             vocab_size=self._vocab_size,
             max_positions=self._max_positions,
+            stop_ids=self._stop_ids,
             refs=bool(self._refs),
             keep_identical=self._keep_identical,
         )

@@ -5,7 +5,7 @@ from those columns, so they are the same whether the pass ran in one process, in
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -16,7 +16,7 @@ from dpop_trainer.data.code_hash import code_hash
 from dpop_trainer.data.convert import bad_records, convert_pairs, row_pair
 from dpop_trainer.data.counts import TokeniseCounts
 from dpop_trainer.data.encode import EncodedPair, Refused, check_tokenizer, encode_records
-from dpop_trainer.data.outcomes import CUT_COLUMNS, count_outcomes, judge_outcomes
+from dpop_trainer.data.outcomes import CUT_COLUMNS, END_COLUMNS, NOTE_COLUMNS, count_outcomes, judge_outcomes
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.records import ALL_REF_COLUMNS, TOKEN_COLUMNS, BadRecord, raise_bad_records
 from dpop_trainer.data.sound_cache import map_or_map_anew
@@ -43,9 +43,11 @@ def tokenise_pairs(
     keep_identical: bool = False,
     vocab_size: int | None = None,
     max_positions: int | None = None,
+    stop_ids: Collection[int] = (),
     on_bad_record: OnBadRecord = "error",
     on_skipped: Callable[[list[BadRecord]], None] | None = None,
     completions: bool = False,
+    notes: bool = False,
 ) -> tuple[Dataset, TokeniseCounts]:
     """Tokenise pairs, cut them to length, and drop those that hold no preference.
 
@@ -66,10 +68,12 @@ def tokenise_pairs(
         keep_identical: keep pairs whose two answers have the same tokens (their margin is always 0).
         vocab_size: if given, every id must be below it.
         max_positions: if given, no prompt with an answer may have more tokens: the positions that the model learned.
+        stop_ids: the tokens at which the model stops when it generates, by which answers that do not end are counted.
         on_bad_record: "error" refuses the data set where a record cannot be used; "skip" leaves such records out,
             counts them and names the first in a warning.
         on_skipped: is given the records that "skip" left out.
         completions: take prompt and completion too, for supervised fine-tuning.
+        notes: keep the columns of `outcomes.NOTE_COLUMNS` and "endless", which say what the counts count.
 
     Returns:
         The data set with the columns prompt_ids, chosen_ids, rejected_ids (whole answers), pair_id (the pair's row
@@ -111,6 +115,7 @@ def tokenise_pairs(
         table,
         vocab_size=vocab_size,
         max_positions=max_positions,
+        stop_ids=stop_ids,
         refs=bool(refs),
         keep_identical=keep_identical,
     )
@@ -131,7 +136,11 @@ def tokenise_pairs(
     if not outcomes.kept.all():
         mapped = mapped.select(np.flatnonzero(outcomes.kept))
     _logger.info(counts.summary())
-    return mapped.select_columns([*TOKEN_COLUMNS, "pair_id", *refs]), counts
+    columns = [*TOKEN_COLUMNS, "pair_id", *refs]
+    if notes:
+        mapped = mapped.add_column("endless", outcomes.endless[outcomes.kept].tolist())  # type: ignore[call-arg]
+        columns += [*NOTE_COLUMNS, "endless"]
+    return mapped.select_columns(columns), counts
 
 
 def check_on_bad_record(on_bad_record: str) -> None:
@@ -155,7 +164,9 @@ def tokenised_features(refs: list[str]) -> Features:
     return Features(
         {column: List(Value("int32")) for column in TOKEN_COLUMNS}
         | {"pair_id": Value("int64"), "outcome": Value("string"), "problem": Value("string")}
-        | {"prompt_shortened": Value("bool"), "score_gap": Value("float64")}
+        | {column: Value("bool") for column in NOTE_COLUMNS}
+        | {column: Value("int32") for column in END_COLUMNS}
+        | {"score_gap": Value("float64")}
         | {column: Value("bool") for column in CUT_COLUMNS}
         | {column: Value("float64") for column in refs}
     )
@@ -200,9 +211,10 @@ def _bad(problem: str | None) -> dict[str, Any]:
     return {
         **PairIds([], [], [])._asdict(),
         **dict.fromkeys(CUT_COLUMNS, False),
+        **dict.fromkeys(NOTE_COLUMNS, False),
+        **dict.fromkeys(END_COLUMNS, -1),
         "outcome": "bad",
         "problem": problem,
-        "prompt_shortened": False,
     }
 
 
@@ -232,7 +244,7 @@ def _finish_pair(pair: EncodedPair, max_length: int | None, truncation_mode: Tru
         **dict(zip(CUT_COLUMNS, lost, strict=True)),
         "outcome": outcome,
         "problem": None,
-        "prompt_shortened": pair.prompt_shortened,
+        **{column: getattr(pair, column) for column in (*NOTE_COLUMNS, *END_COLUMNS)},
     }
 
 

@@ -9,7 +9,7 @@ from dpop_trainer.settings.model_paths import check_local_path
 from dpop_trainer.settings.recipes import recipe_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 def transformers_without_torch() -> None:
@@ -69,6 +69,16 @@ def load_trained_tokenizer(
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     prepare_tokenizer(tokenizer)
     return tokenizer
+
+
+def load_generation_config(name_or_path: str) -> "GenerationConfig | None":
+    """What lies beside a tokenizer and names the tokens at which the model stops; None where there is none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError):
+        return None
 
 
 def load_chat_template(path_or_text: str) -> str:

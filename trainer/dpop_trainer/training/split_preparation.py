@@ -11,6 +11,7 @@ from dpop_trainer.batches import with_lengths
 from dpop_trainer.data import SkippedRecords, TokenisedStream, tokenise_pairs
 from dpop_trainer.data.records import BadRecord
 from dpop_trainer.data.stream import as_stream, is_stream
+from dpop_trainer.measure.stop_tokens import stop_token_ids
 from dpop_trainer.models.loading import Policy
 from dpop_trainer.models.positions import usable_positions
 from dpop_trainer.settings.config import DPOPConfig, HeadConfig
@@ -131,5 +132,6 @@ class Preparation:
             "keep_identical": self.keep_identical,
             "vocab_size": self.policy.vocab_size,
             "max_positions": usable_positions(self.policy.model, args.pad_to_multiple_of),  # type: ignore[arg-type]
+            "stop_ids": stop_token_ids(self.policy.model, self.policy.tokenizer),
             "on_bad_record": args.on_bad_record,
         }

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.data.truncate import check_truncation
@@ -54,9 +55,11 @@ def inspect_pairs(argv: list[str]) -> int:
     from dpop_trainer.tools.doctor.summary import as_text, write_clean, write_json, write_measures
 
     tokenizer = model = None
+    stop_ids: list[int] = []
     if name:
         from dpop_trainer.models.tokenizer_loading import (
             load_chat_template,
+            load_generation_config,
             load_tokenizer,
             prepare_tokenizer,
             transformers_without_torch,
@@ -68,6 +71,9 @@ def inspect_pairs(argv: list[str]) -> int:
         prepare_tokenizer(tokenizer)
         if options.chat_template_path:
             tokenizer.chat_template = load_chat_template(options.chat_template_path)
+        from dpop_trainer.measure.stop_tokens import stop_token_ids
+
+        stop_ids = stop_token_ids(_Named(load_generation_config(name)), tokenizer)
     if options.model:
         import torch
 
@@ -80,6 +86,7 @@ def inspect_pairs(argv: list[str]) -> int:
         config=options.config,
         tokenizer=tokenizer,
         model=model,
+        stop_ids=stop_ids,
         eval_source=options.eval,
         eval_split=options.eval_split,
         max_length=options.max_length,
@@ -99,6 +106,12 @@ def inspect_pairs(argv: list[str]) -> int:
         kept = write_clean(examination, Path(options.write_clean))
         print(f"Written: {options.write_clean} with {kept:,} pairs; {len(examination.drop):,} left out")
     return 3 if examination.is_serious and not options.exit_zero else 0
+
+
+class _Named(NamedTuple):
+    """What a model names as its stop tokens, without the model."""
+
+    generation_config: Any
 
 
 def _is_own_process() -> bool:

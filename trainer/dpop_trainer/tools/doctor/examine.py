@@ -1,6 +1,7 @@
 """The whole examination: load, tokenise, measure, hold against the evaluation set, ask a model, find, recommend."""
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.data.outcomes import NOTE_COLUMNS
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.records import TOKEN_COLUMNS
 from dpop_trainer.data.truncate import TruncationMode, truncate_pair
@@ -101,6 +103,7 @@ def examine_pairs(
     config: str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     model: Any = None,
+    stop_ids: Collection[int] = (),
     eval_source: str | None = None,
     eval_split: str = "train",
     max_length: int | None = 1024,
@@ -119,6 +122,8 @@ def examine_pairs(
         tokenizer: of the model that is to be trained. None: everything is measured in characters, and nothing is
             said of `max_length` and layout.
         model: the causal LM itself (needs the tokenizer), for reference margins and CHES.
+        stop_ids: the tokens at which the model stops when it generates. Without, nothing is
+            said of endless answers.
         eval_source: the pairs that the run is evaluated on, of the same `config`.
         eval_split: theirs.
         max_length: what the training run will use.
@@ -137,16 +142,18 @@ def examine_pairs(
     if model is not None and tokenizer is None:
         raise ValueError("tokenizer: expected the model's tokenizer, got None.")
     pair_file = PairFile.open(source, split, config)
-    tokenised, shortened = None, 0
+    tokenised, notes = None, {}
     if tokenizer is not None:
-        tokenised, counts = tokenise_pairs(
+        tokenised, _ = tokenise_pairs(
             pair_file.dataset,
             tokenizer,
             num_proc=num_proc,
             keep_identical=True,
             vocab_size=None if model is None else model.get_input_embeddings().weight.shape[0],
+            stop_ids=stop_ids,
+            notes=True,
         )
-        shortened = counts.merged_boundaries
+        notes = _notes_of(tokenised, pair_file.num_pairs)
     measures, fingerprints = measure_pairs(
         pair_file,
         tokenised,
@@ -159,7 +166,7 @@ def examine_pairs(
     if eval_source is not None:
         desc = "Reading evaluation pairs" if show_progress else None
         held_out = fingerprints_of(PairFile.open(eval_source, eval_split, config), desc=desc)
-    findings = find_all(Evidence(measures, fingerprints, held_out, max_length, shortened))
+    findings = find_all(Evidence(measures, fingerprints, held_out, max_length, notes))
     scores = None
     if model is not None:
         assert tokenizer is not None
@@ -182,6 +189,16 @@ def examine_pairs(
         drop=rows_to_drop(findings),
         model_scores=scores,
     )
+
+
+def _notes_of(tokenised: Dataset, num_pairs: int) -> dict[str, NDArray[np.bool_]]:
+    """What tokenising says of each pair of the file; of one without tokens, nothing."""
+    rows = np.asarray(tokenised["pair_id"][:])
+    notes = {}
+    for name in (*NOTE_COLUMNS, "endless"):
+        notes[name] = np.zeros(num_pairs, np.bool_)
+        notes[name][rows] = tokenised[name][:]
+    return notes
 
 
 def _score(

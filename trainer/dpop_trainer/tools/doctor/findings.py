@@ -5,7 +5,7 @@ says so. The thresholds are our choice: below them a run is a little worse or wa
 result should not be trusted before somebody has looked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -29,6 +29,9 @@ SERIOUS_SHARE: dict[str, float] = {
     "same_when_normalised": 0.10,
     "prompt_shortened": 0.10,
     "hidden_characters": 0.10,
+    "left_out": 0.01,
+    "stray_specials": 0.10,
+    "foreign_turns": 0.10,
 }
 """Share of all pairs from which a finding is serious; what is not listed never is."""
 
@@ -66,8 +69,8 @@ class Evidence(NamedTuple):
     held_out: Fingerprints | None
     """Of the evaluation pairs."""
     max_length: int | None
-    prompts_shortened: int
-    """`TokeniseCounts.merged_boundaries`."""
+    notes: Mapping[str, NDArray[np.bool_]]
+    """What tokenising says of each pair, by column of `outcomes.NOTE_COLUMNS`, and "endless"; empty without it."""
 
     @property
     def num_pairs(self) -> int:
@@ -259,21 +262,13 @@ def _low_edit(evidence: Evidence) -> list[Finding]:
     )
 
 
-def _prompt_shortened(evidence: Evidence) -> list[Finding]:
-    if not evidence.prompts_shortened:
-        return []
-    share = evidence.prompts_shortened / evidence.num_pairs
+def _noted(evidence: Evidence) -> list[Finding]:
+    """What tokenising took note of."""
     return [
-        Finding(
-            "prompt_shortened",
-            "serious" if share >= SERIOUS_SHARE["prompt_shortened"] else "warning",
-            np.arange(0),
-            evidence.num_pairs,
-            f"{evidence.prompts_shortened:,} of {evidence.num_pairs:,} prompts ({percent(share)}) end in a token that "
-            "merges into the answer's first",
-            "End prompts so that no token crosses over (begin answers with the space, not end prompts with it): the "
-            "model is trained on another context than it generates from.",
-        )
+        finding
+        for name, (what, remedy) in _NOTED.items()
+        if name in evidence.notes
+        for finding in _finding(evidence, name, evidence.notes[name], what, remedy)
     ]
 
 
@@ -313,7 +308,36 @@ def percent(share: float) -> str:
     return ">99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
 
 
-_NOTES = {"both_ways", "over_represented"}
+_NOTED = {
+    "prompt_shortened": (
+        "have a prompt that ends in a token that merges into the answer's first",
+        "End prompts so that no token crosses over (begin answers with the space, not end prompts with it): the model "
+        "is trained on another context than it generates from.",
+    ),
+    "mended_seams": (
+        "have a second BOS, or a second end of a turn, written out in the text",
+        "The trainer leaves it out; leave it out of the data too: tokenizer and chat template write their own.",
+    ),
+    "stray_specials": (
+        "have a special token where prompt and answer meet, or one twice",
+        "Remove it: an answer begins without BOS, a prompt ends without EOS. It is trained on as it stands.",
+    ),
+    "left_out": (
+        "lose a part of an answer, a tool call or a tool to the chat template (an R1-like one strips reasoning)",
+        "Give a template that writes it (chat_template_path), or pairs without it: what is left out is not trained.",
+    ),
+    "foreign_turns": (
+        "have an answer that goes on over turns that the model does not write (a user's, a tool's), which are scored",
+        "End answers with the assistant's turn; make a pair of each later turn, with the turns before as its prompt.",
+    ),
+    "endless": (
+        "have an answer that ends in no token at which the model stops",
+        "End turns with the model's own EOS, or name the template's end in generation_config.eos_token_id: else the "
+        "trained model does not stop.",
+    ),
+}
+"""Name -> what such pairs have, and the remedy."""
+_NOTES = {"both_ways", "over_represented", "mended_seams"}
 DROPPED = ("empty", "identical", "no_room", "same_after_cut", "contradictory", "duplicate", "near_duplicate", "leaked")
 """Findings whose pairs `--write_clean` leaves out; the first that applies is a row's reason."""
 CHECKS: tuple[Callable[[Evidence], list[Finding]], ...] = (
@@ -329,6 +353,6 @@ CHECKS: tuple[Callable[[Evidence], list[Finding]], ...] = (
     _leaked,
     _length_cue,
     _low_edit,
-    _prompt_shortened,
+    _noted,
     _hidden_characters,
 )
