@@ -1,6 +1,7 @@
 """Shared by all tests: kernels interpreted where there is no GPU, one thread per worker, NaN-poisoned allocations."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -28,6 +29,13 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 
 SHARED = Path(__file__).parents[2] / "shared"
 HAS_SHARED = all((SHARED / name).is_dir() for name in ("data", "tokenizers", "models/stories260K"))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays until the end: transformers collects garbage after every training, and need not
+    look through all objects of all libraries each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,10 @@ _BLUE, _VERMILLION, _DARK = "#0072B2", "#D55E00", "0.15"
 _RESOLUTION = 110  # dots per inch
 _MOST_POINTS = 2000
 
+# inches: a panel with its labels, and what they take around the axes
+_CELL = (3.3, 2.5)
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.78, 0.12, 0.28, 0.46
+
 
 class _Line(NamedTuple):
     key: str
@@ -81,20 +85,41 @@ def draw_metrics(metrics: Sequence[Mapping[str, Any]]) -> bytes:
     Args:
         metrics: the lines of metrics.jsonl.
     """
+    figure, grid, panels = _empty_figure(metrics)
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw(axes, panel, metrics)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=_RESOLUTION, facecolor="white")
+    return image.getvalue()
+
+
+def _empty_figure(metrics: Sequence[Mapping[str, Any]]) -> tuple[Figure, Any, list[_Panel]]:
+    """The figure, its axes, and the panels to draw in them. Margins are given and not searched for: an engine that
+    searches draws everything twice more."""
     panels = [panel for panel in _PANELS if any(_points(metrics, line.key) for line in panel.lines)]
     columns = min(4, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.2), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, panel in zip(grid, panels, strict=False):
-        _draw(axes, panel, metrics)
+    width, height = _CELL[0] * columns, _CELL[1] * rows
+    across, along = _LEFT + _RIGHT, _TOP + _BOTTOM  # inches between axes
+    figure = Figure(figsize=(width, height))
+    grid = figure.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        gridspec_kw={
+            "left": _LEFT / width,
+            "right": 1 - _RIGHT / width,
+            "bottom": _BOTTOM / height,
+            "top": 1 - _TOP / height,
+            "wspace": across / (_CELL[0] - across),
+            "hspace": along / (_CELL[1] - along),
+        },
+    ).ravel()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes in grid[max(0, len(panels) - columns) : len(panels)]:
         axes.set_xlabel("optimizer step", fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=_RESOLUTION, facecolor="white")
-    return image.getvalue()
+    return figure, grid, panels
 
 
 def _draw(axes: Axes, panel: _Panel, metrics: Sequence[Mapping[str, Any]]) -> None:
