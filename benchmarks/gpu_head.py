@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             measure_head(
                 bench, floors, "frozen_forward_backward", bench.plan.frozen, num_products=2, variants=("tiles",)
             )
-    measure_head(bench, floors, "trainable_forward_backward", bench.plan.trainable, num_products=4)
+    measure_head(bench, floors, "trainable_forward_backward", bench.plan.trainable, num_products=4, variants=("tiles",))
     measure_logits(bench, floors)
     return int(bench.any_wrong)
 
@@ -216,14 +216,14 @@ def measure_copy(bench: Bench) -> dict[str, Any]:
 @contextmanager
 def tile_of(rows: int, columns: int) -> Iterator[None]:
     """The head works in tiles of rows x columns while this lasts."""
-    from dpop_kernels.backends import fused_linear
+    from dpop_kernels.backends import bounds, fused_tiles
 
-    chosen = fused_linear.LAUNCH
-    fused_linear.LAUNCH = replace(chosen, head_rows=rows, head_columns=columns)
+    chosen = bounds.LAUNCH
+    bounds.LAUNCH = fused_tiles.LAUNCH = replace(chosen, head_rows=rows, head_columns=columns)
     try:
         yield
     finally:
-        fused_linear.LAUNCH = chosen
+        bounds.LAUNCH = fused_tiles.LAUNCH = chosen
 
 
 def measure_head(
@@ -236,15 +236,22 @@ def measure_head(
     variants: tuple[str, ...] = ("tiles", "gemm"),
 ) -> None:
     """One case of the head in some variants: checked, then timed."""
-    from dpop_kernels.backends import fused_linear
+    from benchmarks import gemm_head
+    from dpop_kernels.backends import bounds, fused_tiles
+    from dpop_kernels.logps import tiling
+    from dpop_kernels.logps.head import Head
 
+    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "tiles": lambda states, weight, ids: tiling.tiled_token_logps(fused_tiles, states, Head(weight), ids)[0],
+        "gemm": lambda states, weight, ids: gemm_head.gemm_token_logps(states, weight, ids),
+    }
     hidden_states, weight, target_ids = head_inputs(bench, shape)
     grad_logps = torch.linspace(0.5, 1.5, shape.num_tokens, device=bench.device)
     hidden_states.requires_grad_(case != "reference_pass")
     weight.requires_grad_(case == "trainable_forward_backward")
     leaves = [tensor for tensor in (hidden_states, weight) if tensor.requires_grad]
     floor_ms = num_products * 2 * shape.num_tokens * shape.hidden_size * shape.vocab_size / floors.flop_per_ms
-    tile = [fused_linear.LAUNCH.head_rows, fused_linear.LAUNCH.head_columns]
+    tile = [bounds.LAUNCH.head_rows, bounds.LAUNCH.head_columns]
     for variant in variants:
         fields = {
             "variant": variant,
@@ -257,8 +264,8 @@ def measure_head(
             bench.record(case, **fields, skipped="past the deadline")
             continue
 
-        def step(variant: Any = variant) -> tuple[Tensor, tuple[Tensor, ...]]:
-            logps, _ = fused_linear.linear_token_logps(hidden_states, weight, target_ids, variant=variant)
+        def step(way: Any = ways[variant]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            logps = way(hidden_states, weight, target_ids)
             return logps.detach(), torch.autograd.grad(logps, leaves, grad_logps) if leaves else ()
 
         try:

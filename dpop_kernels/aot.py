@@ -2,19 +2,17 @@
 
     python -m dpop_kernels.aot [--target sm_90 --target gfx942]
 
-Prints one row per launch and target: registers per thread, bytes of spill stores and loads, bytes of shared memory, and
-the target's instruction for matrix products where the code has it ("-" where it multiplies none). For NVIDIA these come
-from the ptxas inside the triton wheel, for AMD from the metadata of the assembly, which counts spilled registers and
-not bytes. Exits with 1 if any kernel spills.
+Prints one row per launch and target: registers per thread, bytes of spill stores and loads, bytes of shared memory. For
+NVIDIA these come from the ptxas inside the triton wheel, for AMD from the metadata of the assembly, which counts
+spilled registers and not bytes. Exits with 1 if any kernel spills.
 """
 
 import argparse
+import io
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from contextlib import redirect_stdout
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +26,6 @@ TARGETS: dict[str, tuple[str, Any, int]] = {
     "sm_100": ("cuda", 100, 32),  # B200
     "gfx942": ("hip", "gfx942", 64),  # MI300
 }
-
-# what the code of a matrix product must contain to run on the tensor cores at full rate
-_MATRIX_INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 _TRITON_DTYPES = {
     torch.float64: "fp64",
@@ -54,8 +49,8 @@ class Usage(NamedTuple):
     """Bytes read back; for AMD the number of spilled registers."""
     shared_memory: int
     """Bytes per program."""
-    matrix_instruction: str
-    """The target's instruction for matrix products if the code has it, else "-"."""
+    assembly: str
+    """PTX or AMD's, to look for an instruction in."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,16 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
     # the kernels of an interpreted run cannot be compiled; triton reads this when it is imported, below
     os.environ["TRITON_INTERPRET"] = "0"
     spilled = False
-    print(
-        f"{'kernel':32}{'launch':30}{'target':8}{'registers':>10}{'spill st':>10}{'spill ld':>10}{'shared':>8}  matrix"
-    )
+    print(f"{'kernel':32}{'launch':30}{'target':8}{'registers':>10}{'spill st':>10}{'spill ld':>10}{'shared':>8}")
     for name, launch in all_launches().items():
-        for target in [target for target in targets if launch.platform in (None, TARGETS[target][0])]:
+        for target in targets:
             usage = compile_launch(launch, target)
             spilled |= usage.spill_stores > 0 or usage.spill_loads > 0
             print(
                 f"{launch.kernel.__name__:32}{name:30}{target:8}{usage.registers:10}{usage.spill_stores:10}"
-                f"{usage.spill_loads:10}{usage.shared_memory:8}  {usage.matrix_instruction}"
+                f"{usage.spill_loads:10}{usage.shared_memory:8}"
             )
     return int(spilled)
 
@@ -103,16 +96,29 @@ def compile_launch(launch: Launch, target: str) -> Usage:
     signature, constants, attributes = _specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if TARGETS[target][0] == "cuda":
+        compiled, report = _compile_aloud(source, target, options)
         assembly = compiled.asm["ptx"]
-        registers, spill_stores, spill_loads = _ptxas_usage(assembly, TARGETS[target][1])
+        registers, spill_stores, spill_loads = _ptxas_usage(report)
     else:
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
         assembly = compiled.asm["amdgcn"]
         registers, spill_stores, spill_loads = _amdgcn_usage(assembly)
-    instruction = _MATRIX_INSTRUCTIONS[target]
-    shared_memory = compiled.metadata.shared
-    return Usage(registers, spill_stores, spill_loads, shared_memory, instruction if instruction in assembly else "-")
+    return Usage(registers, spill_stores, spill_loads, compiled.metadata.shared, assembly)
+
+
+def _compile_aloud(source: Any, target: str, options: dict[str, int]) -> tuple[Any, str]:
+    """The compiled kernel and what the one run of ptxas reports, which Triton keeps to itself unless asked, and does
+    not have where it finds a kernel in its cache."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+
+    with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(io.StringIO()) as report:
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    return compiled, report.getvalue()
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
@@ -142,15 +148,8 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     return signature, constants, attributes
 
 
-def _ptxas_usage(ptx: str, capability: int) -> tuple[int, int, int]:
+def _ptxas_usage(report: str) -> tuple[int, int, int]:
     """-> registers, bytes of spill stores, bytes of spill loads, as `ptxas -v` reports them."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}", str(path)]
-        report = subprocess.run([*command, "-o", os.devnull], check=True, capture_output=True, text=True).stderr
     return (
         _number(r"Used (\d+) registers", report),
         _number(r"(\d+) bytes spill stores", report),

@@ -5,13 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpop_kernels.backends import linear_pairs, reference, select_backend
-from dpop_kernels.logps.linear import as_autocast, check_linear, linear_token_logps
+from dpop_kernels.backends import select_backend
+from dpop_kernels.logps.head import Head
+from dpop_kernels.logps.linear import as_autocast, check_linear, head_token_logps, transform_of
 from dpop_kernels.logps.logits import token_logps
+from dpop_kernels.logps.pair_tiles import linear_pair_loss, plan_tiles
 from dpop_kernels.losses.on_sums import Reduction, dpop_loss, reduce_losses
 from dpop_kernels.losses.options import check_hyperparameters
 from dpop_kernels.losses.pair_loss import segment_sums
-from dpop_kernels.validate import check_float, check_same_device, check_softcap_and_scale
+from dpop_kernels.validate import check_float, check_same_device
 
 IGNORE_INDEX = -100
 
@@ -135,7 +137,7 @@ def linear_dpop_loss(
     _check_labels(labels, "hidden_states", hidden_states)
     _check_references(ref_chosen_logps, ref_rejected_logps, labels)
     check_hyperparameters(beta, dpop_lambda, dead_zone=dead_zone, label_smoothing=label_smoothing)
-    check_softcap_and_scale(logit_scale, softcap)
+    transform = transform_of(logit_scale, softcap)
     tokens = _scored_tokens(labels)
     hidden_rows, lm_head_weight, bias = as_autocast(hidden_states[tokens.rows, tokens.positions], lm_head_weight, bias)
     check_linear(hidden_rows, lm_head_weight, tokens.target_ids, bias)
@@ -157,34 +159,23 @@ def linear_dpop_loss(
 
     tiles = None
     is_one_scalar = reduction in ("mean", "sum") and not _needs_grad(ref_chosen_logps, ref_rejected_logps)
-    # the reference backend is the definition: it has no tiles
-    if _needs_grad(lm_head_weight, bias) and is_one_scalar and implementation is not reference:
-        tiles = linear_pairs.plan_tiles(hidden_rows, lm_head_weight, tokens.pair_lengths)
+    if _needs_grad(lm_head_weight, bias) and is_one_scalar and implementation.TILES is not None:
+        tiles = plan_tiles(implementation.TILES, hidden_rows, lm_head_weight, tokens.pair_lengths)
+    head = Head(lm_head_weight, bias, transform)
     if tiles is None:
-        logps = linear_token_logps(
-            hidden_rows,
-            lm_head_weight,
-            tokens.target_ids,
-            bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            backend=backend,
-        )
+        logps, _ = head_token_logps(hidden_rows, head, tokens.target_ids, backend=backend)
         sums = segment_sums(logps, tokens.cu_seqlens, backend=backend).view(-1, 2)
         return reduce_losses(losses_of_sums(sums, slice(None)), reduction)
     with torch.autocast(hidden_rows.device.type, enabled=False):
-        return linear_pairs.linear_pair_loss(
+        return linear_pair_loss(
             implementation,
             hidden_rows,
-            lm_head_weight,
+            head,
             tokens.target_ids,
             tokens.cu_seqlens,
             tiles=tiles,
             losses_of_sums=losses_of_sums,
             reduction=reduction,
-            bias=bias,
-            logit_scale=float(logit_scale),
-            softcap=None if softcap is None else float(softcap),
         )
 
 

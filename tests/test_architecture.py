@@ -11,40 +11,52 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# file or folder -> what of the project it may import; anything else of the project is a wrong direction
-KERNEL_RULES = {
-    "outputs.py": [],
-    "validate.py": [],
-    "losses/options.py": [],
-    "precision.py": [],
-    "losses/formulas.py": ["losses", "outputs"],
-    "losses/weights.py": ["losses"],
-    "losses/on_sums.py": ["losses", "outputs", "precision"],
-    "losses/fused.py": ["kernels", "losses", "outputs"],
-    "losses/pair_loss.py": ["backends", "losses", "outputs", "validate"],
-    "backends/__init__.py": ["backends"],
-    "backends/protocol.py": ["outputs"],
-    "backends/reference.py": ["outputs", "precision"],
-    "backends/products.py": ["precision"],
-    "backends/linear_tiles.py": ["backends", "outputs", "precision"],
-    "backends/chunked.py": ["backends", "outputs", "precision"],
-    "backends/fused.py": ["backends", "kernels"],
-    "backends/linear_parts.py": ["backends", "outputs", "precision"],
-    "backends/fused_launches.py": ["backends", "kernels", "outputs"],
-    "backends/linear_pairs.py": ["backends", "losses", "precision"],
-    "backends/fused_linear.py": ["backends", "kernels", "outputs"],
-    "backends/fused_logits.py": ["backends", "kernels", "outputs"],
-    "kernels": ["kernels"],
-    "logps/logits.py": ["backends", "outputs", "validate"],
-    "logps/linear.py": ["backends", "outputs", "validate"],
-    "logps/lora.py": ["backends", "logps", "outputs", "precision", "validate"],
-    "logps/vocab_parallel.py": ["backends", "logps", "validate"],
-    "padded.py": ["backends", "logps", "losses", "validate"],
-    "model_head/transforms.py": [],
-    "model_head/layers.py": ["logps", "outputs"],
-    "model_head/head.py": ["model_head", "outputs"],
-    "integrations": ["losses"],
-}
+# Every file of the kernels, from the bottom up: each imports those above it in this list alone.
+LAYERS = [
+    "outputs.py",
+    "validate.py",
+    "precision.py",
+    "kernels/launch.py",
+    "kernels/elementary.py",
+    "kernels/softmax.py",
+    "kernels/log_softmax_gather.py",
+    "kernels/linear_logps.py",
+    "kernels/segments.py",
+    "kernels/pair_dpop.py",
+    "logps/head.py",
+    "backends/bounds.py",
+    "backends/protocol.py",
+    "backends/products.py",
+    "backends/reference.py",
+    "backends/chunked_tiles.py",
+    "backends/chunked.py",
+    "backends/fused_tiles.py",
+    "backends/fused_logits.py",
+    "backends/fused.py",
+    "backends/__init__.py",
+    "logps/logits.py",
+    "logps/slices.py",
+    "logps/tiling.py",
+    "logps/pair_tiles.py",
+    "logps/linear.py",
+    "logps/lora.py",
+    "logps/vocab_parallel.py",
+    "losses/options.py",
+    "losses/formulas.py",
+    "losses/weights.py",
+    "losses/on_sums.py",
+    "losses/fused.py",
+    "losses/pair_loss.py",
+    "padded.py",
+    "model_head/transforms.py",
+    "model_head/layers.py",
+    "model_head/head.py",
+    "integrations/trl.py",
+    "__init__.py",
+    "aot.py",
+]
+# registers what it does not import, by a decorator's own function
+LATE = {("losses/formulas.py", "losses/fused.py")}
 
 # The trainer's rooms: each imports those above it in this list and itself, never one below. "" is the package's root.
 TRAINER_ROOMS = [
@@ -75,15 +87,43 @@ def imported_modules(path: Path) -> set[str]:
     return modules
 
 
-def test_kernels_import_one_way():
+def kernel_imports():
+    """Every import between files of the kernels, also in functions and under TYPE_CHECKING -> (importing, imported)."""
     package = ROOT / "dpop_kernels"
-    for place, allowed in KERNEL_RULES.items():
-        target = package / place
-        for path in [target] if target.is_file() else target.rglob("*.py"):
-            for module in imported_modules(path):
-                assert not module.startswith(("dpop_trainer", "transformers", "datasets", "peft")), (path, module)
-                if module.startswith("dpop_kernels."):
-                    assert module.split(".")[1] in allowed, f"{path.relative_to(ROOT)} imports {module}"
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "dpop_kernels":
+                base = package.joinpath(*node.module.split(".")[1:])
+                for alias in node.names:  # a module of a package, or a name of a module
+                    named = [base / f"{alias.name}.py", base.with_suffix(".py"), base / "__init__.py"]
+                    found = next(candidate for candidate in named if candidate.is_file())
+                    yield path.relative_to(package).as_posix(), found.relative_to(package).as_posix()
+
+
+def test_kernels_import_downwards_alone():
+    ranks = {name: rank for rank, name in enumerate(LAYERS)}
+    for importing, imported in set(kernel_imports()) - LATE:
+        if importing in ranks:
+            assert ranks[imported] < ranks[importing], f"{importing} imports {imported}"
+    files = {path.relative_to(ROOT / "dpop_kernels").as_posix() for path in (ROOT / "dpop_kernels").rglob("*.py")}
+    docstrings_alone = {name for name in files if name.endswith("/__init__.py") and name != "backends/__init__.py"}
+    assert files - docstrings_alone == set(LAYERS)
+    assert all(imported in ranks for _, imported in kernel_imports())
+
+
+def test_losses_and_log_probs_know_nothing_of_each_other():
+    """But for the dispatch of a loss to the backend that sums its segments."""
+    left = ("logps/", "backends/")
+    for importing, imported in kernel_imports():
+        assert not (importing.startswith(left) and imported.startswith("losses/")), (importing, imported)
+        is_dispatch = importing == "losses/pair_loss.py"
+        assert is_dispatch or not (importing.startswith("losses/") and imported.startswith(left)), (importing, imported)
+
+
+def test_kernels_need_neither_the_trainer_nor_its_libraries():
+    for path in (ROOT / "dpop_kernels").rglob("*.py"):
+        for module in imported_modules(path):
+            assert not module.startswith(("dpop_trainer", "transformers", "datasets", "peft")), (path, module)
 
 
 def test_triton_is_imported_by_kernels_and_fused_alone():
@@ -92,6 +132,7 @@ def test_triton_is_imported_by_kernels_and_fused_alone():
         if relative.parts[0] == "kernels" or relative.name.startswith("fused") or relative.name == "aot.py":
             continue
         uses = {module for module in imported_modules(path) if module.startswith(("triton", "dpop_kernels.kernels"))}
+        uses -= {"dpop_kernels.kernels.launch"}  # torch alone
         assert not uses, f"{relative} imports {uses}"
 
 

@@ -11,9 +11,10 @@ import torch
 from rounding import CONTRACT_NATS, GRADIENT, UNIT, stored
 from truth import peaked_logits, reference_logps, value_and_grads
 
-from dpop_kernels.backends import fused, reference
-from dpop_kernels.backends.linear_tiles import HeadOptions
+from dpop_kernels.backends import fused, fused_tiles, reference
+from dpop_kernels.backends.protocol import RowResults, RowSums
 from dpop_kernels.kernels.launch import LAUNCH
+from dpop_kernels.logps.head import PLAIN, Head, LogitTransform
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -444,15 +445,15 @@ def test_offsets_beyond_int32():
 
 
 TRANSFORMS = {
-    "plain": HeadOptions(),
-    "scaled": HeadOptions(logit_scale=0.0625),
-    "softcapped": HeadOptions(softcap=12.0),
-    "both": HeadOptions(logit_scale=1.5, softcap=30.0),
+    "plain": PLAIN,
+    "scaled": LogitTransform(0.0625),
+    "softcapped": LogitTransform(softcap=12.0),
+    "both": LogitTransform(1.5, softcap=30.0),
 }
 
 
 def transformed(logits, options):
-    z = logits * options.logit_scale
+    z = logits * options.scale
     return z if options.softcap is None else torch.tanh(z / options.softcap) * options.softcap
 
 
@@ -464,6 +465,21 @@ def tile_truth(tile, target_ids, options):
     return logps, grad, transformed(tile.double(), options).logsumexp(-1), stats
 
 
+def tiles_forward(tile, target_ids, transform):
+    """Log-probs, log-normaliser and statistics of whole rows, in tiles of 3000 columns."""
+    (num_rows, vocab_size), results = (
+        tile.shape,
+        RowResults.empty(tile, tile.dtype, with_stats=True, with_gradient=False),
+    )
+    sums = RowSums.empty(num_rows, tile.dtype, tile.device, with_stats=True)
+    for start in range(0, vocab_size, 3000):
+        part = tile[:, start : start + 3000].contiguous()
+        fused_tiles.tile_forward(part, target_ids, sums, transform, vocab_start=start)
+    head = Head(torch.empty(vocab_size, 1, device=tile.device), transform=transform)
+    fused_tiles.rows_forward(sums, target_ids, None, head, results, vocab_size=vocab_size)
+    return results.logps, results.lse, results.stats
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_tiles(transform):
     """Whole rows, then the gradient in column tiles of the vocabulary, in place and to another dtype."""
@@ -471,27 +487,27 @@ def test_tiles(transform):
     tile, target_ids = logits_and_targets("wide_vocab")
     vocab_size = tile.shape[1]
     true_logps, true_grad, true_lse, true_stats = tile_truth(tile, target_ids, options)
-    logps, lse, stats = fused.tile_forward(tile, target_ids, options, with_stats=True)
+    logps, lse, stats = tiles_forward(tile, target_ids, options)
     assert lse.dtype == torch.float64
     for value, truth in [(logps, true_logps), (lse, true_lse), *zip(stats[:2], true_stats[:2], strict=True)]:
         assert (value - truth).abs().max() <= CONTRACT_NATS
     assert torch.equal(stats.is_top1, true_stats.is_top1)
 
     grad = torch.empty_like(tile)
-    out = fused.tile_backward(tile, target_ids, logps, lse, weights(3), options, out=grad)
+    out = fused_tiles.tile_backward(tile, target_ids, logps, lse, weights(3), options, out=grad)
     assert out is grad
     assert (grad - true_grad).abs().max() <= CONTRACT_NATS
 
     for start in range(0, vocab_size, 3000):
         columns = slice(start, min(start + 3000, vocab_size))
         part = tile[:, columns].contiguous()
-        fused.tile_backward(part, target_ids, logps, lse, weights(3), options, vocab_start=start, out=part)
+        fused_tiles.tile_backward(part, target_ids, logps, lse, weights(3), options, vocab_start=start, out=part)
         assert torch.equal(part, grad[:, columns])
 
     short = torch.empty_like(tile, dtype=torch.bfloat16)
-    fused.tile_backward(tile, target_ids, logps, lse, weights(3), options, out=short)
+    fused_tiles.tile_backward(tile, target_ids, logps, lse, weights(3), options, out=short)
     assert torch.equal(short, as_stored(grad, torch.bfloat16))
-    fused.tile_backward(tile, target_ids, logps, lse.float(), weights(3), options, out=tile)
+    fused_tiles.tile_backward(tile, target_ids, logps, lse.float(), weights(3), options, out=tile)
     assert (tile - true_grad).abs().max() <= CONTRACT_NATS
 
 
@@ -500,11 +516,11 @@ def test_masked_logits_under_a_softcap():
     tile, target_ids = logits_and_targets()
     tile[:, 100:200] = -INF
     target_ids[target_ids < 200] = 300
-    options = HeadOptions(softcap=5.0)
+    options = LogitTransform(softcap=5.0)
     finite = tile.clamp_min(-1e3)  # tanh(-200) is -1 in fp64 as well
     true_logps, true_grad, *_ = tile_truth(finite, target_ids, options)
-    logps, lse, _ = fused.tile_forward(tile, target_ids, options)
-    grad = fused.tile_backward(tile, target_ids, logps, lse, weights(7), options, out=torch.empty_like(tile))
+    logps, lse, _ = tiles_forward(tile, target_ids, options)
+    grad = fused_tiles.tile_backward(tile, target_ids, logps, lse, weights(7), options, out=torch.empty_like(tile))
     assert (logps - true_logps).abs().max() <= CONTRACT_NATS
     assert (grad[:, 100:200] == 0).all()
     assert (grad - true_grad).abs().max() <= CONTRACT_NATS

@@ -4,44 +4,30 @@ Truth is the reference in fp64 on the same inputs, or a closed form. `test_linea
 the contract at real tile sizes.
 """
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from rounding import CONTRACT_NATS, GRADIENT, HeadBounds, stored, worst
-from truth import head_inputs, relative_error, value_and_grads
+from truth import head_inputs, relative_error, set_tiles, true_head_logps, value_and_grads
 
-from dpop_kernels.backends import fused_launches, fused_linear, reference
+from dpop_kernels.backends import bounds, fused_tiles
+from dpop_kernels.backends.products import row_blocks
+from dpop_kernels.backends.protocol import RowResults, RowSums
 from dpop_kernels.kernels.launch import LAUNCH
+from dpop_kernels.logps.head import PLAIN, Head, LogitTransform
+from dpop_kernels.logps.tiling import tiled_token_logps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = math.inf, math.nan
 SHAPE = (21, 275, 48)  # N, V, H: with the tiles below two blocks of rows, five of columns, the last ones ragged
-VARIANTS = ["tiles", "gemm"]
 
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    """Tiles of 16 x 64; gradient tiles of 16 rows and one block of columns; products in blocks of 16."""
-    small = dataclasses.replace(
-        LAUNCH,
-        head_rows=16,
-        head_columns=64,
-        block_h=32,
-        grad_rows=16,
-        grad_tile_bytes=1,
-        gemm_block_r=16,
-        gemm_block_v=32,
-        gemm_block_h=16,
-        gemm_group_r=2,
-        gemm_rows=16,
-    )
-    monkeypatch.setattr(fused_linear, "LAUNCH", small)
-    monkeypatch.setattr(fused_launches, "LAUNCH", small)
-    # blocks are of 128 rows and more at full size
-    monkeypatch.setattr(fused_linear, "_row_blocks", fused_linear._chunks)
+    """Tiles of 16 x 64; gradient tiles of 16 rows and one block of columns."""
+    set_tiles(monkeypatch, rows=16, columns=64)
 
 
 @pytest.fixture
@@ -64,16 +50,21 @@ def truth(hidden_states, weight, target_ids, bias, **options):
     leaves = [tensor.double() for tensor in (hidden_states, weight, bias)]
 
     def function(hidden_states, weight, bias):
-        return reference.linear_token_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
+        return true_head_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
 
     return value_and_grads(function, leaves, grad_output(len(target_ids)))
+
+
+def head_logps(hidden_states, weight, target_ids, *, bias=None, logit_scale=1.0, softcap=None, with_stats=False):
+    head = Head(weight, bias, LogitTransform(logit_scale, softcap))
+    return tiled_token_logps(fused_tiles, hidden_states, head, target_ids, with_stats=with_stats)
 
 
 def candidate(hidden_states, weight, target_ids, bias=None, *, trainable=False, **options):
     """Log-probs, and the gradients of the hidden states and with a trainable head of weight and bias."""
 
     def function(hidden_states, weight=weight, bias=bias):
-        return fused_linear.linear_token_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
+        return head_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
 
     leaves = [hidden_states, weight, bias] if trainable else [hidden_states]
     return value_and_grads(function, leaves, grad_output(len(target_ids)))
@@ -81,20 +72,12 @@ def candidate(hidden_states, weight, target_ids, bias=None, *, trainable=False, 
 
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-@pytest.mark.parametrize(
-    ("variant", "options"),
-    [
-        ("tiles", {}),
-        ("tiles", {"logit_scale": 1.5, "softcap": 12.0}),
-        ("gemm", {}),
-        ("gemm", {"logit_scale": 0.0625}),
-    ],
-)
-def test_equals_fp64_over_many_tiles(variant, options, trainable):
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 1.5, "softcap": 12.0}], ids=["plain", "transformed"])
+def test_equals_fp64_over_many_tiles(options, trainable):
     hidden_states, weight, target_ids = inputs()
     bias = torch.randn(weight.shape[0], device=DEVICE)
     expected, expected_grads = truth(hidden_states, weight, target_ids, bias, **options)
-    logps, grads = candidate(hidden_states, weight, target_ids, bias, trainable=trainable, variant=variant, **options)
+    logps, grads = candidate(hidden_states, weight, target_ids, bias, trainable=trainable, **options)
     assert worst(logps - expected, HeadBounds(hidden_states, weight, target_ids, bias=bias, **options).logps) <= 1
     assert (logps - expected).abs().max() <= CONTRACT_NATS
     for grad, expected_grad in zip(grads, expected_grads, strict=False):
@@ -102,14 +85,13 @@ def test_equals_fp64_over_many_tiles(variant, options, trainable):
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_inputs_over_many_tiles(variant, dtype):
+def test_16_bit_inputs_over_many_tiles(dtype):
     hidden_states, weight, target_ids = inputs(dtype=dtype)
     bias = torch.zeros(weight.shape[0], dtype=dtype, device=DEVICE)
     expected, expected_grads = truth(hidden_states, weight, target_ids, bias)
     for trainable in (False, True):
-        logps, grads = candidate(hidden_states, weight, target_ids, bias, trainable=trainable, variant=variant)
+        logps, grads = candidate(hidden_states, weight, target_ids, bias, trainable=trainable)
         assert (logps - expected).abs().max() <= CONTRACT_NATS
         assert all(grad.dtype == dtype for grad in grads)
         for grad, expected_grad in zip(grads, expected_grads, strict=False):
@@ -121,7 +103,7 @@ def test_reference_pass_saves_nothing_and_has_the_same_bits():
     hidden_states, weight, target_ids = inputs()
     with_gradient, _ = candidate(hidden_states, weight, target_ids)
     with torch.no_grad():
-        logps, _ = fused_linear.linear_token_logps(hidden_states.requires_grad_(), weight, target_ids)
+        logps, _ = head_logps(hidden_states.requires_grad_(), weight, target_ids)
     assert not logps.requires_grad
     assert torch.equal(logps, with_gradient)
     again, _ = candidate(hidden_states, weight, target_ids)
@@ -137,13 +119,13 @@ def test_a_running_maximum_may_rise_by_any_step(order):
     bias = {"rising": steps, "falling": steps.flip(0), "one_far_out": torch.zeros_like(steps)}[order].clone()
     bias[250] += 1e4 if order == "one_far_out" else 0
     expected, expected_grads = truth(hidden_states, weight, target_ids, bias)
-    bounds = HeadBounds(hidden_states, weight, target_ids, bias=bias)
+    head_bounds = HeadBounds(hidden_states, weight, target_ids, bias=bias)
     for trainable in (False, True):
         logps, grads = candidate(hidden_states, weight, target_ids, bias, trainable=trainable)
-        assert worst(logps - expected, bounds.logps) <= 1
+        assert worst(logps - expected, head_bounds.logps) <= 1
         for grad, expected_grad in zip(grads, expected_grads, strict=False):
             # a column's probability errs with its logit alone, and so do the three gradients
-            assert relative_error(grad, expected_grad) <= bounds.gradient(grad_output(len(target_ids)))
+            assert relative_error(grad, expected_grad) <= head_bounds.gradient(grad_output(len(target_ids)))
 
 
 @pytest.mark.usefixtures("_small_tiles", "_numpy_like_a_gpu")
@@ -165,13 +147,12 @@ def test_masked_vocabulary():
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_target_id_outside_the_vocabulary_gives_nan(variant):
+def test_target_id_outside_the_vocabulary_gives_nan():
     hidden_states, weight, target_ids = inputs()
-    expected, (expected_grad,) = candidate(hidden_states, weight, target_ids, variant=variant)
+    expected, (expected_grad,) = candidate(hidden_states, weight, target_ids)
     bad_ids = target_ids.clone()
     bad_ids[0], bad_ids[12], bad_ids[20] = -100, 275, 2**32 + 5
-    logps, (grad,) = candidate(hidden_states, weight, bad_ids, variant=variant)
+    logps, (grad,) = candidate(hidden_states, weight, bad_ids)
     is_bad = bad_ids != target_ids
     assert logps[is_bad].isnan().all()
     assert grad[is_bad].isnan().all()
@@ -184,7 +165,7 @@ def test_row_of_weight_zero_has_gradient_zero_whatever_it_holds():
     hidden_states, weight, target_ids = inputs()
     hidden_states[3] = NAN
     hidden_states.requires_grad_()
-    logps, _ = fused_linear.linear_token_logps(hidden_states, weight, target_ids)
+    logps, _ = head_logps(hidden_states, weight, target_ids)
     weights = torch.ones_like(logps)
     weights[3] = weights[5] = 0
     (grad,) = torch.autograd.grad(logps, hidden_states, weights)
@@ -197,12 +178,10 @@ def test_row_of_weight_zero_has_gradient_zero_whatever_it_holds():
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_statistics_over_many_tiles(softcap):
     hidden_states, weight, target_ids = inputs()
-    _, expected = reference.linear_token_logps(
-        hidden_states.double(), weight.double(), target_ids, softcap=softcap, with_stats=True
-    )
+    _, expected = true_head_logps(hidden_states.double(), weight.double(), target_ids, softcap=softcap, with_stats=True)
     for requires_grad in (False, True):
         hidden_states.requires_grad_(requires_grad)
-        _, stats = fused_linear.linear_token_logps(hidden_states, weight, target_ids, softcap=softcap, with_stats=True)
+        _, stats = head_logps(hidden_states, weight, target_ids, softcap=softcap, with_stats=True)
         assert torch.equal(stats.is_top1, expected.is_top1)
         assert (stats.entropy - expected.entropy).abs().max() <= CONTRACT_NATS
         assert (stats.mean_logit - expected.mean_logit).abs().max() <= CONTRACT_NATS
@@ -212,30 +191,22 @@ def test_unit_gradient_of_a_confident_token_fits_16_bits():
     """1 - p = e**-30 / (1 + e**-30) kept apart in fp32: what goes to fp16 is W[y] - W[other], whose size is W's own."""
     num_rows, hidden_size = 1, 40
     weight = torch.randn(5, hidden_size, device=DEVICE).half()
-    row_sums = fused_launches.RowSums.empty(num_rows, 1, DEVICE)
-    row_sums.maxima.fill_(-10.0)
-    row_sums.sums.fill_(1.0)  # one other column, at the maximum: E = 1
-    row_sums.target_logits.fill_(20.0)
-    results = fused_launches.Results(
-        torch.empty(1, device=DEVICE),
-        torch.empty(1, dtype=torch.float64, device=DEVICE),
-        None,
-        torch.empty(1, device=DEVICE),
-        torch.empty(1, hidden_size, dtype=torch.float16, device=DEVICE),
-    )
+    sums = RowSums.empty(num_rows, torch.float32, DEVICE)
+    sums.maxima.fill_(-10.0)
+    sums.sums.fill_(1.0)  # one other column, at the maximum: E = 1
+    sums.target_logits.fill_(20.0)
+    like = torch.empty(1, hidden_size, dtype=torch.float16, device=DEVICE)
+    results = RowResults.empty(like, torch.float32, with_stats=False, with_gradient=True)
     target_ids = torch.tensor([2], device=DEVICE)
     products = weight[4:].float()
-    fused_launches.rows_forward_launch(
-        row_sums, target_ids, products, weight, results, fused_launches.HeadOptions()
-    ).run()
+    fused_tiles.rows_forward(sums, target_ids, products, Head(weight), results, vocab_size=5)
     other_mass = math.exp(-30) / (1 + math.exp(-30))
     assert float(results.other_mass) == pytest.approx(other_mass, rel=1e-6)
     assert float(results.logps) == pytest.approx(-math.log1p(math.exp(-30)), rel=1e-6)
     assert relative_error(results.unit_grads[0], weight[2].double() - weight[4].double()) <= stored(torch.float16)
     grad_hidden = torch.empty(1, hidden_size, device=DEVICE)
-    fused_launches.rows_backward_launch(
-        results.unit_grads, results.other_mass, torch.full((1,), 1e9, device=DEVICE), grad_hidden
-    ).run()
+    weights = torch.full((1,), 1e9, device=DEVICE)
+    fused_tiles.rows_backward(results.unit_grads, results.other_mass, weights, out=grad_hidden)
     assert relative_error(grad_hidden[0], 1e9 * other_mass * (weight[2].double() - weight[4].double())) <= stored(
         torch.float16
     )
@@ -249,34 +220,17 @@ def test_exponentials_in_16_bits(dtype, rounding):
     z = logits.double()
     z[range(3), target_ids[:3]] = -INF
     exps = torch.empty(4, 1000, dtype=dtype, device=DEVICE)
-    row_sums = fused_launches.RowSums.empty(4, 1, DEVICE)
+    sums = RowSums.empty(4, torch.float32, DEVICE)
     products = torch.zeros(4, 8, device=DEVICE)
-    fused_launches.tile_launch(logits, target_ids, row_sums, exps, products, 0, fused_launches.HeadOptions()).run()
+    fused_tiles.tile_forward(logits, target_ids, sums, PLAIN, exps=exps, products=products)
     expected = (z - z.amax(dim=1, keepdim=True)).exp()
     smallest = 1e-4  # below it fp16 is subnormal: an absolute error of 6e-8 against the row's 1
     error = (exps.double() - expected).abs()
     assert (error <= rounding * expected.clamp_min(smallest)).all()
     assert (exps[range(3), target_ids[:3]] == 0).all()
-    assert ((row_sums.sums[:, 0] - expected.sum(1)) / expected.sum(1)).abs().max() <= 1e-6
-    assert torch.equal(row_sums.target_logits[:3], logits[range(3), target_ids[:3]])
-    assert row_sums.target_logits[3].isnan()
-
-
-@pytest.mark.usefixtures("_small_tiles", "_numpy_like_a_gpu")
-def test_gemm_variant_says_nan_where_its_range_ends():
-    """Its exponentials are relative to the first 64 columns' maximum: 60 nats above is exact, 80 is refused by NaN."""
-    hidden_states, weight, target_ids = inputs()
-    bias = torch.zeros(weight.shape[0], device=DEVICE)
-    bias[200] = 50
-    expected, expected_grads = truth(hidden_states, weight, target_ids, bias)
-    logps, (grad,) = candidate(hidden_states, weight, target_ids, bias, variant="gemm")
-    assert worst(logps - expected, HeadBounds(hidden_states, weight, target_ids, bias=bias).logps) <= 1
-    assert relative_error(grad, expected_grads[0]) <= GRADIENT
-    bias[200] = 150
-    is_other = target_ids != 200
-    logps, (grad,) = candidate(hidden_states, weight, target_ids, bias, variant="gemm")
-    assert logps[is_other].isnan().all()
-    assert grad[is_other].isnan().all()
+    assert ((sums.sums - expected.sum(1)) / expected.sum(1)).abs().max() <= 1e-6
+    assert torch.equal(sums.target_logits[:3], logits[range(3), target_ids[:3]])
+    assert sums.target_logits[3].isnan()
 
 
 def test_views_and_strides():
@@ -301,7 +255,7 @@ def test_views_and_strides():
     ],
 )
 def test_row_blocks_are_even(num_tokens, size, blocks):
-    assert [rows.stop - rows.start for rows in fused_linear._row_blocks(num_tokens, size)] == blocks
+    assert [rows.stop - rows.start for rows in row_blocks(num_tokens, size)] == blocks
 
 
 @pytest.mark.parametrize(
@@ -314,7 +268,7 @@ def test_row_blocks_are_even(num_tokens, size, blocks):
     ],
 )
 def test_gradient_tile_fills_its_bytes(num_tokens, num_columns):
-    blocks = list(fused_linear._row_blocks(num_tokens, LAUNCH.grad_rows))
-    columns = fused_linear._gradient_columns(blocks, 128256, torch.bfloat16)
+    num_rows = max(rows.stop - rows.start for rows in row_blocks(num_tokens, LAUNCH.grad_rows))
+    columns = bounds.triton_bounds().gradient_columns(num_rows, 128256, itemsize=2)
     assert columns == num_columns
-    assert max(rows.stop - rows.start for rows in blocks) * columns * 2 <= LAUNCH.grad_tile_bytes
+    assert num_rows * columns * 2 <= LAUNCH.grad_tile_bytes

@@ -71,15 +71,15 @@ def test_interrupted_it_keeps_its_records(tmp_path, quick, monkeypatch, capsys):
 def test_a_wrong_kernel_of_ours_fails_the_command(tmp_path, monkeypatch):
     from benchmarks import compare, plan
     from benchmarks.peers import all_peers, ours
-    from dpop_kernels.backends import fused
+    from dpop_kernels.logps import linear
 
-    exact = fused.linear_token_logps
+    exact = linear.tiled_token_logps
 
     def off_by_a_thousandth(*args, **kwargs):
         logps, stats = exact(*args, **kwargs)
         return logps + 1e-3, stats
 
-    monkeypatch.setattr(fused, "linear_token_logps", off_by_a_thousandth)
+    monkeypatch.setattr(linear, "tiled_token_logps", off_by_a_thousandth)
     monkeypatch.setattr(ours, "BACKEND", "fused")
     case = plan.rehearsal(torch.device("cpu"))[0]
     effort = compare.Effort(rounds=1, seconds=0.0, probe=TINY)

@@ -46,7 +46,6 @@ def test_rehearsal_runs_every_case(tmp_path):
         ("frozen_forward_backward", "gemm"),
         ("frozen_forward_backward", "tiles"),  # in the other tiles
         ("trainable_forward_backward", "tiles"),
-        ("trainable_forward_backward", "gemm"),
         ("logits_forward", None),
         ("logits_backward_in_place", None),
     ]
@@ -58,16 +57,18 @@ def test_rehearsal_runs_every_case(tmp_path):
 
 
 def test_wrong_result_is_recorded_and_not_timed(script, bench, monkeypatch):
-    from dpop_kernels.backends import fused_linear
+    from benchmarks import gemm_head
+    from dpop_kernels.logps import tiling
 
-    exact = fused_linear.linear_token_logps
+    exact, exact_gemm = tiling.tiled_token_logps, gemm_head.gemm_token_logps
     monkeypatch.setattr(bench, "measure", lambda function: pytest.fail("timed a wrong result"))
 
     def off_by_a_thousandth(*args, **kwargs):
         logps, stats = exact(*args, **kwargs)
         return logps + 1e-3, stats
 
-    monkeypatch.setattr(fused_linear, "linear_token_logps", off_by_a_thousandth)
+    monkeypatch.setattr(tiling, "tiled_token_logps", off_by_a_thousandth)
+    monkeypatch.setattr(gemm_head, "gemm_token_logps", lambda *arguments: exact_gemm(*arguments) + 1e-3)
     floors = script.Floors(bytes_per_ms=1.0, flop_per_ms=1.0)
     script.measure_head(bench, floors, "reference_pass", script.HeadShape(3, 16, 50), num_products=1)
     assert bench.any_wrong
@@ -78,16 +79,12 @@ def test_wrong_result_is_recorded_and_not_timed(script, bench, monkeypatch):
 
 
 def test_a_variant_that_fails_leaves_the_others_their_figures(script, bench, monkeypatch):
-    from dpop_kernels.backends import fused_linear
+    from benchmarks import gemm_head
 
-    exact = fused_linear.linear_token_logps
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of registers")
 
-    def fails_as_gemm(*args, variant, **kwargs):
-        if variant == "gemm":
-            raise RuntimeError("out of registers")
-        return exact(*args, variant=variant, **kwargs)
-
-    monkeypatch.setattr(fused_linear, "linear_token_logps", fails_as_gemm)
+    monkeypatch.setattr(gemm_head, "gemm_token_logps", fails)
     floors = script.Floors(bytes_per_ms=1.0, flop_per_ms=1e6)
     script.measure_head(bench, floors, "reference_pass", script.HeadShape(3, 16, 50), num_products=1)
     tiles, gemm = records(bench._path.parent)

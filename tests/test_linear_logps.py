@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 from rounding import CONTRACT_NATS, GRADIENT, SUM, HeadBounds, stored, worst
-from truth import head_inputs, relative_error, value_and_grads
+from truth import head_inputs, relative_error, set_tiles, true_head_logps, value_and_grads
 
 from dpop_kernels import linear_dpop_loss, linear_token_logps, logits_dpop_loss
-from dpop_kernels.backends import linear_tiles, reference
 
 CANDIDATES = ["chunked", "fused"]
 SHAPES = {  # N, V, H
@@ -39,8 +38,7 @@ def _on_the_backends_device(request):
 def _tiling(request, monkeypatch):
     """The same numbers whether a call is one tile or ragged many."""
     if request.param == "many_tiles":
-        small = linear_tiles.TileShape(row_tile_bytes=4 * 1003 * 5, block_rows=7, block_columns=96)
-        monkeypatch.setattr(linear_tiles, "CPU_TILES", small)
+        set_tiles(monkeypatch, rows=7, columns=96)
 
 
 def truth(hidden_states, weight, target_ids, bias=None, **options):
@@ -50,7 +48,7 @@ def truth(hidden_states, weight, target_ids, bias=None, **options):
 
     def function(hidden_states, weight, *bias):
         bias = bias[0] if bias else None
-        return reference.linear_token_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
+        return true_head_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
 
     return value_and_grads(function, inputs, grad)
 
@@ -148,9 +146,7 @@ def test_gradcheck(backend):
 @pytest.mark.parametrize("backend", CANDIDATES)
 def test_statistics(backend):
     hidden_states, weight, target_ids = head_inputs(40, 301, 16)
-    _, expected = reference.linear_token_logps(
-        hidden_states.double(), weight.double(), target_ids, softcap=20.0, with_stats=True
-    )
+    _, expected = true_head_logps(hidden_states.double(), weight.double(), target_ids, softcap=20.0, with_stats=True)
     for trainable in (False, True):
         weight.requires_grad_(trainable)
         _, stats = linear_token_logps(
@@ -226,15 +222,24 @@ def test_autocast_casts_as_torch_linear_does():
     assert weight.grad.dtype == torch.float32
 
 
-def test_bounded_memory():
-    # 512 x 50000 fp32 logits are 98 MiB; the tile alone must stay within its 64 MiB
+def test_bounded_memory(monkeypatch):
+    """512 x 50000 fp32 logits are 98 MiB; tiles are of 512 x 4096, that is 8 MiB, with a gradient too."""
     hidden_states, weight, target_ids = head_inputs(512, 50000, 8)
-    largest = 0
-    for num_rows in (1, 512, 4096):
-        tile = linear_tiles._row_tile(hidden_states.expand(-1, -1)[:1].expand(num_rows, -1), weight, torch.float32)
-        largest = max(largest, tile.numel() * tile.itemsize)
-    assert largest <= 64 << 20
-    assert torch.isfinite(linear_token_logps(hidden_states, weight, target_ids)).all()
+    sizes = []
+    new_empty = torch.Tensor.new_empty
+
+    def spy(tensor, *args, **kwargs):
+        result = new_empty(tensor, *args, **kwargs)
+        sizes.append(result.numel() * result.itemsize)
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", spy)
+    for trained in (False, True):
+        weight.requires_grad_(trained)
+        logps = linear_token_logps(hidden_states.requires_grad_(), weight, target_ids)
+        logps.sum().backward()
+    assert torch.isfinite(logps).all()
+    assert max(sizes) == 8 << 20
 
 
 @pytest.mark.parametrize("backend", ["reference", *CANDIDATES])

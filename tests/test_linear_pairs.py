@@ -5,18 +5,18 @@ where σ is flat (hinge active, z = -15 or so) or the slope is β alone: the los
 times the error of a sum, then stays out of the comparison of gradients.
 """
 
-import dataclasses
 import math
 
 import pytest
 import torch
 from rounding import GRADIENT, SUM, stored
 from torch.utils._python_dispatch import TorchDispatchMode
-from truth import head_inputs, relative_error, value_and_grads
+from truth import head_inputs, relative_error, set_tiles, value_and_grads
 
 from dpop_kernels import linear_dpop_loss
-from dpop_kernels.backends import linear_pairs, linear_tiles
-from dpop_kernels.backends.linear_pairs import PairTile, pack_pairs
+from dpop_kernels.backends import bounds, chunked_tiles, products
+from dpop_kernels.logps import pair_tiles, tiling
+from dpop_kernels.logps.pair_tiles import PairTile, pack_pairs
 
 HAS_GPU = torch.cuda.is_available()
 BACKENDS = [
@@ -39,8 +39,7 @@ def _tiling(request, monkeypatch):
 def set_tile_rows(monkeypatch, tile_rows, *, vocab_size=VOCAB, itemsize=4):
     """A workspace of so many rows of logits and all but one byte of another; W is converted in ragged blocks."""
     num_bytes = (tile_rows + 1) * vocab_size * itemsize - 1
-    small = dataclasses.replace(linear_tiles.CPU_TILES, row_tile_bytes=num_bytes, block_rows=7, block_columns=96)
-    monkeypatch.setattr(linear_tiles, "CPU_TILES", small)
+    set_tiles(monkeypatch, rows=7, columns=96, pair_bytes=num_bytes)
 
 
 def batch(dtype=torch.float32, *, vocab_size=VOCAB, hidden_size=HIDDEN, lengths=LENGTHS):
@@ -193,15 +192,17 @@ def test_16_bit_products_as_a_gpu_makes_them(backend, monkeypatch):
         sixteen_bit.append(left.dtype == right.dtype == torch.bfloat16)
         total += left.float() @ right.float()
 
-    monkeypatch.setattr(linear_pairs, "product_dtype", lambda tensor: tensor.dtype)
-    monkeypatch.setattr(linear_pairs, "matmul", matmul)
-    monkeypatch.setattr(linear_pairs, "matmul_add", matmul_add)
+    monkeypatch.setattr(pair_tiles, "product_dtype", lambda tensor: tensor.dtype)
+    monkeypatch.setattr(products, "matmul", matmul)
+    monkeypatch.setattr(tiling, "matmul", matmul)
+    monkeypatch.setattr(tiling, "matmul_add", matmul_add)
     set_tile_rows(monkeypatch, 54)
     inputs, labels = batch(torch.bfloat16)
     refs = references(inputs, labels, GAINS["mixed"])
     expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
     loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, grad_loss=0.3)
-    assert sixteen_bit == [True] * 6  # 203 columns in blocks of 96, two products each
+    num_blocks = 3 if backend == "chunked" else 4  # 203 columns in blocks of 96, or of 64: three products each
+    assert sixteen_bit == [True] * 3 * num_blocks
     assert (loss - expected).abs() <= 15 * SUM
     bound = stored(torch.bfloat16, times=2, cut=backend == "fused")  # the gradient of the logits, and the sum
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
@@ -213,7 +214,7 @@ def test_fp64_and_gradcheck(monkeypatch):
     set_tile_rows(monkeypatch, 5, vocab_size=11, itemsize=8)
     inputs, labels = batch(torch.float64, vocab_size=11, hidden_size=4, lengths=lengths)
     refs = references(inputs, labels, [-0.05, 0.5], logit_scale=0.7, softcap=5.0)
-    assert linear_pairs.plan_tiles(inputs[0].flatten(0, 1), inputs[1], [5, 5]) is not None
+    assert pair_tiles.plan_tiles(chunked_tiles, inputs[0].flatten(0, 1), inputs[1], [5, 5]) is not None
     leaves = [tensor.requires_grad_() for tensor in inputs]
 
     def function(hidden_states, weight, bias, reduction="mean"):
@@ -233,14 +234,14 @@ def test_fp64_and_gradcheck(monkeypatch):
 def test_the_tie_has_slope_zero(backend, monkeypatch):
     # with its own sums as references Δw is exactly 0, z too, and the slopes are ∓β σ(0) = ∓0.15 without any λ
     seen = []
-    original = linear_pairs._losses_and_slopes
+    original = pair_tiles._losses_and_slopes
 
     def spy(losses_of_sums, sums, pairs):
         losses, slopes = original(losses_of_sums, sums, pairs)
         seen.append((sums, losses, slopes))
         return losses, slopes
 
-    monkeypatch.setattr(linear_pairs, "_losses_and_slopes", spy)
+    monkeypatch.setattr(pair_tiles, "_losses_and_slopes", spy)
     inputs, labels = batch()
     loss_and_grads(inputs, labels, torch.zeros(2, len(LENGTHS)), backend=backend)
     own_sums = seen[0][0]
@@ -378,13 +379,13 @@ def test_pairs_are_packed_in_order():
 def test_workspace():
     # 64 MiB are 524 rows of 32000 fp32 logits; on a GPU the tile may be as large as W in fp32, which is H rows
     weight = torch.empty(32000, 1024, device="meta")
-    assert linear_pairs._tile_rows(torch.empty(1, 1024, device="meta"), weight) == 524
+    assert pair_tiles._tile_rows(bounds.CPU, torch.empty(1, 1024, device="meta"), weight) == 524
 
     class OnGpu(torch.Tensor):
         is_cuda = True
 
     weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta").as_subclass(OnGpu)
-    assert linear_pairs._tile_rows(weight[:1], weight) == 4096
+    assert pair_tiles._tile_rows(bounds.triton_bounds(), weight[:1], weight) == 4096
 
 
 @pytest.mark.parametrize("i", [0, 1])

@@ -5,10 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rounding import CONTRACT_NATS, GRADIENT, TWO_ROADS_NATS, stored
 from test_head_models import batch, build, grads_of
-from truth import head_inputs, relative_error, value_and_grads
+from truth import head_inputs, relative_error, set_tiles, true_head_logps, value_and_grads
 
 from dpop_kernels import ScoringHead
-from dpop_kernels.backends import linear_parts, reference
+from dpop_kernels.backends import reference
 from dpop_kernels.logps.lora import lora_token_logps
 
 OPTIONS = {"plain": {}, "scale_and_softcap": {"logit_scale": 0.5, "softcap": 4.0}}
@@ -23,15 +23,13 @@ def lora_inputs(num_tokens, vocab_size, hidden_size, rank, dtype=torch.float32):
 def truth(hidden_states, weight, states, low_rank_weight, bias, target_ids, options):
     """The definition in fp64: K extended by R."""
     hidden_states, weight = torch.cat([hidden_states, states], 1), torch.cat([weight, low_rank_weight], 1)
-    return reference.linear_token_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
+    return true_head_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", ["chunked", "reference", "fused"])
 def test_values_and_all_gradients_against_fp64(backend, options, monkeypatch):
-    monkeypatch.setattr(linear_parts, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(linear_parts, "BLOCK_COLUMNS", 32)
-    monkeypatch.setattr(linear_parts, "ROW_TILE_BYTES", 5 * 101 * 4)
+    set_tiles(monkeypatch, rows=4, columns=32)
     device = "cuda" if backend == "fused" and torch.cuda.is_available() else "cpu"
     *inputs, target_ids = (tensor.to(device) for tensor in lora_inputs(13, 101, 24, 3))
     inputs, grad = [*inputs, torch.randn(101, device=device)], torch.randn(13, device=device)
@@ -82,7 +80,7 @@ def test_frozen_weight_gets_no_gradient_and_none_is_allocated(monkeypatch):
     for name in ("empty_like", "zeros_like"):
         allocate = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda t, *a, f=allocate, **k: (largest.append(t.numel()), f(t, *a, **k))[1])
-    monkeypatch.setattr(linear_parts, "BLOCK_COLUMNS", 512)
+    set_tiles(monkeypatch, rows=512, columns=512)
     new_zeros = torch.Tensor.new_zeros
     monkeypatch.setattr(
         torch.Tensor, "new_zeros", lambda t, *a, **k: (largest.append((z := new_zeros(t, *a, **k)).numel()), z)[1]

@@ -8,9 +8,12 @@ import torch
 from rounding import GRADIENT, stored
 from sharded import run_ranks
 from torch import distributed as dist
-from truth import head_inputs, relative_error, value_and_grads
+from truth import head_inputs, relative_error, true_head_logps, value_and_grads
 
-from dpop_kernels.backends import chunked, linear_parts, reference
+from dpop_kernels.backends import bounds, chunked_tiles
+from dpop_kernels.logps.head import Adapter, Head, Shard
+from dpop_kernels.logps.slices import combine_slices
+from dpop_kernels.logps.tiling import tiled_token_logps
 from dpop_kernels.logps.vocab_parallel import vocab_parallel_token_logps
 
 VOCAB_SIZE, NUM_TOKENS, HIDDEN_SIZE = 101, 24, 16
@@ -39,7 +42,7 @@ def check_against_whole_head(rank, split, options, dtype, backend, frozen):
         )
 
     def whole(hidden_states, weight, bias):
-        return reference.linear_token_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
+        return true_head_logps(hidden_states, weight, target_ids, bias=bias, **options)[0]
 
     leaves = [t.clone().requires_grad_() for t in (hidden_states, weight[start:end], bias[start:end])]
     logps = sliced(*leaves)
@@ -84,18 +87,12 @@ def check_low_rank_slice(rank):
     hidden_states, weight, _, target_ids = inputs_of(torch.float64)
     states, low_rank = torch.randn(NUM_TOKENS, 3).double(), torch.randn(VOCAB_SIZE, 3).double() / 4
     leaves = [t.clone().requires_grad_() for t in (hidden_states, states, low_rank[start:end])]
-    logps, _ = linear_parts.linear_token_logps(
-        chunked,
-        leaves[0],
-        weight[start:end],
-        target_ids,
-        low_rank_states=leaves[1],
-        low_rank_weight=leaves[2],
-        vocab_slice=linear_parts.VocabSlice(start, dist.group.WORLD),
-    )
+    shard = Shard(start, dist.group.WORLD)
+    head = Head(weight[start:end], adapter=Adapter(leaves[1], leaves[2]), shard=shard)
+    logps, _ = tiled_token_logps(chunked_tiles, leaves[0], head, target_ids)
     grads = torch.autograd.grad(logps.sum(), leaves)
     expected, expected_grads = value_and_grads(
-        lambda h, a, b: reference.linear_token_logps(torch.cat([h, a], 1), torch.cat([weight, b], 1), target_ids)[0],
+        lambda h, a, b: true_head_logps(torch.cat([h, a], 1), torch.cat([weight, b], 1), target_ids)[0],
         [hidden_states, states, low_rank],
         torch.ones(NUM_TOKENS),
     )
@@ -111,7 +108,7 @@ def check_wrong_slices(rank):
 
 
 def check_all(rank):
-    linear_parts.BLOCK_ROWS, linear_parts.BLOCK_COLUMNS = 7, 32
+    bounds.CPU = bounds.TileBounds(7, 32, gradient_rows=7, gradient_bytes=1, pair_bytes=1)
     for split in SPLITS:
         check_against_whole_head(rank, split, {}, torch.float32, "chunked", frozen=False)
     for options in OPTIONS.values():
@@ -141,7 +138,7 @@ def test_combination_keeps_confident_tokens_and_unlikely_slices(monkeypatch):
             slot.copy_(rows)
 
     monkeypatch.setattr(dist, "all_gather", gather)
-    logps, lse = linear_parts._combine(owner[1], owner[0], owner[2] > 0, "any")
+    logps, lse = combine_slices(owner[1], owner[0], owner[2] > 0, "any")
     expected = [-1e-9 - math.log1p(math.exp(-20)), -2 - math.log(2), -3 - 800, -0.5]
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(logps, expected, rtol=1e-8, atol=0)

@@ -1,8 +1,12 @@
 """What candidates are held against: the reference backend in fp64, and how much eager itself errs in their dtype."""
 
+import dataclasses
+import sys
+
 import torch
 
-from dpop_kernels.backends import reference
+from dpop_kernels.backends import bounds, reference
+from dpop_kernels.logps.head import Adapter, Head, LogitTransform
 
 
 def peaked_logits(num_tokens, vocab_size, dtype=torch.float32, *, generator=None):
@@ -37,6 +41,43 @@ def value_and_grads(function, inputs, grad_output):
 
 def reference_logps(logits, target_ids):
     return reference.token_logps(logits, target_ids)[0]
+
+
+def true_head_logps(
+    hidden_states,
+    weight,
+    target_ids,
+    *,
+    bias=None,
+    states=None,
+    low_rank_weight=None,
+    logit_scale=1.0,
+    softcap=None,
+    with_stats=False,
+):
+    """The definition: log-probs and statistics, or None."""
+    adapter = None if states is None else Adapter(states, low_rank_weight)
+    head = Head(weight, bias, LogitTransform(logit_scale, softcap), adapter)
+    return reference.head_token_logps(hidden_states, head, target_ids, with_stats=with_stats)
+
+
+def set_tiles(monkeypatch, rows, columns, *, gradient_rows=None, pair_bytes=64 << 20):
+    """Tiles so small that every loop turns, for torch's tiles and (columns to a power of two) for Triton's."""
+    gradient_rows = gradient_rows or rows
+    small = bounds.TileBounds(rows, columns, gradient_rows, gradient_bytes=1, pair_bytes=pair_bytes)
+    monkeypatch.setattr(bounds, "CPU", small)
+    launch = dataclasses.replace(
+        bounds.LAUNCH,
+        head_rows=rows,
+        head_columns=1 << (columns.bit_length() - 1),
+        block_h=32,
+        grad_rows=gradient_rows,
+        grad_tile_bytes=1,
+        pair_tile_bytes=pair_bytes,
+    )
+    monkeypatch.setattr(bounds, "LAUNCH", launch)
+    if "dpop_kernels.backends.fused_tiles" in sys.modules:
+        monkeypatch.setattr(sys.modules["dpop_kernels.backends.fused_tiles"], "LAUNCH", launch)
 
 
 def relative_error(candidate, truth):

@@ -1,29 +1,23 @@
 """The Triton kernels as differentiable functions: launches and autograd, no arithmetic of its own.
 
 The kernels take fp32, bf16 and fp16 and compute in fp32. Nothing here reads a value back from the device, and no
-torch operation here is one that autocast would change. This file holds what comes after the token log-probs;
-`fused_logits` and `fused_linear` hold the two ways to them.
+torch operation here is one that autocast would change. `fused_logits` and `fused_tiles` hold the two ways to token
+log-probs.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpop_kernels.backends import fused_launches, fused_logits
-from dpop_kernels.backends.fused_linear import linear_token_logps
-from dpop_kernels.backends.fused_logits import tile_backward, tile_forward, token_logps
+from dpop_kernels.backends import fused_logits, fused_tiles
+from dpop_kernels.backends.fused_logits import token_logps
 from dpop_kernels.kernels.launch import Launch, meta
 from dpop_kernels.kernels.segments import segment_broadcast_launch, segment_sum_launch
 
-__all__ = [
-    "aot_launches",
-    "linear_token_logps",
-    "segment_sums",
-    "tile_backward",
-    "tile_forward",
-    "token_logps",
-]
+__all__ = ["RUNS_TRITON", "TILES", "aot_launches", "segment_sums", "token_logps"]
+
 RUNS_TRITON = True
+TILES = fused_tiles
 
 
 def segment_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -54,7 +48,7 @@ def aot_launches() -> dict[str, Launch]:
     """Every kind of launch that this backend makes, by a name that tells what is special about it."""
     return {
         **fused_logits.aot_launches(),
-        **fused_launches.aot_launches(),
+        **fused_tiles.aot_launches(),
         "segment sum, int32 bounds": _aot_segment_sum(torch.int32),
         "segment sum, int64 bounds": _aot_segment_sum(torch.int64),
         "segment sum backward": segment_broadcast_launch(meta(6), None, meta(7, dtype=torch.int64), meta(8)),

@@ -1,10 +1,125 @@
-"""What a backend is: a module with these names. It knows no loss; arguments arrive validated."""
+"""What a backend is: a module with the names of `Backend`. It knows no loss; arguments arrive validated.
 
-from typing import Protocol
+A head is walked in tiles (`logps.tiling`) where the backend brings `TileOps`, the arithmetic within one tile; a backend
+without computes a head's log-probs by itself.
+"""
 
+from typing import NamedTuple, Protocol
+
+import torch
 from torch import Tensor
 
+from dpop_kernels.backends.bounds import TileBounds
+from dpop_kernels.logps.head import Head, LogitTransform
 from dpop_kernels.outputs import TokenStats
+
+
+class RowSums(NamedTuple):
+    """What a block of R rows carries over the tiles of the vocabulary. fp32, or fp64 for fp64.
+
+    m is the maximum of the columns but the target's, which so far stay out of every sum: S = Σ exp(z - m) over the
+    others gives 1 - p without a difference.
+    """
+
+    maxima: Tensor  # [R] m, from the lowest finite number
+    sums: Tensor  # [R] S, from 0
+    target_logits: Tensor  # [R] z_y, NaN until its tile has come
+    moments: Tensor | None  # [R] Σ exp(z - m) (z - m), for statistics
+    totals: Tensor | None  # [R] Σ z, the target's own too
+
+    @classmethod
+    def empty(cls, num_rows: int, dtype: torch.dtype, device: torch.device, *, with_stats: bool = False) -> "RowSums":
+        """Sums of nothing. A target logit that no tile fills in, for an id outside [0, V), stays NaN."""
+
+        def full(value: float) -> Tensor:
+            return torch.full((num_rows,), value, dtype=dtype, device=device)
+
+        moments, totals = (full(0.0), full(0.0)) if with_stats else (None, None)
+        return cls(full(torch.finfo(dtype).min), full(0.0), full(torch.nan), moments, totals)
+
+
+class RowResults(NamedTuple):
+    """What the tiles of a head yield; each is written a block of rows at a time."""
+
+    logps: Tensor  # [N]
+    lse: Tensor  # [N] fp64: at |z| = 1e4 fp32 would be off by 5e-4 nat
+    stats: TokenStats | None  # [N] each
+    other_mass: Tensor | None  # [N] 1 - p, if a gradient is wanted
+    unit_grads: Tensor | None  # [N, H] d logp / d h / (1 - p), of W's own size however small 1 - p is
+
+    @classmethod
+    def empty(cls, hidden_states: Tensor, dtype: torch.dtype, *, with_stats: bool, with_gradient: bool) -> "RowResults":
+        logps = hidden_states.new_empty(hidden_states.shape[0], dtype=dtype)
+        stats = None
+        if with_stats:
+            is_top1 = torch.empty_like(logps, dtype=torch.bool)
+            stats = TokenStats(torch.empty_like(logps), torch.empty_like(logps), is_top1)
+        other_mass = unit_grads = None
+        if with_gradient:
+            other_mass = torch.empty_like(logps)
+            unit_grads = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        return cls(logps, torch.empty_like(logps, dtype=torch.float64), stats, other_mass, unit_grads)
+
+    def rows(self, rows: slice) -> "RowResults":
+        stats = None if self.stats is None else TokenStats(*(value[rows] for value in self.stats))
+        other_mass = None if self.other_mass is None else self.other_mass[rows]
+        unit_grads = None if self.unit_grads is None else self.unit_grads[rows]
+        return RowResults(self.logps[rows], self.lse[rows], stats, other_mass, unit_grads)
+
+
+class TileOps(Protocol):
+    """The arithmetic on tiles of raw logits, which are contiguous, in fp32 (fp64 for fp64 inputs)."""
+
+    def tile_bounds(self, device: torch.device) -> TileBounds:
+        """How large tiles are to be there."""
+        ...
+
+    def tile_forward(
+        self,
+        tile: Tensor,  # [R, C]: columns vocab_start and on
+        target_ids: Tensor,  # [R], counted in the whole vocabulary
+        sums: RowSums,  # in and out
+        transform: LogitTransform,
+        *,
+        vocab_start: int,
+        exps: Tensor | None = None,
+        products: Tensor | None = None,
+    ) -> None:
+        """Take one tile into the sums. With `exps` [R, C], which may be the tile itself, it gets exp(z - m) · dz/du
+        with 0 at the target, and `products` [R, H], of the tiles before, are rescaled to the new m."""
+        ...
+
+    def rows_forward(
+        self,
+        sums: RowSums,
+        target_ids: Tensor,
+        products: Tensor | None,
+        head: Head,
+        results: RowResults,
+        *,
+        vocab_size: int,
+    ) -> None:
+        """The rows' results from sums over all of the vocabulary, and from Σ exps · W where a gradient is wanted."""
+        ...
+
+    def rows_backward(self, unit_grads: Tensor, other_mass: Tensor, grad_logps: Tensor, out: Tensor) -> None:
+        """grad_logps · (1 - p) · unit_grads [N, H]; a row of weight zero gets zeros, whatever its logits were."""
+        ...
+
+    def tile_backward(
+        self,
+        tile: Tensor,  # [R, C]
+        target_ids: Tensor,  # [R]
+        logps: Tensor,  # [R]
+        lse: Tensor,  # [R] of the whole vocabulary
+        grad_logps: Tensor,  # [R]
+        transform: LogitTransform,
+        *,
+        vocab_start: int = ...,
+        out: Tensor,  # [R, C], any floating dtype; may be the tile
+    ) -> Tensor:
+        """grad_logps · d logps / d tile, written to `out` and returned."""
+        ...
 
 
 class Backend(Protocol):
@@ -12,6 +127,8 @@ class Backend(Protocol):
 
     RUNS_TRITON: bool
     """Whether a loss's own Triton kernel may run on the same tensors."""
+    TILES: TileOps | None
+    """The arithmetic of `logps.tiling`'s tiles; None for a backend with a `head_token_logps` of its own."""
 
     def token_logps(
         self, logits: Tensor, target_ids: Tensor, *, inplace_backward: bool = ..., with_stats: bool = ...
@@ -19,20 +136,16 @@ class Backend(Protocol):
         """log softmax(logits)[n, target_ids[n]]: [N, V], [N] -> [N] differentiable, statistics."""
         ...
 
-    def linear_token_logps(
-        self,
-        hidden_states: Tensor,
-        lm_head_weight: Tensor,
-        target_ids: Tensor,
-        *,
-        bias: Tensor | None = ...,
-        logit_scale: float = ...,
-        softcap: float | None = ...,
-        with_stats: bool = ...,
-    ) -> tuple[Tensor, TokenStats | None]:
-        """The same of a head's logits: [N, H], [V, H], [N] -> [N] differentiable, statistics."""
-        ...
-
     def segment_sums(self, token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Sums over [cu_seqlens[i], cu_seqlens[i + 1]): [N], [S + 1] -> [S] differentiable, in a fixed order."""
+        ...
+
+
+class WholeHead(Protocol):
+    """What a backend without tiles has instead."""
+
+    def head_token_logps(
+        self, hidden_states: Tensor, head: Head, target_ids: Tensor, *, with_stats: bool = ...
+    ) -> tuple[Tensor, TokenStats | None]:
+        """`token_logps` of a head's logits: [N, H], [N] -> [N] differentiable, statistics."""
         ...

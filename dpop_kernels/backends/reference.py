@@ -8,10 +8,12 @@ import itertools
 import torch
 from torch import Tensor
 
+from dpop_kernels.logps.head import Head
 from dpop_kernels.outputs import TokenStats
 from dpop_kernels.precision import at_least_fp32
 
 RUNS_TRITON = False
+TILES = None
 
 
 def token_logps(
@@ -28,23 +30,31 @@ def token_logps(
     return logps, _token_stats(logits.detach(), log_probs.detach(), target_ids) if with_stats else None
 
 
-def linear_token_logps(
+def head_token_logps(
     hidden_states: Tensor,  # [N, H]
-    lm_head_weight: Tensor,  # [V, H]
+    head: Head,
     target_ids: Tensor,  # [N]
     *,
-    bias: Tensor | None = None,  # [V]
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     with_stats: bool = False,
 ) -> tuple[Tensor, TokenStats | None]:
-    """`token_logps` of the head's logits: z = softcap · tanh(logit_scale · (h Wᵀ + bias) / softcap)."""
-    logits = at_least_fp32(hidden_states) @ at_least_fp32(lm_head_weight).T
-    if bias is not None:
-        logits = logits + bias
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    """`token_logps` of the head's logits: z = softcap · tanh(scale · (h Wᵀ + a Bᵀ + bias) / softcap).
+
+    Raises:
+        ValueError: the head is spread over ranks, of which this definition knows nothing.
+    """
+    if head.shard is not None:
+        raise ValueError(
+            "backend: expected 'auto' or one with tiles for a sliced head, got 'reference'. "
+            "The definition is linear_token_logps on the slices put together."
+        )
+    logits = at_least_fp32(hidden_states) @ at_least_fp32(head.weight).T
+    if head.adapter is not None:
+        logits = logits + head.adapter.states.to(logits.dtype) @ head.adapter.weight.to(logits.dtype).T
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits * head.transform.scale
+    if head.transform.softcap is not None:
+        logits = torch.tanh(logits / head.transform.softcap) * head.transform.softcap
     return token_logps(logits, target_ids, with_stats=with_stats)
 
 

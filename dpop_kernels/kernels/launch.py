@@ -41,19 +41,8 @@ class LaunchConstants:
     grad_tile_bytes: int = 256 << 20
     """Its size: 8192 columns of 16384 rows in bf16, 32768 of 4096. The wider it is, the less often grad_hidden's
     accumulator travels. With the [1024, 8192] tile this stays under 512 MiB."""
-    gemm_block_r: int = 128
-    gemm_block_v: int = 256
-    """Two warpgroups of 64 x 256 accumulators: wgmma's widest instruction, 128 registers of a thread's 255."""
-    gemm_block_h: int = 64
-    """128 bytes of bf16: the width of one swizzled row of shared memory."""
-    gemm_warps: int = 8
-    gemm_stages: int = 3
-    """Loads in flight, 48 KiB each: 144 KiB of 227 on an H100 and of 163 on an A100."""
-    gemm_group_r: int = 16
-    """Row blocks that run together: at H = 4096 their hidden states are 16 MiB of L2, and W is read once per 2048
-    rows."""
-    gemm_rows: int = 16384
-    """Rows per launch, which bounds the [rows, V / 128] maxima and sums: 128 MiB for both at V = 131072."""
+    pair_tile_bytes: int = 256 << 20
+    """Logits of whole pairs that are kept with a trainable head in three products, where W itself is smaller."""
 
 
 LAUNCH = LaunchConstants()
@@ -71,8 +60,6 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int = 3
     """Loads in flight of a kernel with a matrix product; the others have nothing to pipeline."""
-    platform: str | None = None
-    """"cuda" for what is launched on NVIDIA's devices alone; None for what runs everywhere."""
 
     def run(self) -> None:
         """Launch on the device of the tensors, whichever device is current; an empty grid launches nothing."""

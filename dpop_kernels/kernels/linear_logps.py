@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from dpop_kernels.kernels.elementary import expm1
-from dpop_kernels.kernels.softmax import FAR, LOWEST, at_least, entropy, log_prob, slope, transform
+from dpop_kernels.kernels.softmax import FAR, at_least, entropy, log_prob, slope, transform
 
 
 @triton.jit
@@ -80,13 +80,13 @@ def head_tile_fwd_kernel(
 
 @triton.jit
 def head_rows_fwd_kernel(
-    maxima_ptr,  # [R, P] in: m of P parts of the vocabulary
-    sums_ptr,  # [R, P] in: S of each, relative to its own m
+    maxima_ptr,  # [R] in: m
+    sums_ptr,  # [R] in: S
     target_logits_ptr,  # [R] in: z_y, NaN where no tile had the target
-    moments_ptr,  # [R, P] in, if HAS_STATS
-    totals_ptr,  # [R, P] in, if HAS_STATS
+    moments_ptr,  # [R] in, if HAS_STATS
+    totals_ptr,  # [R] in, if HAS_STATS
     target_ids_ptr,  # [R] in, int64
-    products_ptr,  # [R, H] in, fp32, if HAS_GRAD: (E * dz/du) W relative to the largest m
+    products_ptr,  # [R, H] in, fp32, if HAS_GRAD: (E * dz/du) W relative to m
     weight_ptr,  # [V, H] in, if HAS_GRAD
     logps_ptr,  # [R] out, fp32
     lse_ptr,  # [R] out, fp64
@@ -95,7 +95,6 @@ def head_rows_fwd_kernel(
     is_top1_ptr,  # [R] out, uint8, if HAS_STATS
     other_mass_ptr,  # [R] out, fp32, if HAS_GRAD: 1 - p
     unit_grads_ptr,  # [R, H] out, if HAS_GRAD
-    P,
     V,
     H,
     stride_weight_v,
@@ -106,26 +105,18 @@ def head_rows_fwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_STATS: tl.constexpr,
     HAS_GRAD: tl.constexpr,
-    BLOCK_P: tl.constexpr,  # >= P
     BLOCK_H: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
-    p = tl.arange(0, BLOCK_P)
-    part_maxima = tl.load(maxima_ptr + r * P + p, mask=p < P, other=LOWEST)
-    part_sums = tl.load(sums_ptr + r * P + p, mask=p < P, other=0.0)
-    m = tl.max(part_maxima, axis=0)
-    rescale = tl.exp(part_maxima - m)
-    S = tl.sum(rescale * part_sums, axis=0)
+    m = tl.load(maxima_ptr + r)
+    S = tl.load(sums_ptr + r)
     z_target = tl.load(target_logits_ptr + r)
     logp, lse, log_sum, is_top1 = log_prob(z_target, m, S)
     tl.store(logps_ptr + r, logp)
     tl.store(lse_ptr + r, lse)
     if HAS_STATS:
-        part_moments = tl.load(moments_ptr + r * P + p, mask=p < P, other=0.0)
-        moment = tl.sum(rescale * (part_moments + at_least(part_maxima - m, -FAR) * part_sums), axis=0)
-        tl.store(entropy_ptr + r, entropy(z_target, m, S, moment, log_sum, is_top1))
-        totals = tl.load(totals_ptr + r * P + p, mask=p < P, other=0.0)
-        tl.store(mean_logit_ptr + r, tl.sum(totals, axis=0) / V)
+        tl.store(entropy_ptr + r, entropy(z_target, m, S, tl.load(moments_ptr + r), log_sum, is_top1))
+        tl.store(mean_logit_ptr + r, tl.load(totals_ptr + r) / V)
         tl.store(is_top1_ptr + r, is_top1.to(tl.uint8))
 
     if HAS_GRAD:

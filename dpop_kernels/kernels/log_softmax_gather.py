@@ -1,8 +1,8 @@
 """Log-softmax then gather: per-token log-probs without an [N, V] softmax.
 
-    z[n, v]           = softcap * tanh(logit_scale * logits[n, v] / softcap)     either transform may be absent
-    logps[n]          = z[n, y] - lse[n]                                         y = target_ids[n]
+    logps[n]          = logits[n, y] - lse[n]                                    y = target_ids[n]
     grad_logits[n, v] = grad_logps[n] * ((v == y) - exp(z[n, v] - lse[n])) * dz/dlogits
+    z[n, v]           = softcap * tanh(logit_scale * logits[n, v] / softcap)     of a head; the logits themselves else
 
 Forward reads the logits once, carrying the maximum m of the blocks seen and S = sum of exp(z - m) rescaled to it;
 `softmax.log_prob` makes the log-prob of them.
@@ -28,10 +28,6 @@ def log_softmax_gather_fwd_kernel(
     is_top1_ptr,  # [N] out, uint8, if HAS_STATS
     V,
     stride_logits_n,
-    logit_scale,
-    softcap,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     HAS_STATS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -40,7 +36,7 @@ def log_softmax_gather_fwd_kernel(
     row_ptr = logits_ptr + n * stride_logits_n
     target = tl.load(target_ids_ptr + n)
     target_logit = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=float("nan"))
-    z_target = transform(target_logit.to(tl.float32), logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    z_target = target_logit.to(tl.float32)
     target_v = target.to(tl.int32)
 
     m = tl.full([], LOWEST, tl.float32)
@@ -50,8 +46,7 @@ def log_softmax_gather_fwd_kernel(
     totals = tl.zeros([BLOCK_V], tl.float32)  # of z
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        logits = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        z = transform(logits, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
         if HAS_STATS:
             totals += tl.where(v < V, z, 0.0)
         z = tl.where((v < V) & (v != target_v), z, float("-inf"))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from dpop_kernels.backends import select_backend
+from dpop_kernels.logps.head import Head, LogitTransform
+from dpop_kernels.logps.tiling import tiled_token_logps
 from dpop_kernels.outputs import TokenStats
 from dpop_kernels.validate import check_float, check_ids, check_same, check_same_device, check_softcap_and_scale
 
@@ -69,19 +71,33 @@ def linear_token_logps(
     """
     hidden_states, lm_head_weight, bias = as_autocast(hidden_states, lm_head_weight, bias)
     check_linear(hidden_states, lm_head_weight, target_ids, bias)
-    check_softcap_and_scale(logit_scale, softcap)
-    implementation = select_backend(backend, hidden_states.device, hidden_states.dtype)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        logps, stats = implementation.linear_token_logps(
-            hidden_states,
-            lm_head_weight,
-            target_ids,
-            bias=bias,
-            logit_scale=float(logit_scale),
-            softcap=None if softcap is None else float(softcap),
-            with_stats=return_stats,
-        )
+    head = Head(lm_head_weight, bias, transform_of(logit_scale, softcap))
+    logps, stats = head_token_logps(hidden_states, head, target_ids, with_stats=return_stats, backend=backend)
     return (logps, stats) if return_stats else logps
+
+
+def head_token_logps(
+    hidden_states: Tensor, head: Head, target_ids: Tensor, *, with_stats: bool = False, backend: str = "auto"
+) -> tuple[Tensor, TokenStats | None]:
+    """The way that all public functions on a head take, with what they have checked: tiles, where the backend has them.
+
+    Raises:
+        ValueError: the backend cannot run here, or not with such a head.
+    """
+    implementation: Any = select_backend(backend, hidden_states.device, hidden_states.dtype)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        if implementation.TILES is None:
+            return implementation.head_token_logps(hidden_states, head, target_ids.long(), with_stats=with_stats)
+        return tiled_token_logps(implementation.TILES, hidden_states, head, target_ids, with_stats=with_stats)
+
+
+def transform_of(logit_scale: float, softcap: float | None) -> LogitTransform:
+    """
+    Raises:
+        ValueError: see `check_softcap_and_scale`.
+    """
+    check_softcap_and_scale(logit_scale, softcap)
+    return LogitTransform(float(logit_scale), None if softcap is None else float(softcap))
 
 
 def as_autocast(hidden_states: Tensor, *others: Any) -> tuple[Any, ...]:

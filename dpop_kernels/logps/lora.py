@@ -1,13 +1,11 @@
 """Token log-probs behind a head with a LoRA adapter: the weight W + s·B A is never formed, nor [W, B] put together."""
 
-import torch
 from torch import Tensor
 
-from dpop_kernels.backends import linear_parts, reference, select_backend
-from dpop_kernels.logps.linear import as_autocast, check_linear
+from dpop_kernels.logps.head import Adapter, Head
+from dpop_kernels.logps.linear import as_autocast, check_linear, head_token_logps, transform_of
 from dpop_kernels.outputs import TokenStats
-from dpop_kernels.precision import at_least_fp32
-from dpop_kernels.validate import check_float, check_same_device, check_softcap_and_scale
+from dpop_kernels.validate import check_float, check_same_device
 
 
 def lora_token_logps(
@@ -47,7 +45,6 @@ def lora_token_logps(
         hidden_states, lm_head_weight, bias, low_rank_states, low_rank_weight
     )
     check_linear(hidden_states, lm_head_weight, target_ids, bias)
-    check_softcap_and_scale(logit_scale, softcap)
     for name, tensor, rows in (
         ("low_rank_states", low_rank_states, hidden_states.shape[0]),
         ("low_rank_weight", low_rank_weight, lm_head_weight.shape[0]),
@@ -59,20 +56,6 @@ def lora_token_logps(
                 f"{name}: expected shape {[rows, low_rank_weight.shape[-1]]}, got {list(tensor.shape)}. "
                 "low_rank_states is [N, R] and low_rank_weight [V, R] with the same rank R."
             )
-    implementation = select_backend(backend, hidden_states.device, hidden_states.dtype)
-    options = {"bias": bias, "logit_scale": float(logit_scale), "softcap": None if softcap is None else float(softcap)}
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        if implementation is reference:
-            states = torch.cat([at_least_fp32(hidden_states), at_least_fp32(low_rank_states)], dim=1)
-            weight = torch.cat([at_least_fp32(lm_head_weight), at_least_fp32(low_rank_weight)], dim=1)
-            return reference.linear_token_logps(states, weight, target_ids.long(), with_stats=return_stats, **options)
-        return linear_parts.linear_token_logps(
-            implementation,
-            hidden_states,
-            lm_head_weight,
-            target_ids,
-            low_rank_states=low_rank_states,
-            low_rank_weight=low_rank_weight,
-            with_stats=return_stats,
-            **options,
-        )
+    adapter = Adapter(low_rank_states, low_rank_weight)
+    head = Head(lm_head_weight, bias, transform_of(logit_scale, softcap), adapter)
+    return head_token_logps(hidden_states, head, target_ids, with_stats=return_stats, backend=backend)

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dpop_kernels.backends import linear_parts, select_backend
-from dpop_kernels.logps.linear import as_autocast, check_linear
-from dpop_kernels.validate import check_softcap_and_scale
+from dpop_kernels.logps.head import Head, Shard
+from dpop_kernels.logps.linear import as_autocast, check_linear, head_token_logps, transform_of
 
 
 def vocab_parallel_token_logps(
@@ -52,25 +50,8 @@ def vocab_parallel_token_logps(
     """
     hidden_states, weight_shard, bias_shard = as_autocast(hidden_states, weight_shard, bias_shard)
     check_linear(hidden_states, weight_shard, target_ids, bias_shard, whole_vocabulary=False)
-    check_softcap_and_scale(logit_scale, softcap)
     if weight_shard.shape[0] == 0:
         raise ValueError("weight_shard: expected at least one row, got none. Spread the head over fewer ranks.")
-    if backend == "reference":
-        raise ValueError(
-            "backend: expected 'auto', 'chunked' or 'fused' for a sliced head, got 'reference'. "
-            "The definition is linear_token_logps on the slices put together."
-        )
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        logps, _ = linear_parts.linear_token_logps(
-            select_backend(backend, hidden_states.device, hidden_states.dtype),
-            hidden_states,
-            weight_shard,
-            target_ids,
-            bias=bias_shard,
-            logit_scale=float(logit_scale),
-            softcap=None if softcap is None else float(softcap),
-            vocab_slice=linear_parts.VocabSlice(
-                vocab_start, dist.group.WORLD if process_group is None else process_group, sum_grad_hidden
-            ),
-        )
-    return logps
+    shard = Shard(vocab_start, dist.group.WORLD if process_group is None else process_group, sum_grad_hidden)
+    head = Head(weight_shard, bias_shard, transform_of(logit_scale, softcap), shard=shard)
+    return head_token_logps(hidden_states, head, target_ids, backend=backend)[0]

@@ -1,9 +1,11 @@
 """What a model's forward does to its head's output, read from its config and checked against its forward."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dpop_kernels.logps.head import LogitTransform
 
 # config field -> power of it that multiplies the logits
 _SCALES = {
@@ -23,18 +25,6 @@ _SOFTCAPS = (
     "logits_soft_cap",  # RecurrentGemma
     "output_logit_soft_cap",  # xLSTM
 )
-
-
-class LogitTransform(NamedTuple):
-    """logits = softcap · tanh(scale · u / softcap) for the head's output u; without softcap, scale · u."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, raw_logits: Tensor) -> Tensor:
-        """The transform itself, for comparison: [..] -> [..]."""
-        scaled = raw_logits * self.scale
-        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 
 def logit_transform(model: nn.Module) -> LogitTransform:

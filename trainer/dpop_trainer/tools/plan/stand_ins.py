@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
-from dpop_kernels.backends.chunked import GROUP_ELEMENTS
-from dpop_kernels.backends.linear_tiles import CPU_TILES
-from dpop_kernels.kernels.launch import LAUNCH
+from dpop_kernels.backends import bounds
 from dpop_kernels.logps.linear import as_autocast
 from dpop_kernels.model_head.layers import StandIn, is_lora, output_layers
 from dpop_trainer.tools.plan.tape import add_flop, part
@@ -37,7 +35,8 @@ class PaperHead:
     """
 
     def __init__(self, model: nn.Module, *, on_gpu: bool, num_scored: int) -> None:
-        self._on_gpu, self._num_scored = on_gpu, num_scored
+        self._bounds = bounds.triton_bounds() if on_gpu else bounds.CPU
+        self._num_scored = num_scored
         self._logps: Tensor | None = None
         self._stand_ins = [StandIn(layer, self._in_place_of_logits) for layer in output_layers(model)]
 
@@ -63,32 +62,12 @@ class PaperHead:
     def forward_bytes(self, num_scored: int, weight: Tensor, itemsize: int, *, with_gradient: bool) -> int:
         """Workspace of a forward, freed at its end."""
         vocab_size, hidden_size = weight.shape
-        if self._on_gpu:
-            num_rows = min(num_scored, LAUNCH.head_rows)
-            tile = num_rows * LAUNCH.head_columns
-            exps = 0 if not with_gradient or itemsize == FP32 else tile * itemsize
-            return tile * FP32 + exps + (num_rows * hidden_size * FP32 if with_gradient else 0)
-        num_rows = max(1, min(CPU_TILES.row_tile_bytes // (vocab_size * FP32), num_scored))
-        group = max(1, min(GROUP_ELEMENTS // vocab_size, num_rows)) * vocab_size
-        widened = 0 if itemsize == FP32 else min(CPU_TILES.block_columns, vocab_size) * hidden_size * FP32
-        # of a group: its exponentials, what the entropy is made of, and the mask of what is zero
-        return num_rows * vocab_size * FP32 + group * (2 * FP32 + 1) + widened
+        return self._bounds.forward_bytes(num_scored, vocab_size, hidden_size, itemsize, with_gradient=with_gradient)
 
     def backward_bytes(self, num_scored: int, weight: Tensor, itemsize: int) -> int:
         """Workspace of a trainable head's backward, beside the gradients it returns."""
         vocab_size, hidden_size = weight.shape
-        states = num_scored * hidden_size * FP32
-        if self._on_gpu:
-            num_rows = min(num_scored, LAUNCH.grad_rows)
-            tiles = max(1, LAUNCH.grad_tile_bytes // (max(1, num_rows) * itemsize * LAUNCH.head_columns))
-            columns = min(vocab_size, tiles * LAUNCH.head_columns)
-            sums = columns * hidden_size * FP32 if num_scored > LAUNCH.grad_rows else 0
-            tile = min(num_scored, LAUNCH.head_rows) * LAUNCH.head_columns * FP32
-            return states + num_rows * columns * itemsize + sums + tile
-        rows, columns = min(CPU_TILES.block_rows, num_scored), min(CPU_TILES.block_columns, vocab_size)
-        group = min(GROUP_ELEMENTS, rows * columns)
-        block = columns * hidden_size * FP32  # the sum of a block of the weight's gradient
-        return states + rows * CPU_TILES.block_columns * FP32 + 2 * group * FP32 + block
+        return self._bounds.backward_bytes(num_scored, vocab_size, hidden_size, itemsize)
 
 
 class _HeadProduct(torch.autograd.Function):

@@ -1,0 +1,150 @@
+"""`TileOps` in torch.
+
+A tile's rows are handled in groups of about one megabyte, so that the element-wise passes of a softmax find their data
+in the cache and the temporaries stay small. The target's own term is kept out of the sum: with S the sum of the other
+exponentials, 1 - p = S / (S + e_y) and log p = -log1p(S / e_y) keep their relative accuracy at any p.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dpop_kernels.backends.bounds import GROUP_ELEMENTS, TileBounds, torch_bounds
+from dpop_kernels.backends.protocol import RowResults, RowSums
+from dpop_kernels.logps.head import Head, LogitTransform
+
+# exp(-200) is 0 in fp32; distances are cut there before they multiply a sum: 0 * 200 is 0 where 0 * inf is NaN
+_FAR = 200.0
+
+
+def tile_bounds(device: torch.device) -> TileBounds:
+    return torch_bounds(device)
+
+
+def tile_forward(
+    tile: Tensor,  # [R, C]
+    target_ids: Tensor,  # [R], counted in the whole vocabulary
+    sums: RowSums,  # in and out
+    transform: LogitTransform,
+    *,
+    vocab_start: int = 0,
+    exps: Tensor | None = None,  # [R, C] out
+    products: Tensor | None = None,  # [R, H] in and out
+) -> None:
+    num_columns = tile.shape[1]
+    local_ids = target_ids - vocab_start
+    inside = ((local_ids >= 0) & (local_ids < num_columns)).unsqueeze(-1)
+    targets = local_ids.clamp(0, num_columns - 1).unsqueeze(-1)
+    rescale = torch.empty_like(sums.maxima)
+    for rows in groups(*tile.shape):
+        z = transform(tile[rows])
+        group = RowSums(*(None if values is None else values[rows] for values in sums))  # type: ignore[arg-type]
+        if group.totals is not None:
+            group.totals.add_(z.sum(dim=-1))
+        own = z.gather(-1, targets[rows])
+        z.scatter_(-1, targets[rows], torch.where(inside[rows], -torch.inf, own))
+        maxima = torch.maximum(group.maxima, z.amax(dim=-1))
+        shift = group.maxima - maxima
+        torch.exp(shift, out=rescale[rows])
+        own_exps = None if exps is None or exps.dtype != z.dtype else exps[rows]
+        distances = torch.sub(z, maxima.unsqueeze(-1), out=own_exps)
+        far_ones = distances.clamp(min=-_FAR) if group.moments is not None else None
+        terms = distances.exp_()
+        if group.moments is not None and far_ones is not None:
+            earlier = rescale[rows] * (group.moments + shift.clamp(min=-_FAR) * group.sums)
+            group.moments.copy_(earlier + torch.einsum("rc,rc->r", terms, far_ones))
+        group.sums.mul_(rescale[rows]).add_(terms.sum(dim=-1))
+        group.maxima.copy_(maxima)
+        if own_exps is None or not transform.is_identity:
+            z.scatter_(-1, targets[rows], own)  # the tile, or z, as it was
+        own, is_here = own.squeeze(-1), inside[rows].squeeze(-1)
+        group.target_logits.copy_(torch.where(is_here, own, group.target_logits))
+        if exps is not None:
+            transform.times_slope(terms, z)
+            if own_exps is None:
+                exps[rows] = terms
+    if products is not None and vocab_start > 0:
+        products.mul_(rescale.unsqueeze(-1))
+
+
+def rows_forward(
+    sums: RowSums,  # [R]
+    target_ids: Tensor,  # [R]
+    products: Tensor | None,  # [R, H]
+    head: Head | None,  # as there are products or not
+    results: RowResults,  # [R] out
+    *,
+    vocab_size: int,
+) -> None:
+    """With d = |z_y - m|, the target the row's maximum: logp = -log1p(S exp(-d)), without cancellation at any 1 - p.
+    Elsewhere S >= 1 has the maximum's own term, and logp = z_y - m - log1p(S - 1 + exp(-d))."""
+    z_target, maxima, total = sums.target_logits, sums.maxima, sums.sums
+    is_top1 = z_target >= maxima
+    near = torch.exp(-(z_target - maxima).abs())
+    log_sum = torch.log1p(torch.where(is_top1, total * near, (total - 1.0) + near))
+    # a target of +inf leaves no trace in S; the other columns' +inf and NaN have made it NaN
+    log_sum = torch.where(z_target == torch.inf, torch.nan, log_sum)
+    torch.sub(torch.where(is_top1, 0.0, z_target - maxima), log_sum, out=results.logps)
+    results.lse.copy_(torch.where(is_top1, z_target, maxima).double() + log_sum.double())
+    if results.stats is not None and sums.moments is not None and sums.totals is not None:
+        # lse - Σ p z, both about the row's maximum
+        distance = (z_target - maxima).abs().clamp(max=_FAR)
+        m_shift, target_shift = torch.where(is_top1, -distance, 0.0), torch.where(is_top1, 0.0, -distance)
+        moment = m_shift.exp() * (sums.moments + m_shift * total) + target_shift.exp() * target_shift
+        results.stats.entropy.copy_(log_sum - moment / (m_shift.exp() * total + target_shift.exp()))
+        results.stats.mean_logit.copy_(sums.totals / vocab_size)
+        results.stats.is_top1.copy_(is_top1)
+    if products is not None and head is not None and results.unit_grads is not None:
+        assert results.other_mass is not None
+        results.other_mass.copy_(-torch.expm1(results.logps))
+        inside = ((target_ids >= 0) & (target_ids < vocab_size)).unsqueeze(-1)
+        own = head.weight[target_ids.clamp(0, vocab_size - 1)].to(products.dtype).masked_fill_(~inside, 0.0)
+        own = head.transform.times_slope(own, z_target.unsqueeze(-1))
+        # nobody but the target has any mass: the products are zero, and so is 1 - p
+        inverse = torch.where(total == 0, 1.0, total).reciprocal()
+        results.unit_grads.copy_(own.sub_(products.mul_(inverse.unsqueeze(-1))))
+
+
+def rows_backward(unit_grads: Tensor, other_mass: Tensor, grad_logps: Tensor, out: Tensor) -> None:
+    for rows in groups(*unit_grads.shape):
+        weights = grad_logps[rows].unsqueeze(-1)
+        grads = unit_grads[rows] * (weights * other_mass[rows].unsqueeze(-1))
+        out[rows] = grads.masked_fill_(weights == 0, 0.0)
+
+
+def tile_backward(
+    tile: Tensor,  # [R, C] raw logits, columns vocab_start and on of the vocabulary
+    target_ids: Tensor,  # [R], counted in the whole vocabulary
+    logps: Tensor,  # [R]
+    lse: Tensor,  # [R] of the whole vocabulary, fp64
+    grad_logps: Tensor,  # [R]
+    transform: LogitTransform,
+    *,
+    vocab_start: int = 0,
+    out: Tensor,  # [R, C]; may be the tile
+) -> Tensor:
+    for rows in groups(*tile.shape):
+        z = transform(tile[rows])
+        local_ids = target_ids[rows] - vocab_start
+        grads = softmax_gradient(z, local_ids, logps[rows], lse[rows], grad_logps[rows].unsqueeze(-1))
+        out[rows] = transform.times_slope(grads, z)
+    return out
+
+
+def groups(num_rows: int, num_columns: int) -> Iterator[slice]:
+    size = max(1, GROUP_ELEMENTS // max(1, num_columns))
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+
+def softmax_gradient(z: Tensor, target_ids: Tensor, logps: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
+    """grad_logps · (onehot - exp(z - lse)) [R, C]; a target outside [0, C) has no column here."""
+    num_columns = z.shape[-1]
+    lse_high = lse.to(z.dtype)
+    lse_low = (lse - lse_high).to(z.dtype)
+    grads = (z - lse_high.unsqueeze(-1)).sub_(lse_low.unsqueeze(-1)).exp_().mul_(-grad_logps)
+    inside = ((target_ids >= 0) & (target_ids < num_columns)).unsqueeze(-1)
+    targets = target_ids.clamp(0, num_columns - 1).unsqueeze(-1)
+    own = -torch.expm1(logps).unsqueeze(-1) * grad_logps  # (1 - p) without a difference
+    grads.scatter_(-1, targets, torch.where(inside, own, grads.gather(-1, targets)))
+    return grads
