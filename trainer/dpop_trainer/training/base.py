@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 
 from dpop_kernels import ScoringHead
 from dpop_trainer.batches.batch import Batch, as_batch
+from dpop_trainer.batches.collate import PairCollator
+from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.data import TokenisedStream
+from dpop_trainer.measure.policy_probe import probe_policy
 from dpop_trainer.models.loading import disable_dropout
-from dpop_trainer.models.quantised import as_arguments
+from dpop_trainer.models.quantised import as_arguments, computed_in
+from dpop_trainer.reference.source import eval_mode
 from dpop_trainer.run_folder.run_files import RunFiles
 from dpop_trainer.settings.config import HeadConfig
 from dpop_trainer.training.exact_shares import ExactShares
@@ -138,6 +143,26 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
         return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`transformers.Trainer.save_model`, and beside it what the policy gives: `policy_probe.json`, by which what is
+        made of the files later can be held against what was trained."""
+        super().save_model(output_dir, _internal_call)
+        is_sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if is_sharded or not self.args.should_save or not self.has_own_collator():
+            return
+        policy: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
+        is_autocast = self.accelerator.mixed_precision in ("bf16", "fp16")
+        dtypes = {policy.dtype, *computed_in(policy)}
+        is_rounded = is_autocast or any(dtype.itemsize < 4 for dtype in dtypes)
+        collator: Any = self.data_collator
+        with eval_mode(policy), self.accelerator.autocast():
+            probe = probe_policy(ScoredModel(policy, self.head), collator, self.args.device, is_rounded=is_rounded)
+        probe.write(Path(output_dir or str(self.args.output_dir)))
+
+    def has_own_collator(self) -> bool:
+        """Whether batches are made here, and not by a collator that was passed in."""
+        return isinstance(self.data_collator, PairCollator)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         output = super().train(*args, **kwargs)

@@ -83,6 +83,9 @@ class SFTTrainer(HeadTrainer):
             callbacks=callbacks,
         )
 
+    def has_own_collator(self) -> bool:
+        return True
+
     def num_items(self, batch: Batch) -> int:
         return batch.target_ids.shape[0]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 
+from dpop_trainer.measure.policy_probe import PolicyProbe, read_probe
 from dpop_trainer.models.loading import load_model
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import read_run_config
@@ -79,6 +80,7 @@ def run_export(
     load_kwargs = dict(init_kwargs)
     if rounding is not None and run_config.get("dtype"):  # weights in another dtype would be rounded otherwise
         load_kwargs["dtype"] = run_config["dtype"]
+    is_other_base = base is not None
     print(f"Loading {run}", flush=True)
     merged = merge_run(run, base=base, init_kwargs=load_kwargs, device=device, quantization_config=rounding)
     if rounding is not None and isinstance(getattr(torch, dtype or "", None), torch.dtype):
@@ -92,8 +94,14 @@ def run_export(
     del merged
     gc.collect()
     init_kwargs["dtype"] = saved_dtype
-    change = _check_saved(folder, logps, saved_dtype, init_kwargs, device)
-    note += f" Reloaded, it gives the run's probabilities to {change:.1e} ({str(saved_dtype).removeprefix('torch.')})."
+    is_other_base = is_other_base or (rounding is None and bool(run_config.get("load_in_4bit")))
+    probe = None if is_other_base or run_config.get("load_in_8bit") else read_probe(Path(run))
+    change, difference = _check_saved(folder, logps, saved_dtype, init_kwargs, device, probe)
+    note += f" Reloaded, it gives the run's probabilities to {change:.1e} ({str(saved_dtype).removeprefix('torch.')})"
+    if difference is not None:
+        note += f", and the log-probs that the policy had when it was saved to {difference:.1e} nats."
+    else:
+        note += "; of the policy as it trained, on these weights, nothing is recorded to hold it against."
     card = model_card(
         Path(run),
         name=name or (push_to_hub or folder.resolve().name).rpartition("/")[2],
@@ -135,18 +143,25 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
 
 
 def _check_saved(
-    folder: Path, logps: torch.Tensor, dtype: torch.dtype, init_kwargs: dict[str, Any], device: str | None
-) -> float:
-    """Read the folder back as its user will -> the largest change of a probability."""
+    folder: Path,
+    logps: torch.Tensor,
+    dtype: torch.dtype,
+    init_kwargs: dict[str, Any],
+    device: str | None,
+    probe: PolicyProbe | None,
+) -> tuple[float, float | None]:
+    """Read the folder back as its user will -> the largest change of a probability against the run as it loads, and of
+    a log-prob against the policy as it was when it was saved, where that is recorded."""
     saved: Any = load_model(str(folder.resolve()), init_kwargs)
-    change = largest_change(logps, probe_logps(saved.to(device or "cpu").eval()))
+    saved = saved.to(device or "cpu").eval()
+    change = largest_change(logps, probe_logps(saved))
     tolerance = TOLERANCES.get(dtype, max(TOLERANCES.values()))
     if not change <= tolerance:
         raise ValueError(
             f"out: expected the saved model to give the run's probabilities to {tolerance:g}, got a difference of "
             f"{change:g}. The weights were written but are not to be trusted; with a 16-bit base try --dtype float32."
         )
-    return change
+    return change, None if probe is None else probe.check(saved, is_rounded=dtype.itemsize < 4)
 
 
 def _merge_note(merged: Merged, run_config: dict[str, Any], dtype: torch.dtype, *, is_rounded: bool) -> str:
