@@ -147,8 +147,11 @@ def texts(*pairs):
         ("🇫🇷🇩🇪", ["🇫🇷", "🇩🇪"], 4),
         ("❤\ufe0f", ["❤\ufe0f"], 2),
         ("שלום", ["ש", "ל", "ו", "ם"], 4),
-        ("می\u200cخواهم", ["م", "ی", "\u200c", "خ", "و", "ا", "ه", "م"], 7),  # a non-joiner shows nothing
-        ("\r\n", ["\r", "\n"], 0),
+        ("می\u200cخواهم", ["م", "ی\u200c", "خ", "و", "ا", "ه", "م"], 7),  # a non-joiner shows nothing
+        ("क्षि", ["क्षि"], 2),  # two consonants of a conjunct
+        ("ตำ", ["ตำ"], 2),  # a vowel with a column of its own
+        ("\u1112\u1161\u11ab", ["\u1112\u1161\u11ab"], 2),  # 한 in three parts
+        ("\r\n", ["\r\n"], 0),
         ("", [], 0),
     ],
 )
