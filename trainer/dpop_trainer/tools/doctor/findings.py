@@ -6,7 +6,7 @@ result should not be trusted before somebody has looked.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,8 +174,8 @@ def _duplicate(evidence: Evidence) -> list[Finding]:
 def _contradictory(evidence: Evidence) -> list[Finding]:
     prints = evidence.fingerprints
     # a pair whose answers are the same when normalised is its own opposite, and another finding
-    opposed = np.isin(prints.swapped, prints.pair) & (prints.swapped != prints.pair)
-    both = np.isin(prints.chosen, prints.rejected) | np.isin(prints.rejected, prints.chosen)
+    opposed = _among(prints.swapped, prints.pair) & (prints.swapped != prints.pair)
+    both = _among(prints.chosen, prints.rejected) | _among(prints.rejected, prints.chosen)
     both &= ~opposed & (prints.chosen != prints.rejected)
     return _finding(
         evidence,
@@ -207,13 +207,18 @@ def _over_represented(evidence: Evidence) -> list[Finding]:
     )
 
 
+def _among(prints: NDArray[Any], others: NDArray[Any]) -> NDArray[np.bool_]:
+    # sorted: the table that numpy tries first for integers is no use over 64 bits, and numpy 2.0 overflows on its way
+    return np.isin(prints, others, kind="sort")
+
+
 def _leaked(evidence: Evidence) -> list[Finding]:
     if evidence.held_out is None:
         return []
     prints, held_out = evidence.fingerprints, evidence.held_out
-    leaked = np.isin(prints.prompt, held_out.prompt)
-    num_pairs = int(np.isin(held_out.pair, prints.pair).sum())
-    num_prompts = int(np.isin(held_out.prompt, prints.prompt).sum())
+    leaked = _among(prints.prompt, held_out.prompt)
+    num_pairs = int(_among(held_out.pair, prints.pair).sum())
+    num_prompts = int(_among(held_out.prompt, prints.prompt).sum())
     return _finding(
         evidence,
         "leaked",
