@@ -40,10 +40,12 @@ class TileBounds(NamedTuple):
         """
         rows, columns = min(num_tokens, self.rows), min(vocab_size, self.columns)
         tile = rows * columns
-        exps = 0 if not with_gradient or self._product_itemsize(itemsize) == _FP32 else tile * itemsize
+        in_place = with_gradient and self._product_itemsize(itemsize) == _FP32
+        exps = 0 if in_place or not with_gradient else tile * itemsize
         products = 2 * rows * hidden_size * _FP32 if with_gradient else 0  # and the targets' rows of W
         widened = (rows + columns) * hidden_size * _FP32 if self.widens and itemsize < _FP32 else 0
-        return tile * _FP32 + exps + products + widened + 2 * min(self.scratch, tile) * _FP32
+        scratch = 0 if in_place else min(self.scratch, tile) * _FP32
+        return tile * _FP32 + exps + products + widened + scratch
 
     def backward_bytes(self, num_tokens: int, vocab_size: int, hidden_size: int, itemsize: int) -> int:
         """What a trainable head's backward holds beside the gradients that it returns."""
