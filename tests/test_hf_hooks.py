@@ -21,6 +21,7 @@ USED = {
     "_run_epoch": [],
     "_get_num_items_in_batch": ["batch_samples", "device"],
     "_get_grad_norm": ["model", "grad_norm"],
+    "_track_num_input_tokens": ["inputs"],
     "_save_checkpoint": ["model", "trial"],
     "_get_output_dir": ["trial"],
     "_push_from_checkpoint": ["checkpoint_folder"],

@@ -149,6 +149,9 @@ def flat_obstacle(model: nn.Module, *, max_length: int | None = None) -> str | N
         return f"flat rows need an attention that was written for CUDA and CPU, and the model is on {device}"
     if attention_of(model) not in ("sdpa", FLAT_ATTENTION):
         return f"attn_implementation {attention_of(model)!r} is not replaced (sdpa is)"
+    dropout = _attention_dropout(model) if device == "cuda" else None  # FlexAttention has none
+    if dropout is not None:
+        return f"flat rows' attention drops nothing, and {dropout}; set disable_dropout"
     return tree_obstacle(model, max_length=max_length)
 
 
@@ -246,6 +249,16 @@ def _backward_obstacle(calls: list[AttentionCall], tolerance: float) -> str | No
 def _switch_attention(models: list[ScoredModel]) -> None:
     for model, _ in models:
         use_flat_attention(base_model(model))
+
+
+def _attention_dropout(model: nn.Module) -> str | None:
+    """The first attention that drops probabilities in training, and how many; None where none does."""
+    for path, module in _base_model(model).named_modules():
+        if "attention" in type(module).__name__.lower():
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float) and value > 0:
+                    return f"{path}.{name} is {value:g}"
+    return None
 
 
 def _device(model: nn.Module) -> torch.device:

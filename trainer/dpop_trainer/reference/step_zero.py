@@ -134,6 +134,12 @@ def probable_causes(setting: Setting) -> Iterator[str]:
     dropout = active_dropout(setting.policy)
     if dropout is not None:
         yield f"dropout is on in the policy ({dropout}); set disable_dropout"
+    noise = getattr(setting.policy.get_input_embeddings(), "neftune_noise_alpha", None)  # type: ignore[operator]
+    if noise:
+        yield (
+            f"NEFTune's noise is on the policy's embeddings (neftune_noise_alpha={noise:g}) and not on the "
+            "reference's, which is how it works; leave it out for Δ to be 0 at the start"
+        )
     is_held_against_another = not setting.is_start_of_policy and setting.columns is None
     if is_held_against_another and _has_trained_adapter(setting.policy):
         yield (

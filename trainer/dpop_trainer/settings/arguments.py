@@ -15,6 +15,7 @@ from dpop_trainer.settings.recipes import run_recipe
 from dpop_trainer.settings.run_parser import RunParser, check_yaml_value, sections, training_arguments
 from dpop_trainer.settings.source_classes import class_from_source, function_from_source
 from dpop_trainer.settings.trl_fields import TRLFields, check_trl_fields, name_hint
+from dpop_trainer.settings.without_effect import check_refused
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -204,6 +205,7 @@ def check_arguments(
     parts = parse_arguments(stand_in, argv, program, *more_classes)
     config: Any = parts[2]
     check_trl_fields(config)
+    check_refused(config)
     check_ranges(config)
     check_data_fields(config)
     if hasattr(config, "loss_type"):

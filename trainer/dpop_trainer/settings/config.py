@@ -25,6 +25,7 @@ from dpop_trainer.settings.renamed import (
     set_checkpointing,
 )
 from dpop_trainer.settings.trl_fields import TRLFields, check_trl_fields
+from dpop_trainer.settings.without_effect import check_refused, tell_of_no_effect
 
 LAYOUTS = ("auto", "rows", "tree", "packed", "flat")
 
@@ -148,6 +149,7 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
 
     def __post_init__(self) -> None:
         check_trl_fields(self)
+        check_refused(self)
         check_ranges(self)
         check_data_fields(self)
         self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", self.pad_to_multiple_of)
@@ -168,6 +170,7 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
             self._offload_activations()
         super().__post_init__()
         mirror_checkpointing(self)
+        tell_of_no_effect(self)
         if isinstance(self.model_init_kwargs, str):  # JSON has become a dict by now
             raise ValueError(
                 f"model_init_kwargs: expected a mapping, or one as JSON, got {self.model_init_kwargs!r}. "

@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
+from dpop_trainer.settings.row_options import check_row_options
+
 if TYPE_CHECKING:
     from dpop_trainer.settings.config import DPOPConfig, HeadConfig
 
@@ -45,6 +47,7 @@ def check_preference_fields(args: "DPOPConfig") -> None:
             f"dpop_lambda_warmup_steps: expected a whole number of steps, or a fraction below 1, got {warmup}."
         )
     _check_budget(args)
+    check_row_options(args)
     if args.precompute_ref_batch_size is not None and args.precompute_ref_batch_size < 1:
         raise ValueError(
             f"precompute_ref_batch_size: expected None or at least 1 pair, got {args.precompute_ref_batch_size}."

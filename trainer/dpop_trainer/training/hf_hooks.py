@@ -52,6 +52,11 @@ class HfHooks(Trainer):
         """Items of the micro-batches of an optimizer step, over all processes: what the loss is divided by."""
         raise NotImplementedError
 
+    def tokens_seen(self, batch: Batch) -> Tensor | None:
+        """[1] int64, what a batch adds to `num_input_tokens_seen`. None leaves it to transformers, which counts the
+        batch's columns."""
+        return None
+
     def save_checkpoint(self, output_dir: Path, write: Callable[[str], None]) -> None:
         """Save the checkpoint of this step.
 
@@ -111,6 +116,14 @@ class HfHooks(Trainer):
             grad_norm = grad_norm.full_tensor()
         self.last_grad_norm = grad_norm
         return grad_norm
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        counted = self.tokens_seen(as_batch(inputs)) if self.args.include_num_input_tokens_seen != "no" else None
+        if counted is None:
+            super()._track_num_input_tokens(inputs)
+            return
+        counts: Any = self.accelerator.gather(counted.to(self.args.device))
+        self.state.num_input_tokens_seen += int(counts.sum())
 
     # ---- checkpoints
 

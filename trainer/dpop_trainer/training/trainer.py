@@ -26,6 +26,7 @@ from dpop_trainer.models.loading import Policy, prepare_policy
 from dpop_trainer.reference import PairReference, has_reference_columns
 from dpop_trainer.reference.choose import Kind, ReferencePlan, data_parts, plan_reference, reference_model
 from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.row_options import rows_needed
 from dpop_trainer.training.budget_batches import BudgetTrainer
 from dpop_trainer.training.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
 from dpop_trainer.training.split_preparation import Preparation
@@ -229,6 +230,9 @@ class DPOPTrainer(BudgetTrainer):
             logs.update(self.reference.step_zero.pop_metrics())
         super().log(logs, start_time)
 
+    def tokens_seen(self, batch):
+        return batch.token_counts[:1] * (not batch.is_filler)
+
     def _scored_reference(self) -> ScoredModel | None:
         if self.ref_model is None:
             return None
@@ -237,8 +241,11 @@ class DPOPTrainer(BudgetTrainer):
     def _lay_out(self, probed: list[dict[str, Any]], plan: ReferencePlan, reference: ScoredModel | None) -> None:
         """Have the collator make batches in the layout that policy and reference can run."""
         is_copy = plan.kind is Kind.COPY
+        needed = rows_needed(self.args) if self.args.layout == "auto" else None
+        if needed is not None:
+            logger.warning("Layout: two rows per pair, not a tree: %s.", needed)
         layout = choose_layout(
-            self.args.layout,
+            "rows" if needed is not None else self.args.layout,
             ScoredModel(self.model, self.head),
             None if is_copy else reference,
             self.data_collator,  # type: ignore[arg-type]
