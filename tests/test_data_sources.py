@@ -118,7 +118,7 @@ def test_bad_records_are_left_out_and_listed(tmp_path, caplog):
     ]
     assert "no system turn" in listed[2]["reason"]
     with pytest.raises(
-        ValueError, match=r"at least one pair to train on, got none\. 0 of 4 pairs kept; dropped: 4 that"
+        ValueError, match=r"at least one pair that can be used, got none\. 0 of 4 pairs kept; dropped: 4 that"
     ):
         tokenise_pairs(rows, chat_tokenizer(), on_bad_record="skip", vocab_size=2)
     with pytest.raises(ValueError, match="on_bad_record: expected one of"):

@@ -9,7 +9,7 @@ import yaml
 from dpop_trainer.cli import main
 from dpop_trainer.models.trained import load_trained
 from dpop_trainer.tools.delivery import export as export_module
-from dpop_trainer.tools.delivery.card import base_license
+from dpop_trainer.tools.delivery.card import base_license, model_card
 from peft import LoraConfig, get_peft_model
 from rounding import TWO_ROADS_NATS, stored
 from safetensors.torch import load_file
@@ -111,6 +111,31 @@ def test_card_is_the_runs_records(trained_run, tmp_path):
     # nothing of this machine is handed on
     assert not any(
         str(tmp_path) in (tmp_path / "out" / name).read_text() for name in ("README.md", "training_config.yaml")
+    )
+
+
+def test_card_of_a_mixture_names_every_source(tmp_path):
+    config = {
+        "dataset_mixture": [
+            {"path": "org/pairs", "weight": 2, "revision": "v1"},
+            json.dumps({"path": "/home/someone/own.jsonl", "num_pairs": 40}),
+            "org/more",
+        ],
+        "eval_datasets": [{"path": "org/pairs", "split": "test", "label": "held out"}, "../b/other.parquet"],
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    card = model_card(tmp_path, name="x", base=None, license_id=None, merge_note="")
+    assert yaml.safe_load(card.split("---")[1])["datasets"] == ["org/pairs", "org/more"]
+    section = card.partition("## Data\n\n")[2].partition("\n\n## Training")[0]
+    page = "https://huggingface.co/datasets/org"
+    assert section == (
+        "Trained on 3 data sets:\n\n"
+        f"- [org/pairs]({page}/pairs), revision v1, weight 2\n"
+        "- `own.jsonl` (a local file), records 40\n"
+        f"- [org/more]({page}/more)\n\n"
+        "Evaluated in training on 2 data sets:\n\n"
+        f"- [org/pairs]({page}/pairs), split test\n"
+        "- `other.parquet` (a local file)"
     )
 
 

@@ -281,8 +281,9 @@ def test_cpu_utilisation_is_that_of_the_records():
         ([*KNOWN], 1, "device: expected one of a100-40gb, a100-80gb"),
         ([*KNOWN, "--device", "h900"], 1, "got 'h900'. Give --memory (GiB) and --tflops"),
         (["--model", "./no-such", "--device", "h100"], 1, "a folder with config.json, found none at './no-such'"),
-        ([*KNOWN, "--device", "cpu", "--quantization", "4bit"], 1, "expected a GPU"),
-        ([*KNOWN, "--device", "h100", "--load_in_4bit"], 1, "expected use_peft with it"),
+        ([*KNOWN, "--device", "cpu", "--quantization", "8bit"], 1, "load_in_8bit: expected an adapter to train"),
+        ([*KNOWN, "--device", "h100", "--load_in_4bit"], 1, "load_in_4bit: expected an adapter to train, got none"),
+        ([*KNOWN, "--device", "cpu", "--load_in_8bit", "--use_peft"], 1, "load_in_8bit: expected a CUDA device"),
         ([*KNOWN, "--device", "h100", "--quantization", "3bit"], 1, "one of none, 4bit, 8bit"),
         ([*KNOWN, "--device", "h100", "--sharding", "ddp"], 1, "sharding: expected none on one device"),
         ([*KNOWN, "--device", "h100", "--mfu", "40"], 1, "mfu: expected a part of the peak"),
@@ -299,6 +300,12 @@ def test_cpu_utilisation_is_that_of_the_records():
 def test_bad_input_is_named(capsys, argv, code, message):
     assert main(["plan", *argv]) == code
     assert message in capsys.readouterr().err
+
+
+def test_four_bits_are_planned_for_a_cpu_as_they_are_trained_on_one(capsys):
+    argv = ["--model", "qwen2.5-0.5b", "--device", "cpu", "--load_in_4bit", "--use_peft", "--max_length", "128"]
+    assert main(["plan", *argv, "--memory", "64"]) == 0
+    assert "expected a GPU" not in capsys.readouterr().err
 
 
 def test_help_begins_with_the_plans_own(capsys):

@@ -253,7 +253,7 @@ def _switch_attention(models: list[ScoredModel]) -> None:
 
 def _attention_dropout(model: nn.Module) -> str | None:
     """The first attention that drops probabilities in training, and how many; None where none does."""
-    for path, module in _base_model(model).named_modules():
+    for path, module in model.named_modules():
         if "attention" in type(module).__name__.lower():
             for name, value in vars(module).items():
                 if "dropout" in name and isinstance(value, float) and value > 0:

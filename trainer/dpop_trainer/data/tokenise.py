@@ -33,6 +33,10 @@ SKIP_REMEDY = "Correct or remove them; or have them left out and listed with on_
 _NUM_NAMED = 3
 
 
+class NoPairsError(ValueError):
+    """Nothing of a data set can be used. Its text begins with "dataset: "."""
+
+
 def tokenise_pairs(
     dataset: Dataset,
     processing_class: "PreTrainedTokenizerBase",
@@ -129,8 +133,8 @@ def tokenise_pairs(
             on_skipped(bad)
     counts = count_outcomes(table, outcomes)
     if not counts.num_pairs:
-        raise ValueError(
-            f"dataset: expected at least one pair to train on, got none. {counts.summary()} "
+        raise NoPairsError(
+            f"dataset: expected at least one pair that can be used, got none. {counts.summary()} "
             "Raise max_length if prompts leave no room, or look at the answers if they are identical."
         )
     if not outcomes.kept.all():

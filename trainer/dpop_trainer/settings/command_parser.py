@@ -1,12 +1,12 @@
 """The parser of commands whose options are their own: errors are exceptions of one sentence."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from dpop_trainer.settings.errors import UsageError
+from dpop_trainer.settings.hints import closest
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -38,5 +38,5 @@ class CommandParser(argparse.ArgumentParser):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that names the closest, after a space; nothing where none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    close = closest(name, known)
+    return f" Did you mean {close!r}?" if close else ""

@@ -24,8 +24,23 @@ def check_data_fields(args: "HeadConfig") -> None:
             f"max_length: expected None or at least 2 tokens, got {args.max_length}. One is a prompt's, one "
             "an answer's."
         )
+    check_best_of(args)
     if args.on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {args.on_bad_record!r}.")
+
+
+def check_best_of(args: "HeadConfig") -> None:
+    """
+    Raises:
+        ValueError: the best model is to be told by what is the better the smaller, and nothing says so: without it
+            transformers takes the largest of whatever is not called a loss.
+    """
+    metric = args.metric_for_best_model or ""
+    if args.greater_is_better is None and metric.endswith(("penalty", "active_fraction", "deficit", "entropy")):
+        raise ValueError(
+            f"greater_is_better: expected True or False with metric_for_best_model {metric!r}, got None, which would "
+            "take the largest for the best. Set greater_is_better to false."
+        )
 
 
 def check_preference_fields(args: "DPOPConfig") -> None:

@@ -4,11 +4,12 @@ A script written for TRL may set any of its fields. What is supported is a field
 rest, each with what to do instead, so that such a script gets an answer and never a TypeError.
 """
 
-import difflib
 from argparse import SUPPRESS
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from dpop_trainer.settings.hints import closest
 
 # field -> what does here what it does in TRL
 ALTERNATIVES = {
@@ -52,6 +53,16 @@ FORMER_NAMES = {
     "rpo_alpha": "loss_type [dpop, sft] with loss_weights",
 }
 
+# names that no field has -> what to do instead
+NOT_OFFERED = {
+    "group_by_length": "transformers has it as a value: train_sampling_strategy group_by_length.",
+    "eos_token": "An answer ends with the tokenizer's own end of sequence; set it there, and save the tokenizer.",
+    "bos_token": "Sequences begin as the tokenizer or its chat template says; set it there, and save the tokenizer.",
+    "packing": "Pairs share rows where that computes less: layout packed, or flat.",
+    "warmup_ratio": "warmup_steps below 1 is a share of all steps.",
+    "lora_rank": "It is lora_r, as in TRL.",
+}
+
 
 @dataclass(repr=False)
 class TRLFields:
@@ -92,5 +103,7 @@ def name_hint(name: str, known: Iterable[str], otherwise: str) -> str:
     name = name.replace("-", "_")
     if name in FORMER_NAMES:
         return f"It is called {FORMER_NAMES[name]} now."
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"Did you mean {close[0]!r}?" if close else otherwise
+    if name in NOT_OFFERED:
+        return NOT_OFFERED[name]
+    close = closest(name, known)
+    return f"Did you mean {close!r}?" if close else otherwise

@@ -6,11 +6,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dpop_kernels import PairLosses, TokenStats
+from dpop_kernels import PairLosses, TokenStats, needs_reference
 from dpop_kernels.losses.options import LossOptions
-from dpop_kernels.losses.pair_loss import segment_sums
+from dpop_kernels.losses.pair_loss import pair_loss_terms, segment_sums
 from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.batches import Batch
+from dpop_trainer.settings.config import DPOPConfig
 
 
 class MeanMetrics:
@@ -51,6 +52,46 @@ class MeanMetrics:
         return {
             key: value / weight for key, value, weight in zip(self._keys, values, weights, strict=True) if weight > 0
         }
+
+
+def metrics_of(
+    pairs: PairLosses,
+    terms: Mapping[str, Tensor],
+    stats: TokenStats,
+    batch: Batch,
+    *,
+    options: LossOptions,
+    has_reference: bool,
+    max_positions: int | None = None,
+) -> dict[str, tuple[Tensor, Tensor | int]]:
+    """All that is logged of a batch of pairs."""
+    return {
+        **pair_metrics(pairs, beta=options.beta, dead_zone=options.dead_zone, has_reference=has_reference),
+        **loss_metrics(terms, options),
+        **token_metrics(stats, batch.cu_seqlens),
+        **layout_metrics(batch, max_positions=max_positions),
+    }
+
+
+def evaluation_names(args: DPOPConfig) -> set[str]:
+    """The names of what an evaluation of pairs logs, without "eval_": those of a batch of one pair, made up."""
+    one = torch.ones(1, dtype=torch.int64)
+    batch = Batch(
+        input_ids=one[None], pair_ids=one, token_counts=torch.ones(2), cu_seqlens=torch.arange(4, dtype=torch.int32)
+    )
+    logps = torch.zeros(3)
+    pairs, terms = pair_loss_terms(
+        logps,
+        batch.cu_seqlens,
+        logps[None],
+        loss_weights=args.weights_by_loss(),
+        options=args.loss_options(),
+        backend="reference",
+    )
+    stats = TokenStats(entropy=logps, mean_logit=logps, is_top1=logps.bool())
+    has_reference = needs_reference(args.loss_type)
+    found = metrics_of(pairs, terms, stats, batch, options=args.loss_options(), has_reference=has_reference)
+    return {*found, "num_computed_tokens"}
 
 
 def pair_metrics(

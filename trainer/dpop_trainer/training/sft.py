@@ -17,6 +17,7 @@ from dpop_trainer.data import SkippedRecords
 from dpop_trainer.models.loading import prepare_policy
 from dpop_trainer.settings.config import SFTConfig
 from dpop_trainer.training.base import HeadTrainer
+from dpop_trainer.training.best_metric import check_best_metric
 from dpop_trainer.training.split_preparation import Preparation, check_streams
 from dpop_trainer.training.trainable import check_trainable
 
@@ -56,6 +57,8 @@ class SFTTrainer(HeadTrainer):
     ) -> None:
         args = args if args is not None else SFTConfig()
         check_streams(args, train_dataset, eval_dataset)
+        may_have_more = bool(callbacks) or type(self) is not SFTTrainer
+        check_best_metric(args, eval_dataset, ("entropy", "mean_token_accuracy"), may_have_more=may_have_more)
         take_off_heads(model)  # another trainer's, whose model this was
         set_seed(args.seed)
         policy = prepare_policy(

@@ -11,6 +11,7 @@ from dpop_trainer.batches import with_lengths
 from dpop_trainer.data import SkippedRecords, TokenisedStream, tokenise_pairs
 from dpop_trainer.data.records import BadRecord
 from dpop_trainer.data.stream import as_stream, is_stream
+from dpop_trainer.data.tokenise import NoPairsError
 from dpop_trainer.measure.stop_tokens import stop_token_ids
 from dpop_trainer.models.loading import Policy
 from dpop_trainer.models.positions import usable_positions
@@ -99,20 +100,26 @@ class Preparation:
 
     def _tokenised(self, dataset: Any, name: str) -> Dataset:
         args = self.args
+        shown = {"train": "train_dataset", "eval": "eval_dataset"}.get(name, f"eval_dataset {name!r}")
+        if not len(dataset):
+            raise ValueError(f"{shown}: expected at least one pair, got an empty data set. Leave it out, or fill it.")
 
         def on_skipped(bad_records: list[BadRecord]) -> None:
             if args.process_index == 0:
                 self.skipped.add(name, bad_records)
 
         with args.main_process_first(desc="tokenising"):  # the others find its work in the cache
-            tokenised, counts = tokenise_pairs(
-                dataset,
-                self.policy.tokenizer,
-                num_proc=args.dataset_num_proc,
-                on_skipped=on_skipped,
-                completions=self.completions,
-                **self._options(),
-            )
+            try:
+                tokenised, counts = tokenise_pairs(
+                    dataset,
+                    self.policy.tokenizer,
+                    num_proc=args.dataset_num_proc,
+                    on_skipped=on_skipped,
+                    completions=self.completions,
+                    **self._options(),
+                )
+            except NoPairsError as error:
+                raise ValueError(f"{shown}: {str(error).removeprefix('dataset: ')}") from error
         logger.warning("%s data: %s", name, counts.summary())
         self.counts.update({f"{name}_{key}": value for key, value in counts.as_metrics().items()})
         return self._with_lengths(tokenised)

@@ -27,8 +27,9 @@ from dpop_trainer.reference import PairReference, has_reference_columns
 from dpop_trainer.reference.choose import Kind, ReferencePlan, data_parts, plan_reference, reference_model
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.row_options import rows_needed
+from dpop_trainer.training.best_metric import check_best_metric
 from dpop_trainer.training.budget_batches import BudgetTrainer
-from dpop_trainer.training.metrics import layout_metrics, loss_metrics, pair_metrics, token_metrics
+from dpop_trainer.training.metrics import evaluation_names, metrics_of
 from dpop_trainer.training.split_preparation import Preparation
 from dpop_trainer.training.trainable import check_trainable
 from dpop_trainer.training.trainer_checks import check_arguments, check_form, warn_of_router_loss
@@ -95,6 +96,8 @@ class DPOPTrainer(BudgetTrainer):
         check_arguments(
             model, args, train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, ref_model
         )
+        may_have_more = bool(callbacks) or type(self) is not DPOPTrainer
+        check_best_metric(args, eval_dataset, evaluation_names(args), may_have_more=may_have_more)
         take_off_heads(model)  # another trainer's, whose model this was
         take_off_heads(ref_model)
         set_seed(args.seed)
@@ -202,17 +205,15 @@ class DPOPTrainer(BudgetTrainer):
             "ref_chosen_logps": ref_logps[:, 0] + ref_logps[:, 1],
             "ref_rejected_logps": ref_logps[:, 0] + ref_logps[:, 2],
         }
-        metrics = {
-            **pair_metrics(
-                pairs,
-                beta=options.beta,
-                dead_zone=options.dead_zone,
-                has_reference=self.reference.plan.is_needed,
-            ),
-            **loss_metrics(terms, options),
-            **token_metrics(stats, batch.cu_seqlens),
-            **layout_metrics(batch, max_positions=self.args.max_tokens_per_batch if mode == "train" else None),
-        }
+        metrics = metrics_of(
+            pairs,
+            terms,
+            stats,
+            batch,
+            options=options,
+            has_reference=self.reference.plan.is_needed,
+            max_positions=self.args.max_tokens_per_batch if mode == "train" else None,
+        )
         is_bad = ~torch.isfinite(pairs.losses.detach() + pairs.margins + pairs.chosen_logratios)
         return pairs.losses.sum(), is_bad, metrics
 

@@ -6,7 +6,6 @@ dpo:beta=0.1,learning_rate=1e-4       with any field of DPOPConfig
 dpo+sft:loss_weights=[1,0.1]          a weighted sum of losses
 """
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dpop_trainer.settings.command_parser import did_you_mean
 from dpop_trainer.settings.config import DPOPConfig
 
 _SYMBOLS = {"dpop_lambda": "λ", "beta": "β", "learning_rate": "lr", "loss_weights": "weights"}
@@ -76,6 +76,5 @@ def parse_method(text: str) -> Method:
 def _check_field(name: str, text: str) -> None:
     known = {field.name for field in fields(DPOPConfig) if field.init} - {"output_dir", "seed", "loss_type"}
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, known)
         raise ValueError(f"methods: expected a field of DPOPConfig that may differ, got {name!r} in {text!r}.{hint}")

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from dpop_trainer.data.mixture import DatasetSource, parse_sources
+from dpop_trainer.data.source_path import looks_local
 from dpop_trainer.models.trained import read_run_config, run_file
 from dpop_trainer.run_folder.run_files import METRICS_FILE, read_metrics
 from dpop_trainer.run_folder.versions import versions
@@ -69,14 +71,14 @@ def model_card(
     config = read_run_config(run)
     trained_from = base or config.get("model_name_or_path")
     license_id = license_id or base_license(trained_from)
-    dataset = config.get("dataset_name")
+    datasets = [source.path for source in _sources(config) if _is_hub_id(source.path)]
     front: dict[str, Any] = {
         **({"license": license_id} if license_id else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dpop", "preference-fine-tuning", "dpop-kernels"],
         **({"base_model": trained_from} if trained_from and _is_hub_id(trained_from) else {}),
-        **({"datasets": [dataset]} if dataset and _is_hub_id(dataset) else {}),
+        **({"datasets": list(dict.fromkeys(datasets))} if datasets else {}),
     }
     sections = [
         f"# {name}",
@@ -134,10 +136,8 @@ def _opening(config: dict[str, Any], base: str | None, merge_note: str) -> str:
 
 
 def _data(config: dict[str, Any], run: Path) -> str:
-    name = config.get("dataset_name")
-    lines = [f"Trained on {_shown_source(name)}." if name else "The run's records do not name the data."]
-    if config.get("eval_dataset_name"):
-        lines.append(f"Evaluated in training on {_shown_source(config['eval_dataset_name'])}.")
+    lines = [_named("Trained on", _sources(config)) or "The run's records do not name the data."]
+    lines += filter(None, [_named("Evaluated in training on", _eval_sources(config))])
     first = next((line for line in _metrics(run) if line.get("step") == 0), {})
     # "train_data/num_pairs": 6 -> "train: num pairs"
     rows = [
@@ -146,6 +146,42 @@ def _data(config: dict[str, Any], run: Path) -> str:
     if rows:
         lines.append("What tokenising kept, dropped and cut:\n\n" + _table(("count", "value"), rows))
     return "\n\n".join(lines)
+
+
+def _sources(config: dict[str, Any]) -> list[DatasetSource]:
+    """What a run trained on, as far as its records tell."""
+    if config.get("dataset_mixture"):
+        return parse_sources(config["dataset_mixture"], "dataset_mixture")
+    name, split = config.get("dataset_name"), config.get("dataset_train_split") or "train"
+    return [DatasetSource(name, name=config.get("dataset_config"), split=split)] if name else []
+
+
+def _eval_sources(config: dict[str, Any]) -> list[DatasetSource]:
+    if config.get("eval_datasets"):
+        return parse_sources(config["eval_datasets"], "eval_datasets")
+    split = config.get("dataset_test_split")
+    name = config.get("eval_dataset_name") or (config.get("dataset_name") if split else None)
+    return [DatasetSource(name, split=split or "train")] if name else []
+
+
+def _named(what: str, sources: list[DatasetSource]) -> str:
+    """A sentence on one source, a list of several, each with what was taken of it; nothing of none."""
+    if len(sources) < 2:
+        return "".join(f"{what} {_told_source(source)}." for source in sources)
+    return "\n".join([f"{what} {len(sources)} data sets:\n", *(f"- {_told_source(source)}" for source in sources)])
+
+
+def _told_source(source: DatasetSource) -> str:
+    details = {
+        "configuration": source.name,
+        "split": source.split if source.split != "train" else None,
+        "revision": source.revision,
+        "fraction": source.fraction,
+        "weight": source.weight,
+        "records": source.num_pairs,
+    }
+    told = ", ".join(f"{name} {value}" for name, value in details.items() if value is not None)
+    return _shown_source(source.path) + (f", {told}" if told else "")
 
 
 def _training(config: dict[str, Any], run: Path) -> str:
@@ -210,8 +246,7 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _is_hub_id(name: str) -> bool:
-    is_file = Path(name).suffix in (".jsonl", ".json", ".parquet", ".arrow")
-    return not is_file and not Path(name).exists() and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    return not looks_local(name) and not Path(name).exists()
 
 
 def _shown_source(name: str) -> str:

@@ -10,7 +10,7 @@ from dpop_kernels import needs_reference
 from dpop_trainer.data import read_pairs, tokenise_pairs
 from dpop_trainer.data.mixture import mix_pairs, parse_sources
 from dpop_trainer.models.adapters import find_adapter_base
-from dpop_trainer.models.model_setup import lora_config
+from dpop_trainer.models.model_setup import check_bits, lora_config
 from dpop_trainer.models.tokenizer_loading import (
     load_chat_template,
     load_tokenizer,
@@ -58,14 +58,7 @@ def make_planner(
     reference_config = find_config(reference_name).config if reference_name else None
     lora = _lora(model)
     bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
-    if bits is not None and not device.is_gpu:
-        raise ValueError(
-            f"load_in_{bits}bit: expected a GPU (bitsandbytes needs one), got {device.name}. Leave it out."
-        )
-    if bits is not None and lora is None:
-        raise ValueError(
-            f"load_in_{bits}bit: expected use_peft with it, a quantised base is not trained. Set use_peft."
-        )
+    check_bits(model, has_adapter=lora is not None, has_gpu=device.is_gpu)
     bf16, fp16 = config.planned["bf16"], config.planned["fp16"]
     if bf16 is None:
         bf16 = device.is_gpu and not fp16
