@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.batch import as_batch
-from dpop_trainer.batches.scoring import ScoredModel, forward_inputs
+from dpop_trainer.batches.scoring import ScoredModel, attention_of, forward_inputs
 from dpop_trainer.reference.cache import ReferenceCache, cache_root
 from dpop_trainer.reference.choose import Kind, ReferencePlan, has_reference_columns
 from dpop_trainer.reference.keys import describe_reference, weights_digest
@@ -24,7 +24,7 @@ from dpop_trainer.reference.precompute import precompute_reference
 from dpop_trainer.reference.second_model import offload_reference
 from dpop_trainer.reference.source import FrozenModel, PolicyAsReference, Reference, adapter_off, eval_mode
 from dpop_trainer.reference.start_weights import ReferenceRecord, StartWeights
-from dpop_trainer.reference.step_zero import Columns, Setting, StepZero, attention_of
+from dpop_trainer.reference.step_zero import Columns, Setting, StepZero
 from dpop_trainer.run_folder.versions import versions
 
 if TYPE_CHECKING:

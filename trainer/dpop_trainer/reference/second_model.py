@@ -6,6 +6,7 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
+from dpop_trainer.batches.scoring import attention_of
 from dpop_trainer.models.adapters import base_model
 from dpop_trainer.models.loading import load_model
 from dpop_trainer.models.quantised import check_bitsandbytes
@@ -31,8 +32,7 @@ def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] |
         # nf4 is made for weights; bitsandbytes' own defaults are fp4 and products in fp32
         defaults = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": base.dtype}
         own["quantization_config"] = {"quant_method": "bitsandbytes", **defaults, **quantization}
-    attention = base.config.get_text_config()._attn_implementation
-    kwargs = {"dtype": base.dtype, "attn_implementation": attention, **own}
+    kwargs = {"dtype": base.dtype, "attn_implementation": attention_of(policy), **own}
     return load_model(name_or_path, kwargs).eval().requires_grad_(False)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from dpop_trainer.batches.scoring import attention_of
 from dpop_trainer.models.adapters import base_model
 from dpop_trainer.reference.adapters import adapter_changes_nothing
 
@@ -228,11 +229,6 @@ def _first_other_weight(policy: nn.Module, reference: nn.Module) -> str | None:
 
 def _has_trained_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and not adapter_changes_nothing(model)
-
-
-def attention_of(model: Any) -> str:
-    """The attention implementation of a model, under an adapter or not."""
-    return base_model(model).config.get_text_config()._attn_implementation
 
 
 def _is_quantised(model: Any) -> bool:

@@ -52,7 +52,8 @@ class DPOPTrainer(BudgetTrainer):
             the model as it is when the trainer is built: the base under an adapter that is new, else an adapter as it
             was at the start, else a frozen copy of the model.
         args: `DPOPConfig`.
-        data_collator: defaults to `PairCollator` with the layout of `args`; must return the same keys.
+        data_collator: defaults to `PairCollator` with the layout of `args`; returns a `Batch`, or a mapping with its
+            keys.
         train_dataset: columns prompt, chosen, rejected, as text or as messages; or token ids in prompt_ids, chosen_ids,
             rejected_ids; or another form of docs/data.md. With columns ref_chosen_logps and ref_rejected_logps no
             reference model is run. An IterableDataset is read, tokenised and counted as training goes on, again and
