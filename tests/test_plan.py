@@ -280,7 +280,7 @@ def test_cpu_utilisation_is_that_of_the_records():
         ),
         ([*KNOWN], 1, "device: expected one of a100-40gb, a100-80gb"),
         ([*KNOWN, "--device", "h900"], 1, "got 'h900'. Give --memory (GiB) and --tflops"),
-        (["--model", "./no-such", "--device", "h100"], 1, "a folder with config.json, found none at './no-such'"),
+        (["--model", "./no-such", "--device", "h100"], 1, "found none at './no-such'"),
         ([*KNOWN, "--device", "cpu", "--quantization", "8bit"], 1, "load_in_8bit: expected a CUDA device"),
         ([*KNOWN, "--device", "h100", "--load_in_4bit"], 1, "load_in_4bit: expected an adapter to train, got none"),
         ([*KNOWN, "--device", "cpu", "--load_in_8bit", "--use_peft"], 1, "load_in_8bit: expected a CUDA device"),
