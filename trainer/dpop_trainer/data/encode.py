@@ -158,7 +158,10 @@ def _answer(text: str, specials: Specials) -> _Answer:
 def _encode_messages(
     pairs: list[Any], tokenizer: "PreTrainedTokenizerBase", specials: Specials
 ) -> list[EncodedPair | Refused]:
-    bare = [MessagesPair(*(_bare(turns, specials) for turns in pair[:3]), pair.template_options) for pair in pairs]
+    bare = [
+        pair._replace(**{name: _bare(getattr(pair, name), specials) for name in ("prompt", "chosen", "rejected")})
+        for pair in pairs
+    ]
     rendered = [_render(pair, tokenizer) for pair in bare]
     texts = list(dict.fromkeys(text for three in rendered if not isinstance(three, Refused) for text in three))
     if not texts:

@@ -62,6 +62,6 @@ def check_positions(model: nn.Module, dataset: Dataset, name: str = "model") -> 
 
 def _first_position(module: nn.Module) -> int:
     """OPT's and BioGPT's tables begin two rows down, RoBERTa's behind the row of the padding."""
-    offset = getattr(module, "offset", 0)
-    padding = getattr(module, "padding_idx", None)
+    offset: Any = getattr(module, "offset", 0)
+    padding: Any = getattr(module, "padding_idx", None)
     return offset or (0 if padding is None else padding + 1)
