@@ -321,7 +321,8 @@ def is_wrong(errors: dict[str, Any], times: float = WRONG) -> bool:
 
 def measure_logits(bench: Bench, floors: Floors) -> None:
     """Logits that exist: forward, and backward written over them. Floors are their bytes at the copy's bandwidth."""
-    from dpop_kernels.backends import fused
+    from dpop_kernels.backends import fused_logits, fused_tiles
+    from dpop_kernels.logps.head import PLAIN
 
     shape = [bench.plan.logits_rows, bench.plan.logits_columns]
     if bench.is_late():
@@ -332,18 +333,22 @@ def measure_logits(bench: Bench, floors: Floors) -> None:
     rows = torch.arange(shape[0], device=bench.device)
     logits[rows, target_ids] += torch.linspace(0, 28, shape[0], device=bench.device).to(bench.dtype)
     checked = rows[:: max(1, shape[0] // bench.plan.num_checked)]
-    logps, lse, _ = fused.tile_forward(logits, target_ids)
+    results = fused_logits.row_results(logits, target_ids)
     true_logps, true_grad = logits_truth(logits[checked], target_ids[checked])
-    errors = {"max_error_nats": largest((logps[checked].double() - true_logps).abs())}
-    grad_logps = torch.ones_like(logps)
+    errors = {"max_error_nats": largest((results.logps[checked].double() - true_logps).abs())}
+    grad_logps = torch.ones_like(results.logps)
     num_bytes = logits.numel() * logits.itemsize
 
-    times = bench.measure(lambda: fused.tile_forward(logits, target_ids))
+    times = bench.measure(lambda: fused_logits.row_results(logits, target_ids))
     finish_logits(bench, floors, "logits_forward", shape, errors, times, num_bytes)
+
+    def backward() -> None:
+        fused_tiles.tile_backward(logits, target_ids, results.logps, results.lse, grad_logps, PLAIN, out=logits)
+
     # over the logits: after the first run the values are gradients, which take as long
-    fused.tile_backward(logits, target_ids, logps, lse, grad_logps, out=logits)
+    backward()
     errors = {"max_grad_error": largest((logits[checked].double() - true_grad).abs().amax(dim=1))}
-    times = bench.measure(lambda: fused.tile_backward(logits, target_ids, logps, lse, grad_logps, out=logits))
+    times = bench.measure(backward)
     finish_logits(bench, floors, "logits_backward_in_place", shape, errors, times, 2 * num_bytes)
 
 

@@ -38,11 +38,17 @@ def token_logps(
     return logps, TokenStats(*stats) if with_stats else None
 
 
+def row_results(logits: Tensor, target_ids: Tensor, *, with_stats: bool = False) -> RowResults:
+    """The forward alone: log-probs [N], log-normalisers [N] and what else belongs to rows. Not differentiable."""
+    results = RowResults.empty(logits, torch.float32, with_stats=with_stats, with_gradient=False)
+    _forward_launch(logits, target_ids, results).run()
+    return results
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target_ids, inplace_backward, with_stats):
-        results = RowResults.empty(logits, torch.float32, with_stats=with_stats, with_gradient=False)
-        _forward_launch(logits, target_ids, results).run()
+        results = row_results(logits, target_ids, with_stats=with_stats)
         ctx.save_for_backward(logits, target_ids, results.logps, results.lse)
         ctx.inplace_backward = inplace_backward
         ctx.set_materialize_grads(False)
