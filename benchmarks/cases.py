@@ -222,7 +222,14 @@ class HeadCase(Case):
         if self.task != "trainable":
             return rows, rows_truth, columns, columns.new_empty(0)
         grad_logps = torch.full((self.num_tokens,), 1 / self.num_tokens, device=self.device)
-        return rows, rows_truth, columns, truth.grad_weight_truth(*inputs, grad_logps, columns, softcap=softcap)
+        return (
+            rows,
+            rows_truth,
+            columns,
+            truth.grad_weight_truth(
+                inputs.hidden_states, inputs.weight, inputs.target_ids, grad_logps, columns, softcap=softcap
+            ),
+        )
 
     @cached_property
     def _true_mean(self) -> Tensor:

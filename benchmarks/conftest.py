@@ -103,7 +103,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, comparisons: Compari
         keys = ("peer_version", "errors", "peak_bytes", "of_floor", "skipped", "refused", "failed")
         benchmark.extra_info.update({key: record[key] for key in keys if key in record})
         if "skipped" in record or record.get("failed") == "out of memory":
-            pytest.skip(result.trouble)
+            pytest.skip(str(result.trouble))
         if result.trouble:
             pytest.fail(f"{result.trouble}, errors {record.get('errors')}", pytrace=False)
         CLOCK.load(result.seconds)

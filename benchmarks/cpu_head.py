@@ -117,6 +117,7 @@ def measure(candidate: str, trainable: bool, shape: Shape) -> dict[str, Any]:
     """One candidate in this process -> its record."""
     inputs = make_inputs(shape)
     record: dict[str, Any] = {"candidate": candidate, "head": "trainable" if trainable else "frozen"}
+    function = CANDIDATES.get(candidate)
     if candidate == "products":
         sizes = [(shape.num_tokens, shape.vocab_size), (shape.num_tokens, shape.hidden_size)]
         products.buffers = [torch.empty(*size) for size in [*sizes, inputs.weight.shape]]  # type: ignore[attr-defined]
@@ -124,7 +125,7 @@ def measure(candidate: str, trainable: bool, shape: Shape) -> dict[str, Any]:
         def run() -> None:
             products(inputs, trainable)
     else:
-        function = CANDIDATES[candidate]
+        assert function is not None
 
         def run() -> None:
             step(function, inputs, trainable)
@@ -137,7 +138,7 @@ def measure(candidate: str, trainable: bool, shape: Shape) -> dict[str, Any]:
         run()
         times.append(time.perf_counter() - start)
     record |= {"seconds": min(times[WARM_UPS:]), "all_seconds": times[WARM_UPS:]}
-    if candidate != "products":
+    if function is not None:
         record["peak_mib"] = (peak_resident_bytes() - before) / 2**20
         record |= errors(function, inputs)
         if not record["logp_error_nats"] <= LARGEST_ERROR:

@@ -16,7 +16,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def check(steps: dict[str, Step], records: list[dict[str, Any]]) -> None:
             assert abs(value - truth) <= AGREEMENT * abs(truth), (name, value, truth)
 
 
-def time_in_turns(steps: dict[str, Callable], batches: list[list[dict[str, Any]]]) -> dict[str, list[float]]:
+def time_in_turns(steps: Mapping[str, Callable], batches: list[list[dict[str, Any]]]) -> dict[str, list[float]]:
     """Seconds of each step on each batch; the first batch warms up and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for records in batches:

@@ -85,7 +85,7 @@ def word_tokenizer(vocab_size: int) -> Any:
 
     words = ["<pad>", "<eos>", *(f"w{i}" for i in range(vocab_size - 2))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
 
 
@@ -111,7 +111,7 @@ def measure(candidate: str, pairs_path: str | None, tokenizer_path: str | None) 
     times = _StepTimes()
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
+        settings: dict[str, Any] = {
             "output_dir": folder,
             "per_device_train_batch_size": PAIRS_PER_STEP,
             "max_steps": NUM_STEPS,
@@ -127,7 +127,7 @@ def measure(candidate: str, pairs_path: str | None, tokenizer_path: str | None) 
             "dataloader_pin_memory": False,
             "seed": 0,
         }
-        arguments = {
+        arguments: dict[str, Any] = {
             "model": model,
             "train_dataset": Dataset.from_list(records),
             "processing_class": tokenizer,
@@ -141,7 +141,7 @@ def measure(candidate: str, pairs_path: str | None, tokenizer_path: str | None) 
         else:
             from dpop_trainer import DPOPConfig, DPOPTrainer
 
-            layout = {} if candidate == "auto" else {"layout": candidate}
+            layout: dict[str, Any] = {} if candidate == "auto" else {"layout": candidate}
             trainer = DPOPTrainer(args=DPOPConfig(**settings, loss_type="dpo", **layout), **arguments)
         base = peak_resident_bytes() / 2**20
         trainer.train()

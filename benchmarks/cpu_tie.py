@@ -41,7 +41,7 @@ def first_step(model: str, data: Dataset, batch_size: int, *, bf16: bool, settin
     with tempfile.TemporaryDirectory() as folder:
 
         def trainer(overrides: dict[str, Any]) -> DPOPTrainer:
-            options = {"per_device_train_batch_size": batch_size, **overrides}
+            options: dict[str, Any] = {"per_device_train_batch_size": batch_size, **overrides}
             config = DPOPConfig(
                 output_dir=f"{folder}/run",
                 max_steps=1,

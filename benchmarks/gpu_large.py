@@ -180,7 +180,7 @@ def measure(candidate: str, plan: Plan, device: torch.device, seconds: float) ->
             "dataloader_pin_memory": is_cuda,
             "seed": 0,
         }
-        arguments = {
+        arguments: dict[str, Any] = {
             "model": model,
             "train_dataset": Dataset.from_list([the_pair(plan)] * num_steps),
             "processing_class": word_tokenizer(SHAPES[plan.shape].vocab_size),

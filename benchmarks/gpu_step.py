@@ -170,7 +170,8 @@ def measure(candidate: str, plan: Plan, device: torch.device) -> dict[str, Any]:
         eos_token_id=2,
     )
     with device:
-        model = LlamaForCausalLM(config).to(torch.bfloat16 if is_cuda else torch.float32)
+        model: Any = LlamaForCausalLM(config)
+        model = model.to(torch.bfloat16 if is_cuda else torch.float32)
     times = StepTimes(device)
     with tempfile.TemporaryDirectory() as folder:
         settings = {
@@ -192,7 +193,7 @@ def measure(candidate: str, plan: Plan, device: torch.device) -> dict[str, Any]:
             "dataloader_pin_memory": is_cuda,
             "seed": 0,
         }
-        arguments = {
+        arguments: dict[str, Any] = {
             "model": model,
             "train_dataset": Dataset.from_list(pairs),
             "processing_class": tokenizer,

@@ -81,10 +81,10 @@ def count_by_budget(records: list[dict[str, Any]], pad_token_id: int, hidden_siz
         ("flat", False),
         ("flat", True),
     ):
-        collator = PairCollator(pad_token_id=pad_token_id, layout=layout, hidden_size=hidden_size)  # type: ignore[arg-type]
+        collator = PairCollator(pad_token_id=pad_token_id, layout=layout, hidden_size=hidden_size)
         batches = plan_batches(
             dataset,
-            Budget(BUDGET, layout),  # type: ignore[arg-type]
+            Budget(BUDGET, layout),
             prefix_sharing=True,
             group_by_prompt=group_by_prompt,
             seed=0,

@@ -79,7 +79,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):
-        held += change.nbytes()
+        held += change.nbytes()  # type: ignore[attr-defined]  # torch's stubs leave it out
         peak = max(peak, held)
     return peak
 

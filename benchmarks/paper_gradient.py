@@ -68,7 +68,7 @@ def pair_figures(model: Any, record: dict[str, Any]) -> dict[str, Tensor]:
         ),
     ):
         grads = torch.autograd.grad(loss, rows, retain_graph=True)
-        steps[name] = -sum(grad[place] for grad, place in zip(grads, places, strict=True))
+        steps[name] = -torch.stack([grad[place] for grad, place in zip(grads, places, strict=True)]).sum(0)
     p_chosen, p_rejected = (row.detach().softmax(-1)[place] for row, place in zip(rows, places, strict=True))
     return {"p_chosen": p_chosen, "p_rejected": p_rejected, **steps}
 

@@ -45,7 +45,8 @@ def random_base(
         TimeoutError: it would take longer than `seconds`.
     """
     with torch.device("meta"):
-        model = LlamaForCausalLM(llama_config(size, max_length)).to(dtype)
+        model: Any = LlamaForCausalLM(llama_config(size, max_length))
+        model = model.to(dtype)
     quantizer: Any = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": str(device)})
     start, layers = time.monotonic(), model.model.layers
@@ -91,7 +92,7 @@ def materialise(root: nn.Module, *, device: torch.device, dtype: torch.dtype) ->
     for path, module in list(root.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary frequencies: computed, not drawn
             with device:
-                root.set_submodule(path, type(module)(config=module.config))  # type: ignore[call-arg]
+                root.set_submodule(path, type(module)(config=module.config))
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.is_meta:
@@ -101,7 +102,8 @@ def materialise(root: nn.Module, *, device: torch.device, dtype: torch.dtype) ->
             values = values.normal_(std=DEVIATION) if is_matrix else values.fill_(1.0)
             if isinstance(module, bnb.nn.Linear4bit) and is_matrix:
                 asked: Any = parameter
-                module.weight = bnb.nn.Params4bit(
+                round_to_4_bits: Any = bnb.nn.Params4bit
+                module.weight = round_to_4_bits(
                     values,
                     requires_grad=False,
                     compress_statistics=asked.compress_statistics,

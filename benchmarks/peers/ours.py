@@ -1,12 +1,14 @@
 """dpop-kernels: as a training loop calls it, backend "auto"."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import dpop_kernels
 from benchmarks.peers import Peer
 
-BACKEND = "auto"
+BACKEND: Any = "auto"
 """A rehearsal sets "fused", to run the GPU's path in Triton's interpreter."""
 
 

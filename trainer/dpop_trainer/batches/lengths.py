@@ -14,7 +14,7 @@ def read_trees(dataset: Dataset, *, prefix_sharing: bool, desc: str) -> Iterator
     """The trees of a tokenised data set, in its order, with a progress bar named `desc`."""
     columns = dataset.select_columns(list(TOKEN_COLUMNS))
     for batch in tqdm(columns.iter(1000), desc=desc, total=-(-len(dataset) // 1000), leave=False):
-        for ids in zip(*(batch[column] for column in TOKEN_COLUMNS), strict=True):  # type: ignore[index]
+        for ids in zip(*(batch[column] for column in TOKEN_COLUMNS), strict=True):
             yield PairTree.from_ids(*ids, share_prefix=prefix_sharing)
 
 
@@ -29,4 +29,4 @@ def with_lengths(dataset: Dataset, column: str, *, prefix_sharing: bool) -> Data
     if column in dataset.column_names:
         return dataset
     trees = read_trees(dataset, prefix_sharing=prefix_sharing, desc="Measuring pairs")
-    return dataset.add_column(column, [tree_length(tree) for tree in trees])  # type: ignore[call-arg]
+    return dataset.add_column(column, [tree_length(tree) for tree in trees])

@@ -66,7 +66,7 @@ def specials_of(tokenizer: "PreTrainedTokenizerBase") -> Specials:
     ends = list(dict.fromkeys([*([eos] if eos else []), *([template_end] if template_end else []), *ends]))
     ids = {added[text] for text in ends if text in added} | {tokenizer.eos_token_id} - {None}
     if template_end:
-        end_ids: list[int] = tokenizer(template_end, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        end_ids: list[int] = tokenizer(template_end, add_special_tokens=False)["input_ids"]
         ids |= set(end_ids) if len(end_ids) == 1 else set()
     if getattr(tokenizer, "split_special_tokens", False):
         ends = []  # then no text is a special token

@@ -105,7 +105,7 @@ def precompute_reference(
     shared, chosen, rejected = sums.T
     columns = {REF_SHARED_COLUMN: shared, REF_COLUMNS[0]: shared + chosen, REF_COLUMNS[1]: shared + rejected}
     for column, values in columns.items():
-        dataset = dataset.add_column(column, values.tolist())  # type: ignore[call-arg]
+        dataset = dataset.add_column(column, values.tolist())
     return dataset
 
 

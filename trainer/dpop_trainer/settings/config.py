@@ -51,7 +51,7 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Recompute activations in backward: less memory, about a third more time."}
     )
-    activation_checkpointing: bool | None = field(  # type: ignore[assignment]
+    activation_checkpointing: bool | None = field(
         default=None, metadata={"help": "The name of gradient_checkpointing since transformers 5.24; either is taken."}
     )
     activation_checkpointing_kwargs: dict[str, Any] | str | None = field(

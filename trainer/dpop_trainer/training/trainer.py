@@ -250,7 +250,7 @@ class DPOPTrainer(BudgetTrainer):
             "rows" if needed is not None else self.args.layout,
             ScoredModel(self.model, self.head),
             None if is_copy else reference,
-            self.data_collator,  # type: ignore[arg-type]
+            self.data_collator,
             probed,
             max_length=self.args.max_length,
         )

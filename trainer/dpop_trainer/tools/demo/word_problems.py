@@ -186,8 +186,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     pieces = [*_PUNCTUATION, *(space + piece for space in ("", " ") for piece in (*words, *numbers))]
     vocab = {token: i for i, token in enumerate((*_SPECIAL_TOKENS.values(), *pieces))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=_SPECIAL_TOKENS["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
     options: dict[str, Any] = {**_SPECIAL_TOKENS, "clean_up_tokenization_spaces": False}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 

@@ -73,7 +73,7 @@ def token_texts(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", *, bef
 def differing(a: Sequence[object], b: Sequence[object]) -> tuple[list[bool], list[bool]]:
     """For each item of either sequence, whether the shortest edit between the two deletes, inserts or replaces it."""
     differs_a, differs_b = [False] * len(a), [False] * len(b)
-    for edit in Levenshtein.opcodes(a, b):  # type: ignore[arg-type]
+    for edit in Levenshtein.opcodes(a, b):
         if edit.tag != "equal":
             differs_a[edit.src_start : edit.src_end] = [True] * (edit.src_end - edit.src_start)
             differs_b[edit.dest_start : edit.dest_end] = [True] * (edit.dest_end - edit.dest_start)

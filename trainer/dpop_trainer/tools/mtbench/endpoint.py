@@ -85,7 +85,7 @@ class Endpoint:
         """
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 2048, **self.request_fields}
         body = {name: value for name, value in body.items() if value is not None}
-        wait = self.first_wait
+        wait, reason = self.first_wait, "nothing was tried"
         for attempt in range(1, self.max_attempts + 1):
             try:
                 return _text(self._post(body))
