@@ -38,8 +38,12 @@ NUM_HEADLINES = 8
 """Cases that come before the training step, and that peers with a long warm-up take part in."""
 SLOW_STARTERS = ("torch.compile", "Liger DPO", "QuACK")
 """Peers that compile or tune for each size, for many seconds."""
-KERNEL_TESTS = ["tests/test_fused.py", "tests/test_fused_linear.py", "tests/test_fused_pairs.py"]
-REHEARSED_TESTS = ["tests/test_elementary.py"]
+KERNEL_TESTS = [
+    "tests/kernel/test_fused.py",
+    "tests/kernel/test_fused_linear.py",
+    "tests/kernel/test_fused_pairs.py",
+]
+REHEARSED_TESTS = ["tests/kernel/test_elementary.py"]
 MOST_FOR_TESTS, MOST_FOR_STEP, LEAST_FOR_STEP = 100.0, 240.0, 45.0
 """Seconds."""
 

@@ -98,11 +98,11 @@ chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps = torch.randn
 
 TESTS_NEED = ("pytest", "pytest-benchmark", "hypothesis", "hatchling", "trl")
 QUICK_TESTS = (
-    "tests/test_losses.py",
-    "tests/test_architecture.py",
-    "tests/test_recipe_command.py",
-    "tests/test_recipes.py::test_recipe_runs[qwen-72b]",
-    "tests/test_recipes.py::test_the_page_lists_every_recipe",
+    "tests/kernel/test_losses.py",
+    "tests/project/test_architecture.py",
+    "tests/tools/test_recipe_command.py",
+    "tests/tools/test_recipes.py::test_recipe_runs[qwen-72b]",
+    "tests/tools/test_recipes.py::test_the_page_lists_every_recipe",
 )
 
 START = time.perf_counter()
@@ -227,7 +227,7 @@ def check_modules(environment: Environment) -> None:
 
 
 def check_readme(environment: Environment, unpacked: Path) -> None:
-    environment.run_code(STAND_INS, *HUB_MODELS, path=str(unpacked / "tests"))
+    environment.run_code(STAND_INS, *HUB_MODELS, path=str(unpacked / "tests" / "helpers"))
     readme = (unpacked / "README.md").read_text(encoding="utf-8")
     for command in shell_commands(readme):
         told, trial = shlex.join(command), trial_of(command)

@@ -32,34 +32,41 @@ SETTINGS = {
 THREADS = {"default": 1, "avx2": 2, "avx512": 4, "own": 1}
 
 NUMERIC = [
-    "test_budget.py",
-    "test_ches.py",
-    "test_collate.py",
-    "test_distributed.py",
-    "test_elementary.py",
-    "test_eval_export.py",
-    "test_evaluate.py",
-    "test_from_trl.py",
-    "test_fused.py",
-    "test_fused_linear.py",
-    "test_fused_pairs.py",
-    "test_head.py",
-    "test_head_models.py",
-    "test_head_sharded.py",
-    "test_layouts.py",
-    "test_linear_logps.py",
-    "test_linear_pairs.py",
-    "test_lora_head.py",
-    "test_loss_formulas.py",
-    "test_losses.py",
-    "test_pair_loss.py",
-    "test_quantised.py",
-    "test_reference.py",
-    "test_step_zero.py",
-    "test_trainer.py",
-    "test_trainer_losses.py",
-    "test_trl_integration.py",
-    "test_vocab_parallel.py",
+    "data/test_budget.py",
+    "tools/test_ches.py",
+    "data/test_collate.py",
+    "training/test_distributed.py",
+    "kernel/test_elementary.py",
+    "tools/test_eval_export.py",
+    "tools/test_evaluate.py",
+    "training/test_from_trl.py",
+    "kernel/test_fused.py",
+    "kernel/test_fused_linear.py",
+    "kernel/test_fused_pairs.py",
+    "kernel/test_head.py",
+    "kernel/test_head_models.py",
+    "kernel/test_head_sharded.py",
+    "data/test_layouts.py",
+    "kernel/test_linear_logps.py",
+    "kernel/test_linear_pairs.py",
+    "kernel/test_lora_head.py",
+    "kernel/test_loss_formulas.py",
+    "kernel/test_losses.py",
+    "kernel/test_pair_loss.py",
+    "kernel/test_registries.py",
+    "training/test_adapter_as_model.py",
+    "training/test_policy_probe.py",
+    "training/test_quantised.py",
+    "training/test_reference.py",
+    "training/test_reference_of_run.py",
+    "training/test_row_options.py",
+    "training/test_second_trainer.py",
+    "training/test_step_zero.py",
+    "training/test_trainable.py",
+    "training/test_trainer.py",
+    "training/test_trainer_losses.py",
+    "kernel/test_trl_integration.py",
+    "kernel/test_vocab_parallel.py",
 ]
 
 
@@ -107,7 +114,7 @@ def is_available(setting: dict[str, str]) -> bool:
 def run(name: str, folder: Path, of_pytest: list[str]) -> bool:
     threads = str(THREADS[name])
     environment = {**os.environ, **SETTINGS[name], "DPOP_TEST_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")])
     # assertions are rewritten for the hook: the ordinary runs' compiled tests know nothing of it
     for compiled in (ROOT / "tests").rglob("__pycache__/*pytest*.pyc"):
         compiled.unlink(missing_ok=True)

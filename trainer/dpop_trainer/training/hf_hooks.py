@@ -1,8 +1,8 @@
 """What the trainers here change inside of transformers' Trainer by its private names: in this file and nowhere else.
 
 Each is either mended in place, or hands on to a method with a public name, which the classes that build on this one
-override. `tests/test_hf_hooks.py` sees to it that each still exists upstream, is called there, and takes what it is
-passed here.
+override. `tests/training/test_hf_hooks.py` sees to it that each still exists upstream, is called there, and takes what
+it is passed here.
 """
 
 import os

@@ -7,9 +7,9 @@ Pure functions of sizes, no torch: to plan a run before a GPU is booked. The for
     step_memory(model, training, batch)    weights, what is trained, saved activations, the head
     longest_pair(model, training, budget)  tokens of the longest pair that fits
 
-tests/test_scale.py holds the FLOP to torch's own counter within 0.1 %, activations and head to torch's allocator within
-10 %, and the ratio of a tree's time to rows' to the committed records within 10 %. What a library takes past torch's
-allocator, and what fragmentation loses, is not in it: leave a tenth of the device free.
+tests/benchmarks/test_scale.py holds the FLOP to torch's own counter within 0.1 %, activations and head to torch's
+allocator within 10 %, and the ratio of a tree's time to rows' to the committed records within 10 %. What a library
+takes past torch's allocator, and what fragmentation loses, is not in it: leave a tenth of the device free.
 """
 
 from dataclasses import dataclass

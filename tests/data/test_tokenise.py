@@ -1,0 +1,523 @@
+"""Pairs become token ids: where answers begin and end, how they are cut, what is dropped, what is counted."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets.config
+import dpop_trainer
+import numpy as np
+import pytest
+from datasets import Dataset
+from dpop_trainer.data import TokeniseCounts, code_hash, load_pairs, tokenise, tokenise_pairs
+from dpop_trainer.data.pair_tree import PairIds
+from dpop_trainer.data.truncate import truncate_pair
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from words import (
+    ASSISTANT,
+    BOS,
+    END,
+    EOS,
+    TEMPLATE,
+    USER,
+    A,
+    B,
+    C,
+    D,
+    E,
+    chat_tokenizer,
+    ids_of,
+    mixed_pairs,
+    texts,
+    tokens,
+    turn,
+    word_tokenizer,
+)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-pair encoding of the letters a, b, c in which "a" followed by "b" is one token."""
+    vocab = {"</s>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}
+    tokenizer = Tokenizer(models.BPE(vocab, [("a", "b")]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def counts_of(**counts: int) -> TokeniseCounts:
+    return TokeniseCounts(**{**dict.fromkeys(TokeniseCounts._fields, 0), **counts})
+
+
+def test_texts_and_their_counts():
+    tokenised, counts = tokenise_pairs(texts(("a b", " c", " d"), ("a", " b c", " b")), word_tokenizer("<s> $A"))
+    assert ids_of(tokenised) == [
+        ([BOS, A, B], [C, EOS], [D, EOS]),
+        ([BOS, A], [B, C, EOS], [B, EOS]),
+    ]
+    assert tokenised.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "pair_id"]
+    assert tokenised["pair_id"][:] == [0, 1]
+    assert counts == counts_of(num_pairs_in=2, num_pairs=2, prompt_tokens=5, chosen_tokens=5, rejected_tokens=4)
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>"])
+def test_eos_ends_each_answer_exactly_once(single):
+    """Whether the text has it, has it twice or lacks it, and whether or not the tokenizer appends it."""
+    dataset = texts(("a", " b </s>", " c"), ("a", " b </s> </s>", " </s>"))
+    tokenised, counts = tokenise_pairs(dataset, word_tokenizer(single))
+    assert ids_of(tokenised) == [
+        ([BOS, A], [B, EOS], [C, EOS]),
+        ([BOS, A], [B, EOS], [EOS]),
+    ]
+    assert counts.merged_boundaries == 0
+
+
+def test_empty_prompt_is_the_tokenizers_bos():
+    tokenised, counts = tokenise_pairs(texts(("", "b", "c")), word_tokenizer("<s> $A"))
+    assert ids_of(tokenised) == [([BOS], [B, EOS], [C, EOS])]
+    assert counts.merged_boundaries == 0
+
+
+def test_prompt_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="record 1: prompt_ids: expected at least one token"):
+        tokenise_pairs(texts(("a", " b", " c"), ("", "b", "c")), word_tokenizer())
+    # "a" followed by "b" is one token, so nothing of the prompt is left before it
+    with pytest.raises(ValueError, match="record 0: prompt_ids: expected at least one token"):
+        tokenise_pairs(texts(("a", "b", "c")), merging_tokenizer())
+    with pytest.raises(ValueError, match="record 0: prompt_ids: expected at least one token"):
+        tokenise_pairs(tokens(([], [1], [2])), word_tokenizer())
+
+
+def test_tokens_merge_across_the_boundary():
+    """ "ca" is [c, a] but "cab" is [c, ab]: the prompt ends where all three agree, for both answers."""
+    tokenised, counts = tokenise_pairs(texts(("ca", "b", "c"), ("ca", "c", "a")), merging_tokenizer())
+    assert ids_of(tokenised) == [
+        ([3], [4, 0], [1, 3, 0]),
+        ([3, 1], [3, 0], [1, 0]),
+    ]
+    assert counts.merged_boundaries == 1
+
+
+def test_answer_without_tokens_is_dropped():
+    """White space is no token of this tokenizer, so " " is an answer of none."""
+    tokenised, counts = tokenise_pairs(texts(("a", " ", " b"), ("a", " b", "  "), ("a", " b", " c")), word_tokenizer())
+    assert tokenised["pair_id"][:] == [2]
+    assert (counts.num_pairs_in, counts.num_pairs, counts.dropped_empty) == (3, 1, 2)
+
+
+def test_identical_answers_are_dropped_or_kept():
+    dataset = texts(("a", " b", " b </s>"), ("a", " b c", " b d"), ("a", " b", " c"))
+    # there is room for one answer token, and the second pair's answers part at their second
+    tokenised, counts = tokenise_pairs(dataset, word_tokenizer(), max_length=2)
+    assert ids_of(tokenised) == [([A], [B], [C])]
+    assert tokenised["pair_id"][:] == [2]
+    assert counts == counts_of(
+        num_pairs_in=3,
+        num_pairs=1,
+        dropped_identical=1,
+        dropped_identical_after_truncation=1,
+        truncated_chosen=1,
+        truncated_rejected=1,
+        prompt_tokens=1,
+        chosen_tokens=1,
+        rejected_tokens=1,
+    )
+    tokenised, counts = tokenise_pairs(dataset, word_tokenizer(), max_length=2, keep_identical=True)
+    assert ids_of(tokenised) == [([A], [B], [B]), ([A], [B], [B]), ([A], [B], [C])]
+    assert counts == counts_of(
+        num_pairs_in=3,
+        num_pairs=3,
+        truncated_chosen=3,
+        truncated_rejected=3,
+        prompt_tokens=3,
+        chosen_tokens=3,
+        rejected_tokens=3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_length", "mode", "expected"),
+    [
+        pytest.param(7, "keep_start", ([1, 2, 3], [4, 5, 6, 7], [4, 8]), id="fits"),
+        pytest.param(6, "keep_start", ([1, 2, 3], [4, 5, 6], [4, 8]), id="end of the longer answer"),
+        pytest.param(4, "keep_start", ([1, 2, 3], [4], [4]), id="end of both"),
+        pytest.param(3, "keep_start", None, id="no room"),
+        pytest.param(7, "keep_end", ([1, 2, 3], [4, 5, 6, 7], [4, 8]), id="fits from the end"),
+        pytest.param(6, "keep_end", ([2, 3], [4, 5, 6, 7], [4, 8]), id="start of the prompt, for both"),
+        pytest.param(5, "keep_end", ([3], [4, 5, 6, 7], [4, 8]), id="all but one of the prompt"),
+        pytest.param(4, "keep_end", ([3], [5, 6, 7], [4, 8]), id="start of the longer answer"),
+        pytest.param(2, "keep_end", ([3], [7], [8]), id="shortest"),
+    ],
+)
+def test_truncation(max_length, mode, expected):
+    pair = PairIds([1, 2, 3], [4, 5, 6, 7], [4, 8])
+    assert truncate_pair(pair, max_length, mode) == expected
+
+
+def test_truncation_is_counted():
+    pairs = tokens(([1, 2], [3, 4, 5], [3]), ([1, 2, 3, 4], [5], [6]), ([1], [2], [3, 4, 5]), ([1], [2], [3]))
+    tokenised, counts = tokenise_pairs(pairs, word_tokenizer(), max_length=3)
+    # the second has no room; the first's answers are the same once cut to one token
+    assert ids_of(tokenised) == [([1], [2], [3, 4]), ([1], [2], [3])]
+    assert tokenised["pair_id"][:] == [2, 3]
+    assert counts == counts_of(
+        num_pairs_in=4,
+        num_pairs=2,
+        dropped_no_room=1,
+        dropped_identical_after_truncation=1,
+        truncated_rejected=1,
+        prompt_tokens=2,
+        chosen_tokens=2,
+        rejected_tokens=3,
+    )
+    tokenised, counts = tokenise_pairs(pairs, word_tokenizer(), max_length=3, truncation_mode="keep_end")
+    assert ids_of(tokenised) == [([2], [4, 5], [3]), ([3, 4], [5], [6]), ([1], [2], [4, 5]), ([1], [2], [3])]
+    assert counts == counts_of(
+        num_pairs_in=4,
+        num_pairs=4,
+        truncated_prompts=2,
+        truncated_chosen=1,
+        truncated_rejected=1,
+        stray_specials=1,  # the first prompt ends with EOS
+        prompt_tokens=5,
+        chosen_tokens=5,
+        rejected_tokens=5,
+    )
+
+
+def test_messages():
+    question, right, wrong = turn("user", "a b"), turn("assistant", "c"), turn("assistant", "d")
+    explicit = Dataset.from_list([{"prompt": [question], "chosen": [right], "rejected": [wrong]}])
+    implicit = Dataset.from_list([{"chosen": [question, right], "rejected": [question, wrong]}])
+    repeated = Dataset.from_list([{"prompt": "a b", "chosen": [question, right], "rejected": [question, wrong]}])
+    # neither BOS nor EOS is in the template, so neither is in the ids
+    expected = [([USER, A, B, END, ASSISTANT], [C, END], [D, END])]
+    for dataset in (explicit, implicit, repeated):
+        tokenised, counts = tokenise_pairs(dataset, chat_tokenizer())
+        assert ids_of(tokenised) == expected
+        assert counts.merged_boundaries == 0
+
+
+def test_template_that_ends_turns_with_eos_gets_no_second():
+    dataset = Dataset.from_list(
+        [{"prompt": [turn("user", "a")], "chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "c")]}]
+    )
+    template = TEMPLATE.replace("<end>", "{{ eos_token }}")
+    tokenised, _ = tokenise_pairs(dataset, chat_tokenizer(template))
+    assert ids_of(tokenised) == [([USER, A, EOS, ASSISTANT], [B, EOS], [C, EOS])]
+
+
+def test_template_whose_generation_prompt_is_not_in_the_conversation():
+    """A thinking template adds more to the prompt than stays before an answer."""
+    template = TEMPLATE.replace("%}<assistant>{%", "%}<assistant> e{%")
+    dataset = Dataset.from_list(
+        [{"prompt": [turn("user", "a")], "chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "c")]}]
+    )
+    tokenised, counts = tokenise_pairs(dataset, chat_tokenizer(template))
+    assert ids_of(tokenised) == [([USER, A, END, ASSISTANT], [B, END], [C, END])]
+    assert counts.merged_boundaries == 1
+
+
+@pytest.mark.parametrize("tools", ['[{"name": "adder"}]', [{"name": "adder"}]])
+def test_tools_and_template_arguments_reach_the_template(tools):
+    record = {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "c")]}
+    dataset = Dataset.from_list([{**record, "tools": tools, "chat_template_kwargs": {"word": "d"}}])
+    tokenised, _ = tokenise_pairs(dataset, chat_tokenizer("{{ word }} " + TEMPLATE))
+    assert ids_of(tokenised) == [([D, E, USER, A, END, ASSISTANT], [B, END], [C, END])]
+    tokenised, _ = tokenise_pairs(Dataset.from_list([{**record, "tools": "[]"}]), chat_tokenizer())
+    assert ids_of(tokenised) == [([USER, A, END, ASSISTANT], [B, END], [C, END])]
+
+
+def test_template_error_names_the_record():
+    good, bad = turn("user", "a"), turn("system", "a")
+    answers = {"chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "c")]}
+    dataset = Dataset.from_list([{"prompt": [good], **answers}, {"prompt": [bad], **answers}])
+    with pytest.raises(ValueError, match=r"record 1: expected messages that the chat template accepts.*no system turn"):
+        tokenise_pairs(dataset, chat_tokenizer())
+
+
+def test_token_ids_are_taken_as_they_are():
+    pairs = [([9, 1], [2], [3, 4])]
+    tokenised, counts = tokenise_pairs(tokens(*pairs, pair_id=[7]), word_tokenizer())
+    assert ids_of(tokenised) == pairs
+    assert tokenised["pair_id"][:] == [0]
+    again, same_counts = tokenise_pairs(tokenised, word_tokenizer())
+    assert (ids_of(again), same_counts) == (pairs, counts)
+
+
+@pytest.mark.parametrize(
+    ("pair", "vocab_size", "message"),
+    [
+        pytest.param(([1], [-100], [2]), None, r"record 1: chosen_ids: expected ids >= 0, got -100", id="label mask"),
+        pytest.param(([1], [2], [9]), 9, r"record 1: rejected_ids: expected ids in \[0, 9\), got 9", id="first beyond"),
+        pytest.param(([99], [2], [3]), 9, r"record 1: prompt_ids: expected ids in \[0, 9\), got 99", id="prompt"),
+    ],
+)
+def test_ids_outside_the_vocabulary(pair, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        tokenise_pairs(tokens(([8], [7], [6]), pair), word_tokenizer(), vocab_size=vocab_size)
+
+
+def test_reference_log_probs_are_carried_unless_their_pair_is_cut():
+    columns = {"ref_chosen_logps": [-1.25, -2.0], "ref_rejected_logps": [-3.0, -4.5]}
+    dataset = tokens(([1], [2], [2]), ([1], [2, 3], [4]), **columns)
+    tokenised, _ = tokenise_pairs(dataset, word_tokenizer(), max_length=3)
+    assert tokenised.to_list() == [
+        {
+            "prompt_ids": [1],
+            "chosen_ids": [2, 3],
+            "rejected_ids": [4],
+            "pair_id": 1,
+            "ref_chosen_logps": -2.0,
+            "ref_rejected_logps": -4.5,
+        }
+    ]
+    with pytest.raises(ValueError, match="record 1: ref_chosen_logps: expected a pair that fits max_length"):
+        tokenise_pairs(dataset, word_tokenizer(), max_length=2)
+
+
+def test_no_pair_left():
+    with pytest.raises(ValueError, match=r"0 of 2 pairs kept; dropped: 1 whose prompt .*, 1 with identical answers"):
+        tokenise_pairs(tokens(([1, 2], [3], [4]), ([1], [3], [3])), word_tokenizer(), max_length=2)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "dataset", "options", "message"),
+    [
+        pytest.param(
+            word_tokenizer(eos_token=None), texts(("a", " b", " c")), {}, "with an EOS token", id="no EOS token"
+        ),
+        pytest.param(
+            word_tokenizer(),
+            Dataset.from_list(
+                [{"prompt": [turn("user", "a")], "chosen": [turn("x", "b")], "rejected": [turn("x", "c")]}]
+            ),
+            {},
+            "processing_class: expected a tokenizer with a chat template",
+            id="no chat template",
+        ),
+        pytest.param(word_tokenizer(), texts(("a", "", " c")), {}, "record 0: chosen: expected an answer", id="record"),
+        pytest.param(word_tokenizer(), texts(("a", "b", "c")), {"max_length": 1}, "max_length: .* at least 2", id="1"),
+        pytest.param(
+            word_tokenizer(),
+            texts(("a", "b", "c")),
+            {"truncation_mode": "keep"},
+            "truncation_mode: .*'keep'",
+            id="mode",
+        ),
+        pytest.param(
+            word_tokenizer(), texts(("a", "b", "c")).to_iterable_dataset(), {}, "got IterableDataset", id="streamed"
+        ),
+    ],
+)
+def test_unusable_arguments(tokenizer, dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        tokenise_pairs(dataset, tokenizer, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_processes_change_nothing():
+    alone, counts = tokenise_pairs(mixed_pairs(), word_tokenizer(), max_length=4)
+    together, same_counts = tokenise_pairs(mixed_pairs(), word_tokenizer(), max_length=4, num_proc=2)
+    assert together.to_list() == alone.to_list()
+    assert same_counts == counts
+    drawn = np.bincount(np.random.default_rng(0).integers(5, size=97), minlength=5)
+    # the first kind has room for b c d and b c e, without EOS
+    assert counts.truncated_chosen == counts.truncated_rejected == drawn[0]
+    assert (counts.dropped_no_room, counts.dropped_identical, counts.dropped_empty) == tuple(drawn[[1, 2, 4]])
+    assert counts.num_pairs == drawn[0] + drawn[3]
+
+
+def test_cached_result_is_used_and_counted_alike(tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, mixed_pairs().to_list())))
+    first, counts = tokenise_pairs(load_pairs(path), word_tokenizer(), max_length=4)
+    monkeypatch.setattr(tokenise, "encode_records", None)  # a call would raise
+    again, same_counts = tokenise_pairs(load_pairs(path), word_tokenizer(), max_length=4)
+    assert (again.to_list(), same_counts) == (first.to_list(), counts)
+    assert again._fingerprint == first._fingerprint
+    # whether identical pairs are kept and how large the vocabulary is do not change the tokens
+    tokenise_pairs(load_pairs(path), word_tokenizer(), max_length=4, keep_identical=True, vocab_size=100)
+    # what does change them is tokenised anew
+    for tokenizer, max_length in [(word_tokenizer(), 5), (word_tokenizer("<s> $A"), 4)]:
+        with pytest.raises(TypeError, match="not callable"):
+            tokenise_pairs(load_pairs(path), tokenizer, max_length=max_length)
+    monkeypatch.setattr(tokenise, "code_hash", lambda module: "another version")
+    with pytest.raises(TypeError, match="not callable"):
+        tokenise_pairs(load_pairs(path), word_tokenizer(), max_length=4)
+
+
+def test_a_cache_is_known_by_all_that_made_it_and_by_nothing_else(tmp_path, monkeypatch):
+    copy = tmp_path / "dpop_trainer"
+    shutil.copytree(Path(dpop_trainer.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(code_hash, "_FOLDER", copy)
+
+    def hash_after(*changed):
+        for name in changed:
+            with (copy / name).open("a") as file:
+                file.write("# changed\n")
+        return code_hash.code_hash.__wrapped__("dpop_trainer.data.tokenise")
+
+    before = hash_after()
+    assert hash_after("batches/budget.py", "data/mixture.py", "data/write.py", "training/trainer.py") == before
+    seen = {before}
+    for name in ("tokenise", "encode", "edits", "truncate", "records", "messages"):  # the last two by way of others
+        seen.add(hash_after(f"data/{name}.py"))
+    assert len(seen) == 7
+
+
+def test_counts_in_words_and_as_metrics():
+    counts = counts_of(
+        num_pairs_in=1284,
+        num_pairs=1280,
+        dropped_no_room=3,
+        dropped_identical=1,
+        truncated_chosen=7,
+        prompt_tokens=20100,
+        chosen_tokens=30000,
+        rejected_tokens=999,
+    )
+    assert counts.summary() == (
+        "1,280 of 1,284 pairs kept; dropped: 3 whose prompt leaves no room for an answer, 1 with identical answers.\n"
+        "20,100 prompt, 30,000 chosen and 999 rejected tokens; changed: 7 chosen answers truncated."
+    )
+    metrics = counts.as_metrics()
+    assert metrics["data/num_pairs"] == 1280
+    assert set(metrics) == {f"data/{name}" for name in TokeniseCounts._fields}
+
+
+@pytest.fixture(scope="module", params=["gpt2", "mistral", "stories260K"])
+def subword_tokenizer(request, shared) -> PreTrainedTokenizerFast:
+    folder = "models" if request.param == "stories260K" else "tokenizers"
+    path = shared / folder / request.param / "tokenizer.json"
+    ends = ("<|endoftext|>", "<|endoftext|>") if request.param == "gpt2" else ("<s>", "</s>")
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token=ends[0], eos_token=ends[1])
+
+
+def test_texts_of_a_file(subword_tokenizer, shared_data):
+    """Prompt and answer together are the tokens of the whole text, and EOS."""
+    records = load_pairs(shared_data / "prefs" / "tulu_preference_sample.jsonl")
+    dataset = texts(
+        *((r["prompt"], "\n" + r["chosen"][-1]["content"], "\n" + r["rejected"][-1]["content"]) for r in records)
+    )
+    tokenised, counts = tokenise_pairs(dataset, subword_tokenizer, vocab_size=len(subword_tokenizer))
+    assert counts.num_pairs_in == len(records) == counts.num_pairs + counts.dropped_identical
+    for row in tokenised.to_list():
+        text = dataset[row["pair_id"]]
+        for answer in ("chosen", "rejected"):
+            whole = subword_tokenizer(text["prompt"] + text[answer], verbose=False)["input_ids"]
+            assert row["prompt_ids"] + row[f"{answer}_ids"] == [*whole, subword_tokenizer.eos_token_id]
+
+
+def test_conversations_of_a_file(subword_tokenizer, shared_data):
+    """Every prompt ends with the generation prompt, and every token of the rendered conversation is there."""
+    subword_tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    )
+    dataset = load_pairs(shared_data / "prefs" / "tulu_preference_sample.jsonl")
+    tokenised, counts = tokenise_pairs(dataset, subword_tokenizer, max_length=512)
+    dropped = counts.dropped_no_room + counts.dropped_identical + counts.dropped_identical_after_truncation
+    assert counts.num_pairs + dropped + counts.dropped_empty == counts.num_pairs_in == 100
+    rows = tokenised.to_list()
+    assert counts.prompt_tokens == sum(len(row["prompt_ids"]) for row in rows)
+    for row in rows:
+        for answer in ("chosen", "rejected"):
+            conversation = dataset[row["pair_id"]][answer]
+            whole = subword_tokenizer.apply_chat_template(conversation, tokenize=False)
+            ids = subword_tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+            assert row["prompt_ids"] + row[f"{answer}_ids"] == ids[:512]
+
+
+# right to left, joined emoji, both line ends, NUL, a combining accent, white space at either end, the EOS's own text
+HARD_TEXTS = [
+    "سلام دنیا",
+    "👩‍👩‍👧 ok 🇯🇵",
+    "one\r\ntwo\n\n",
+    "a\x00b",
+    "e\u0301t\u00e9",
+    "  indented\t",
+    "שלום </s> <|endoftext|>",
+]
+
+
+@pytest.mark.parametrize("joint", ["", " ", "\n"])
+def test_hard_texts(subword_tokenizer, joint):
+    """Prompt and answer are the tokens of the whole text and one EOS, whatever the text and wherever it is cut."""
+    pairs = [
+        (prompt, joint + chosen, joint + rejected)
+        for prompt, chosen, rejected in zip(HARD_TEXTS, HARD_TEXTS[1:], HARD_TEXTS[2:], strict=False)
+    ]
+    dataset = texts(*pairs)
+    tokenised, counts = tokenise_pairs(dataset, subword_tokenizer, vocab_size=len(subword_tokenizer))
+    assert counts.num_pairs == len(pairs)
+    eos = subword_tokenizer.eos_token_id
+    for row, (prompt, *answers) in zip(tokenised.to_list(), pairs, strict=True):
+        for ids, answer in zip((row["chosen_ids"], row["rejected_ids"]), answers, strict=True):
+            whole = subword_tokenizer(prompt + answer)["input_ids"]
+            while whole[-1] == eos:  # the text may end with it
+                whole.pop()
+            assert row["prompt_ids"] + ids == [*whole, eos]
+        alone = subword_tokenizer(prompt)["input_ids"]
+        assert row["prompt_ids"] == alone[: len(row["prompt_ids"])]
+
+
+CHAT_TEMPLATES = {
+    # name: template, what ends the assistant's turn
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>\n",
+    ),
+    "llama-3": (
+        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start_header_id|>{{ m['role'] }}"
+        "<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|eot_id|>",
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
+        None,  # EOS
+    ),
+    "thinking": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
+        "<|im_end|>\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_templates_end_turns_in_their_own_way(subword_tokenizer, name):
+    """BOS, EOS and the ends of turns are those that the template wrote, each once; nothing is added or lost."""
+    template, end = CHAT_TEMPLATES[name]
+    end = subword_tokenizer.eos_token if end is None else end
+    question, answers = turn("user", "What is 2 + 2?"), ("It is 4.", "It is 5. سلام 👩‍👧")
+    right, wrong = (turn("assistant", answer) for answer in answers)
+    dataset = Dataset.from_list([{"prompt": [question], "chosen": [right], "rejected": [wrong]}])
+    before = subword_tokenizer.chat_template
+    subword_tokenizer.chat_template = template
+    try:
+        tokenised, counts = tokenise_pairs(dataset, subword_tokenizer)
+    finally:
+        subword_tokenizer.chat_template = before
+    (row,) = tokenised.to_list()
+    special = [subword_tokenizer.bos_token_id, subword_tokenizer.eos_token_id]
+    for ids, answer in zip((row["chosen_ids"], row["rejected_ids"]), answers, strict=True):
+        assert subword_tokenizer.decode(ids).lstrip("\n ") == answer + end
+        # gpt2's BOS is its EOS; only a template that writes one has it
+        expected = {"llama-3": 1, "mistral": 2}.get(name, 0)
+        assert sum(i in special for i in row["prompt_ids"] + ids) == expected
+    # the empty thought of the generation prompt is in no conversation, so the prompt ends before it
+    prompt_end = {"llama-3": "<|end_header_id|>", "mistral": "[/INST]"}.get(name, "assistant")
+    assert subword_tokenizer.decode(row["prompt_ids"]).rstrip("\n ").endswith(prompt_end)
+    whole_prompt = subword_tokenizer.apply_chat_template(
+        [question], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    num_alone = len(subword_tokenizer(whole_prompt, add_special_tokens=False)["input_ids"])
+    assert counts.merged_boundaries == (len(row["prompt_ids"]) < num_alone)
+    assert counts.merged_boundaries == 1 or name != "thinking"

@@ -1,0 +1,340 @@
+"""`dpop plan` as a user meets it: recipes, data and lengths, what does not fit, errors that name what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from dpop_trainer.cli import main
+from dpop_trainer.settings.arguments import parse_arguments
+from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.recipes import FOLDER, recipe_file
+from dpop_trainer.tools.plan import scale
+from dpop_trainer.tools.plan.batches import (
+    BatchSetting,
+    Pairs,
+    longest_length,
+    make_batches,
+    of_statistics,
+    stretched,
+    worst_case,
+)
+from dpop_trainer.tools.plan.devices import CPU_UTILISATION, DEVICE_NAMES, find_device
+from dpop_trainer.tools.plan.known_models import HUB_IDS
+from dpop_trainer.tools.plan.paper_model import ModelSetting
+from dpop_trainer.tools.plan.planner import Choice, Planner, Run
+from dpop_trainer.tools.plan.report import accelerate_file, setting_yaml
+from dpop_trainer.tools.plan.search import RESERVE, longest_pair, search
+from dpop_trainer.tools.plan.source import find_config
+from peft import LoraConfig
+from tiny import text_pairs, tiny_llama, word_tokenizer
+from transformers import LlamaConfig
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+TINY = LlamaConfig(
+    vocab_size=500,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+# a step on paper does not depend on how much memory a device has: one of each kind serves all tests
+COSTS, SIZES = {}, {}
+LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def plan(capsys, *argv):
+    code = main(["plan", *argv, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def run_of(device, *, lora=LORA, pairs=None, **more):
+    run = Run(
+        config=TINY,
+        model=ModelSetting(torch.bfloat16, nested=True, lora=lora),
+        pairs=pairs or worst_case(128, num_pairs=100),
+        device=device,
+        autocast=torch.bfloat16,
+        optimizer="adamw_torch_fused",
+        reference="adapter off" if lora else "copy",
+        reference_config=None,
+        max_length=128,
+        **more,
+    )
+    return Planner(run, **({"_costs": COSTS, "_sizes": SIZES} if lora is LORA else {}))
+
+
+def gpu(mib):
+    """A device with so much memory for the run: what is assumed for libraries comes on top."""
+    return find_device("own", memory=1 + mib / 1024, tflops=1.0)
+
+
+KNOWN = ["--model", "Llama-3-8B"]
+ASKED = Choice("auto", 8, 2, False, None, "none", 1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_planned(recipe, capsys):
+    device = [] if yaml.safe_load(recipe.read_text()).get("use_cpu") else ["--device", "h100-80gb"]
+    code, result = plan(capsys, "--config", str(recipe), *device, "--no_search")
+    assert code == 0  # each is meant for one GPU, or none
+    assert result["fits"]
+    assert 0 < result["asked"]["memory"]["total_bytes"] < result["device"]["memory_bytes"]
+    assert result["asked"]["memory"]["total_bytes"] == pytest.approx(sum(result["asked"]["memory"]["parts"].values()))
+    assert result["asked"]["micro_batch_seconds"] > 0
+    assert "table of known models" in result["notes"][0]
+
+
+def test_a_72b_model_in_four_bits(capsys):
+    """Weights by hand: 80 layers of 4 h² and 3 h i in 4 bits with nested scales, all else in bf16."""
+    _, result = plan(capsys, "--recipe", "qwen-72b", "--device", "h100", "--no_search")
+    linear = 80 * (4 * 8192**2 + 3 * 8192 * 24576)
+    scales = linear // 64
+    packed = linear // 2 + scales + 4 * scales // 256
+    rest = 2 * 152064 * 8192 + 8192 + 80 * (2 * 8192 + 4 * 8192)  # embeddings, head, norms, biases
+    parts = result["asked"]["memory"]["parts"]
+    assert parts["weights"] == pytest.approx(packed + 2 * rest, rel=1e-6)
+    rank = 64
+    adapter = 80 * rank * (4 * 2 * 8192 + 3 * (8192 + 24576))
+    assert result["model"]["trained_parameters"] == adapter
+    assert (parts["trained weights"], parts["optimizer"]) == (4 * adapter, 8 * adapter)
+
+
+def test_the_page_shows_what_is_printed(capsys):
+    page = (ROOT / "docs" / "plan.md").read_text()
+    command = page.partition("$ dpop plan ")[2].partition("\n")[0]
+    shown = page.partition(command + "\n")[2].partition("```")[0]
+    argv = command.split()
+    assert main(["plan", *argv]) == 0
+    assert capsys.readouterr().out.strip() == shown.strip()
+    for name in DEVICE_NAMES:
+        assert f"`{name}`" in page, name
+
+
+def test_what_does_not_fit_is_said_with_the_nearest_that_does(capsys):
+    argv = ["--model", "Llama-3-8B", "--device", "rtx4090", "--use_peft", "true", "--dtype", "bfloat16"]
+    argv += ["--max_length", "1024", "--per_device_train_batch_size", "8"]
+    assert main(["plan", *argv, "--no_gradient_checkpointing"]) == 3
+    text = capsys.readouterr().out
+    assert "DOES NOT FIT" in text
+    assert "GiB short of 23.5 GiB on each device" in text
+    nearest = text.partition("Nearest setting that fits:")[2]
+    assert "gradient_checkpointing: true        # changed" in nearest
+    assert "load_in_4bit" not in nearest.partition("Cheapest")[0]  # in 16 bits it fits, so it stays in them
+
+
+@pytest.mark.parametrize("mib", [12, 60, 130])
+def test_the_cheapest_setting_fits_and_keeps_the_step(mib):
+    planner = run_of(gpu(mib))
+    asked = planner.outcome(ASKED)
+    found = search(planner, asked)
+    assert found.cheapest is not None
+    assert found.cheapest.fits
+    assert found.cheapest.choice.global_pairs == ASKED.global_pairs
+    reserve = RESERVE * planner.run.device.memory_bytes
+    assert found.cheapest.choice.num_pairs == 1 or found.cheapest.spare >= reserve
+    assert (found.nearest is None) == asked.fits
+    if found.nearest is not None:
+        assert found.nearest.fits
+        assert found.nearest.choice.global_pairs == ASKED.global_pairs
+        assert found.cheapest.device_seconds_per_pair <= 1.001 * found.nearest.device_seconds_per_pair
+    # nothing that was left out is cheaper and leaves as much: all batch sizes, with and without checkpointing
+    for checkpointing in (False, True):
+        for num_pairs in (1, 2, 4, 8, 16):
+            other = planner.outcome(Choice("auto", num_pairs, 16 // num_pairs, checkpointing, None, "none", 1))
+            eligible = other.spare >= (0 if num_pairs == 1 else reserve)
+            if eligible and found.cheapest.choice.bits is None and found.cheapest.choice.num_devices == 1:
+                assert found.cheapest.device_seconds_per_pair <= 1.02 * other.device_seconds_per_pair
+
+
+def test_the_longest_pair_fits_and_a_longer_one_does_not():
+    planner = run_of(gpu(40))
+    choice = Choice("auto", 1, 1, False, None, "none", 1)
+    longest = longest_pair(planner, choice)
+    assert longest > 128
+
+    def fits(length):
+        pairs = Pairs([stretched(planner.run.pairs.records[0], length)], None, "", is_assumed=True)
+        assert longest_length(pairs) == length
+        return planner.outcome(choice, pairs=pairs).fits
+
+    assert fits(longest)
+    assert not fits(round(1.02 * longest) + 16)
+    assert longest_pair(run_of(gpu(0.1)), choice) == 0
+
+
+def test_more_devices_where_one_is_too_small():
+    planner = run_of(gpu(1.5))
+    asked = planner.outcome(Choice("auto", 1, 4, True, None, "none", 1))
+    assert not asked.fits
+    found = search(planner, asked)
+    for outcome in (found.cheapest, found.nearest):
+        assert outcome is None or outcome.choice.num_devices > 1 or outcome.choice.bits == 4
+        assert outcome is None or outcome.fits
+
+
+def test_a_proposed_setting_is_one_that_train_takes(tmp_path):
+    choice = Choice("auto", 2, 4, True, 4, "fsdp2", 8)
+    path = tmp_path / "run.yaml"
+    path.write_text("\n".join(setting_yaml(choice)) + "\n")
+    model, _, config = parse_arguments(DPOPConfig, ["--config", str(path), "--use_cpu", "true"], "dpop train")
+    assert (model.load_in_4bit, model.use_bnb_nested_quant, model.bnb_4bit_quant_storage) == (True, True, "bfloat16")
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (2, 4)
+    assert (config.gradient_checkpointing, config.layout) == (True, "auto")
+    for sharding in ("ddp", "fsdp2", "zero2", "zero3"):
+        assert recipe_file(str(accelerate_file(Choice("auto", 1, 1, True, None, sharding, 8)))).is_file()
+    assert recipe_file(str(accelerate_file(Choice("auto", 1, 1, True, None, "fsdp2", 16)))).is_file()
+
+
+def test_lengths_are_those_of_the_data(tmp_path, capsys):
+    tiny_llama().config.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs(40)))
+    argv = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.jsonl"), "--device", "cpu"]
+    argv += ["--per_device_train_batch_size", "4", "--num_train_epochs", "3", "--price", "2", "--layout", "rows"]
+    code, result = plan(capsys, *argv, "--no_search")
+    assert code == 0
+    assert result["pairs"]["num_pairs"] == 40
+    assert not result["pairs"]["assumed"]
+    # two words of prompt, three of answer and its end, in eight rows; the answers share one word
+    assert result["asked"]["batch"] == {"pairs": 4, "positions": 48, "padding": 0, "scored": 4 * (1 + 3 + 3)}
+    assert main(["plan", *argv, "--no_search"]) == 0
+    text = capsys.readouterr().out
+    assert "epoch" in text
+    assert "3 epochs" in text
+    assert "at 2 per device-hour" in text
+
+
+def test_lengths_of_statistics():
+    pairs = of_statistics([100, 250, 400], [50], [10], max_length=None, num_pairs=7)
+    prompts = sorted(len(record["prompt_ids"]) for record in pairs.records)
+    assert sum(prompts) / len(prompts) == pytest.approx(100, rel=0.03)
+    assert prompts[round(0.95 * len(prompts))] == pytest.approx(250, rel=0.06)
+    assert prompts[-1] == 400
+    tree = make_batches(Pairs(pairs.records[:1], 1, "", True), BatchSetting("tree", 1)).largest
+    assert tree["input_ids"].shape[1] == len(pairs.records[0]["prompt_ids"]) + 10 + 2 * 40
+    cut = of_statistics([100, 250, 400], [50], None, max_length=120, num_pairs=None)
+    assert longest_length(cut) == 120
+
+
+def test_batches_of_a_budget_keep_to_it():
+    pairs = of_statistics([20, 40, 60], [10], None, max_length=None, num_pairs=None)
+    batches = make_batches(pairs, BatchSetting("flat", 1, budget=512))
+    assert batches.largest["input_ids"].numel() <= 512
+    assert 0.8 * 512 < batches.positions <= 512
+    with pytest.raises(ValueError, match="max_tokens_per_batch: expected at least 90"):
+        # thirty of prompt and twice thirty of answer
+        make_batches(worst_case(60), BatchSetting("flat", 1, budget=64))
+
+
+def test_copies_of_a_pair_share_nothing():
+    """One pair that stands for eight takes the room of eight, also in a layout that computes equal beginnings once."""
+    one, eight = (make_batches(worst_case(64), BatchSetting("flat", count)).largest for count in (1, 8))
+    assert eight["input_ids"].numel() == 8 * one["input_ids"].numel()
+
+
+def test_checkpointing_costs_time_and_saves_memory():
+    planner = run_of(gpu(500))
+    kept, again = (planner.outcome(Choice("auto", 4, 1, flag, None, "none", 1)) for flag in (False, True))
+    assert again.memory.total < kept.memory.total
+    assert again.time.total > kept.time.total
+
+
+def test_cpu_utilisation_is_that_of_the_records():
+    results = ROOT / "benchmarks" / "results"
+    lines = [json.loads(line) for line in (results / "levels.jsonl").read_text().splitlines()]
+    product = next(line["gemm_flop_per_s"] for line in lines if "gemm_flop_per_s" in line)
+    shares = []
+    for path in sorted((results / "cpu_layouts").glob("*.json")):
+        record = json.loads(path.read_text())
+        hidden, layouts = record["model"]["hidden_size"], record["layouts"]
+        size = scale.ModelSize(
+            50257, hidden, hidden * 43 // 16, record["model"]["num_hidden_layers"], hidden // 64, hidden // 64
+        )
+        tokens = {name: layouts[name]["computed_tokens"] for name in layouts}
+        scored = tokens["tree"] - (
+            tokens["rows"] - tokens["tree, prompt shared"]
+        )  # as in tests/benchmarks/test_scale.py
+        num_batches = record["num_pairs"] / record["batch_size"]
+        for name, rows in (("rows", 2 * record["batch_size"]), ("tree", record["batch_size"])):
+            positions = tokens[name] / (1 - layouts[name]["padding_share"]) / num_batches
+            flop = scale.step_flop(
+                size,
+                scale.Training(lora_rank=None, checkpointing=False),
+                scale.Batch(rows, positions / rows, scored / num_batches),  # type: ignore[arg-type]
+            )
+            shares.append(flop.total / layouts[name]["median_step_seconds"] / product)
+    shares.sort()
+    assert len(shares) == 6
+    assert (shares[2] + shares[3]) / 2 == pytest.approx(CPU_UTILISATION, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (
+            ["--device", "h100"],
+            1,
+            "model: expected a hub id, a folder, a config.json or a known model's name, got none",
+        ),
+        ([*KNOWN], 1, "device: expected one of a100-40gb, a100-80gb"),
+        ([*KNOWN, "--device", "h900"], 1, "got 'h900'. Give --memory (GiB) and --tflops"),
+        (["--model", "./no-such", "--device", "h100"], 1, "found none at './no-such'"),
+        ([*KNOWN, "--device", "cpu", "--quantization", "8bit"], 1, "load_in_8bit: expected a CUDA device"),
+        ([*KNOWN, "--device", "h100", "--load_in_4bit"], 1, "load_in_4bit: expected an adapter to train, got none"),
+        ([*KNOWN, "--device", "cpu", "--load_in_8bit", "--use_peft"], 1, "load_in_8bit: expected a CUDA device"),
+        ([*KNOWN, "--device", "h100", "--quantization", "3bit"], 1, "one of none, 4bit, 8bit"),
+        ([*KNOWN, "--device", "h100", "--sharding", "ddp"], 1, "sharding: expected none on one device"),
+        ([*KNOWN, "--device", "h100", "--mfu", "40"], 1, "mfu: expected a part of the peak"),
+        ([*KNOWN, "--device", "h100", "--prompt_tokens", "9"], 1, "answer_tokens: expected it together"),
+        ([*KNOWN, "--device", "h100", "--prompt_tokens", "9", "5", "--answer_tokens", "5"], 1, "expected the mean"),
+        (
+            ["--model", "gemma-2-9b", "--device", "h100", "--layout", "flat", "--max_length", "8192"],
+            1,
+            "layout: expected",
+        ),
+        (["--device", "h100", "--modle", "x"], 2, "Did you mean"),
+    ],
+)
+def test_bad_input_is_named(capsys, argv, code, message):
+    assert main(["plan", *argv]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_four_bits_are_planned_for_a_cpu_as_they_are_trained_on_one(capsys):
+    argv = ["--model", "qwen2.5-0.5b", "--device", "cpu", "--load_in_4bit", "--use_peft", "--max_length", "128"]
+    assert main(["plan", *argv, "--memory", "64"]) == 0
+    assert "expected a GPU" not in capsys.readouterr().err
+
+
+def test_help_begins_with_the_plans_own(capsys):
+    assert main(["plan", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("--price") < text.index("--model_name_or_path") < text.index("--learning_rate")
+    assert "3 it does not" in " ".join(text.split())
+
+
+def test_an_unknown_model_names_the_close_ones(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("dpop_trainer.tools.plan.source._hub_answers", lambda: False)
+    with pytest.raises(ValueError, match=r"Close to it are: .*Qwen/Qwen2.5-72B"):
+        find_config("Qwen/Qwen2.5-72B-Instrukt")
+    for name in HUB_IDS:
+        assert find_config(name).origin.startswith("the table of known models")
+
+
+def test_a_config_file_is_a_model(tmp_path):
+    TINY.save_pretrained(tmp_path)
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert find_config(str(name)).config.hidden_size == 64
+
+
+def test_every_device_can_be_found():
+    for name in DEVICE_NAMES:
+        assert find_device(name).memory_gib > 0
+    assert find_device("h100").name == "h100-80gb"
+    changed = find_device("a100-80gb", memory=60.0, utilisation=0.5)
+    assert (changed.memory_gib, changed.utilisation, changed.tflops) == (60.0, 0.5, 312.0)
