@@ -121,7 +121,7 @@ def test_records_of_every_form(tmp_path, records):
             on_skipped=skipped.extend,
         )
     except ValueError as error:
-        assert re.search(f"{path}|^dataset: expected at least one pair to train on", str(error))  # noqa: PT017
+        assert re.search(f"{path}|^dataset: expected at least one pair that can be used", str(error))  # noqa: PT017
         return
     assert counts.num_pairs_in == len(records) == num_accounted(counts)
     assert counts.skipped_bad == len(skipped)
@@ -202,6 +202,6 @@ def test_data_sets_in_memory(records):
     try:
         _, counts = tokenise_pairs(dataset, chat_tokenizer(), on_bad_record="skip")
     except ValueError as error:
-        assert str(error).startswith("dataset: expected at least one pair to train on")  # noqa: PT017
+        assert str(error).startswith("dataset: expected at least one pair that can be used")  # noqa: PT017
         return
     assert counts.num_pairs_in == len(dataset) == num_accounted(counts)

@@ -30,7 +30,6 @@ MODULES = {
 }
 MODULES |= {"urllib.request", "httpx", "aiohttp", "ftplib", "smtplib"}
 ALLOWED = {
-    ("dpop_kernels/aot.py", "subprocess"),  # calls ptxas
     ("trainer/dpop_trainer/tools/mtbench/endpoint.py", "urllib.request"),  # the judge, where one is named
     # is the hub, or a proxy, there? before a model's configuration is asked for
     ("trainer/dpop_trainer/tools/plan/source.py", "socket"),

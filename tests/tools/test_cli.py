@@ -100,7 +100,7 @@ def test_bad_usage_is_named(capsys, argv, code, message):
 def test_missing_model_is_named(setting, capsys):
     argv = ["train", "--config", str(setting / "run.yaml"), "--model_name_or_path", str(setting / "nowhere")]
     assert main(argv) == 1
-    assert "expected a folder with config.json, found none at" in capsys.readouterr().err
+    assert "expected a folder with config.json or adapter_config.json, found none at" in capsys.readouterr().err
 
 
 def test_an_output_dir_that_cannot_be_is_named_before_anything_is_loaded(setting, capsys):
