@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """A run of ten steps takes half a second, its picture a whole one: drawn where a test is marked to look at it."""
+    module = sys.modules.get("dpop_trainer.run_folder.run_files")
+    if module is not None and request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(module.RunFiles, "_plot", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,18 +1,22 @@
-"""Trainers in several processes on this machine, as accelerate's launcher starts them: two gloo ranks on the CPU."""
+"""Trainers in processes of their own on this machine: one, or two gloo ranks as accelerate's launcher starts them."""
 
 import multiprocessing
 import os
 import socket
 import sys
+import tempfile
+from pathlib import Path
 
 import third_party
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from dpop_trainer.run_folder.run_files import RunFiles
 from dpop_trainer.settings.recipes import FOLDER
 from torch import multiprocessing as mp
 
 RECIPES = FOLDER / "accelerate"
+PRELOADED = ["torch", "transformers", "datasets", "peft", "accelerate"]
 
 
 def launcher_arguments(recipe):
@@ -41,8 +45,29 @@ def launch(function, *args, num_ranks=2, env=None):
 
 def start_ranks(function, args, num_ranks):
     """function(rank, *args) in processes forked from one that has the libraries imported: they start at once."""
-    multiprocessing.set_forkserver_preload(["torch", "transformers", "datasets", "peft", "accelerate"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     mp.start_processes(function, args=args, nprocs=num_ranks, start_method="forkserver")
+
+
+def run_alone(function, *args):
+    """function(*args) in a forked process -> its exit code (-9 if it was killed), all that it wrote."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "written"
+        process = context.Process(target=_alone, args=(written, function, args))
+        process.start()
+        process.join()
+        return process.exitcode, written.read_text()
+
+
+def _alone(written, function, args):
+    out = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    sys.exit(function(*args))
 
 
 def _as_rank(rank, function, args, env):
@@ -51,6 +76,7 @@ def _as_rank(rank, function, args, env):
     torch.set_num_threads(1)
     third_party.drop_deprecations_between_libraries()
     third_party.make_warnings_errors()
+    RunFiles._plot = lambda *_: None  # as in the tests themselves
     function(rank, *args)
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -3,8 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from dpop_trainer.reference.cache import ReferenceCache, cache_root
 from dpop_trainer.reference.keys import describe_reference, pair_keys, reference_key, weights_digest
 from dpop_trainer.reference.precompute import BATCHES_PER_ROUND, precompute_reference
 from peft import LoraConfig, get_peft_model
+from ranks import run_alone
 from sharded import run_ranks
 from tiny import tiny_llama, token_pairs
 
@@ -257,22 +256,20 @@ def test_an_interrupted_pass_keeps_what_it_had(tmp_path):
     assert sorted(first.asked + second.asked) == list(range(20))
 
 
-def test_a_killed_pass_goes_on_from_its_last_write(tmp_path):
-    script = f"""
-import os, signal, sys
-sys.path = {sys.path!r}
-from pathlib import Path
-from test_reference_cache import DESCRIPTION, ReferenceCache, SumsOfIds, precompute, tokenised
-
 class Killed(SumsOfIds):
     def __call__(self, records):
-        if len(self.asked) >= {BATCHES_PER_ROUND + 3}:
+        if len(self.asked) >= BATCHES_PER_ROUND + 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(records)
 
-precompute(tokenised(20), ReferenceCache(Path({str(tmp_path)!r}), DESCRIPTION), Killed(), 1, seconds_between_writes=0.0)
-"""
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+
+def killed_pass(folder):
+    precompute(tokenised(20), ReferenceCache(folder, DESCRIPTION), Killed(), 1, seconds_between_writes=0.0)
+
+
+def test_a_killed_pass_goes_on_from_its_last_write(tmp_path):
+    code, written = run_alone(killed_pass, tmp_path)
+    assert code == -signal.SIGKILL, written
     scorer = SumsOfIds()
     check_columns(precompute(tokenised(20), ReferenceCache(tmp_path, DESCRIPTION), scorer, batch_size=1))
     assert len(scorer.asked) == 20 - BATCHES_PER_ROUND  # the round that was under way is lost, the one before is not

@@ -6,8 +6,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 import yaml
 from dpop_trainer.cli import main
 from dpop_trainer.data import load_pairs, tokenise_pairs
+from ranks import run_alone
 from tiny import text_pairs, tiny_llama, word_tokenizer
 
 TIMES = ("per_second", "_runtime", "peak_gib")
@@ -78,12 +77,13 @@ def argv(setting, *flags):
 
 
 def command(setting, sabotage, *flags):
-    """`dpop train` in a process of its own -> exit code, standard error."""
-    run = f"from dpop_trainer.cli import main\nsys.exit(main({argv(setting, *flags)}))"
-    script = f"import os, signal, sys\n{sabotage}\n{run}"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
-    return done.returncode, done.stdout + done.stderr
+    """`dpop train` in a process of its own -> exit code, what it wrote."""
+    return run_alone(sabotaged, sabotage, argv(setting, *flags))
+
+
+def sabotaged(sabotage, words):
+    exec(sabotage, {"os": os, "signal": signal})
+    return main(words)
 
 
 def log_of(folder):
@@ -271,6 +271,7 @@ def test_full_disk_stops_with_the_older_checkpoint_kept(setting, capsys, monkeyp
     assert weights_of(run) == weights_of(setting / "whole")
 
 
+@pytest.mark.pictures
 def test_full_disk_loses_no_line_of_the_log(setting, monkeypatch, caplog):
     from dpop_trainer.run_folder import run_files
 

@@ -213,6 +213,7 @@ def test_saved_model_loads_and_generates(tmp_path, tokenizer):
     torch.testing.assert_close(loaded(input_ids=ids).logits, adapted.model(input_ids=ids).logits)
 
 
+@pytest.mark.pictures
 def test_run_leaves_its_files(tmp_path, tokenizer):
     trainer(tmp_path, tokenizer).train()
     folder = tmp_path / "run"
