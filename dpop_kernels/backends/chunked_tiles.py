@@ -38,34 +38,48 @@ def tile_forward(
     targets = local_ids.clamp(0, num_columns - 1).unsqueeze(-1)
     rescale = torch.empty_like(sums.maxima)
     for rows in groups(*tile.shape):
-        z = transform(tile[rows])
         group = RowSums(*(None if values is None else values[rows] for values in sums))  # type: ignore[arg-type]
-        if group.totals is not None:
-            group.totals.add_(z.sum(dim=-1))
-        own = z.gather(-1, targets[rows])
-        z.scatter_(-1, targets[rows], torch.where(inside[rows], -torch.inf, own))
-        maxima = torch.maximum(group.maxima, z.amax(dim=-1))
-        shift = group.maxima - maxima
-        torch.exp(shift, out=rescale[rows])
-        own_exps = None if exps is None or exps.dtype != z.dtype else exps[rows]
-        distances = torch.sub(z, maxima.unsqueeze(-1), out=own_exps)
-        far_ones = distances.clamp(min=-_FAR) if group.moments is not None else None
-        terms = distances.exp_()
-        if group.moments is not None and far_ones is not None:
-            earlier = rescale[rows] * (group.moments + shift.clamp(min=-_FAR) * group.sums)
-            group.moments.copy_(earlier + torch.einsum("rc,rc->r", terms, far_ones))
-        group.sums.mul_(rescale[rows]).add_(terms.sum(dim=-1))
-        group.maxima.copy_(maxima)
-        if own_exps is None or not transform.is_identity:
-            z.scatter_(-1, targets[rows], own)  # the tile, or z, as it was
-        own, is_here = own.squeeze(-1), inside[rows].squeeze(-1)
-        group.target_logits.copy_(torch.where(is_here, own, group.target_logits))
-        if exps is not None:
-            transform.times_slope(terms, z)
-            if own_exps is None:
-                exps[rows] = terms
+        group_exps = None if exps is None else exps[rows]
+        _group_forward(tile[rows], targets[rows], inside[rows], group, transform, rescale[rows], group_exps)
     if products is not None and vocab_start > 0:
         products.mul_(rescale.unsqueeze(-1))
+
+
+def _group_forward(
+    tile: Tensor,  # [G, C]
+    targets: Tensor,  # [G, 1], any column where the target is not here
+    inside: Tensor,  # [G, 1] whether it is
+    sums: RowSums,  # [G] in and out
+    transform: LogitTransform,
+    rescale: Tensor,  # [G] out: what earlier sums are multiplied by
+    exps: Tensor | None,  # [G, C] out
+) -> None:
+    """A call of its own, so that its temporaries are gone when the next group begins; `bounds` counts them."""
+    z = transform(tile)
+    if sums.totals is not None:
+        sums.totals.add_(z.sum(dim=-1))
+    own = z.gather(-1, targets)
+    z.scatter_(-1, targets, torch.where(inside, -torch.inf, own))
+    maxima = torch.maximum(sums.maxima, z.amax(dim=-1))
+    shift = sums.maxima - maxima
+    torch.exp(shift, out=rescale)
+    own_exps = None if exps is None or exps.dtype != z.dtype else exps
+    distances = torch.sub(z, maxima.unsqueeze(-1), out=own_exps)
+    far_ones = distances.clamp(min=-_FAR) if sums.moments is not None else None
+    terms = distances.exp_()
+    if sums.moments is not None and far_ones is not None:
+        earlier = rescale * (sums.moments + shift.clamp(min=-_FAR) * sums.sums)
+        sums.moments.copy_(earlier + torch.einsum("rc,rc->r", terms, far_ones))
+    del far_ones
+    sums.sums.mul_(rescale).add_(terms.sum(dim=-1))
+    sums.maxima.copy_(maxima)
+    if own_exps is None or not transform.is_identity:
+        z.scatter_(-1, targets, own)  # the tile, or z, as it was
+    sums.target_logits.copy_(torch.where(inside.squeeze(-1), own.squeeze(-1), sums.target_logits))
+    if exps is not None:
+        transform.times_slope(terms, z)
+        if own_exps is None:
+            exps.copy_(terms)
 
 
 def rows_forward(
@@ -124,12 +138,17 @@ def tile_backward(
     vocab_start: int = 0,
     out: Tensor,  # [R, C]; may be the tile
 ) -> Tensor:
+    local_ids, weights = target_ids - vocab_start, grad_logps.unsqueeze(-1)
     for rows in groups(*tile.shape):
-        z = transform(tile[rows])
-        local_ids = target_ids[rows] - vocab_start
-        grads = softmax_gradient(z, local_ids, logps[rows], lse[rows], grad_logps[rows].unsqueeze(-1))
-        out[rows] = transform.times_slope(grads, z)
+        out[rows] = _group_backward(tile[rows], local_ids[rows], logps[rows], lse[rows], weights[rows], transform)
     return out
+
+
+def _group_backward(
+    tile: Tensor, local_ids: Tensor, logps: Tensor, lse: Tensor, weights: Tensor, transform: LogitTransform
+) -> Tensor:
+    z = transform(tile)
+    return transform.times_slope(softmax_gradient(z, local_ids, logps, lse, weights), z)
 
 
 def groups(num_rows: int, num_columns: int) -> Iterator[slice]:

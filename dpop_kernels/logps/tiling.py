@@ -185,8 +185,8 @@ def _forward(ops: TileOps, hidden_states: Tensor, head: Head, target_ids: Tensor
     bounds, dtype = ops.tile_bounds(hidden_states.device), product_dtype(hidden_states)
     tiles = Tiles(hidden_states, min(num_tokens, bounds.rows), min(vocab_size, bounds.columns), dtype)
     for rows in row_blocks(num_tokens, bounds.rows):
-        hidden_rows = hidden_states[rows].to(dtype)
-        forward_rows(ops, hidden_rows, head.rows(rows), target_ids[rows], results.rows(rows), tiles, bounds)
+        seen = head.rows(rows)
+        forward_rows(ops, hidden_states[rows].to(dtype), seen, target_ids[rows], results.rows(rows), tiles, bounds)
 
 
 def forward_rows(
@@ -216,6 +216,7 @@ def forward_rows(
         )
         if products is not None and exps is not None:
             matmul_add(products, exps, block.weight)
+        del block  # a converted one is as large as a tile and more: gone before the next is made
     ops.rows_forward(sums, target_ids, products, head, results, vocab_size=head.weight.shape[0])
 
 
@@ -253,6 +254,7 @@ def _backward(
             add_products(grads.block(rows, columns, total), grad_tile, hidden_rows, seen, is_first=rows.start == 0)
         if grads.weight is not None and total is not None and total.dtype != grads.weight.dtype:
             grads.weight[columns] = total
+        block = seen = total = None  # gone before the next are made
     return grads
 
 

@@ -16,6 +16,7 @@ from transformers.integrations import moe
 from dpop_kernels.backends import bounds
 from dpop_kernels.logps.linear import as_autocast
 from dpop_kernels.model_head.layers import StandIn, is_lora, output_layers
+from dpop_kernels.model_head.transforms import logit_transform
 from dpop_trainer.tools.plan.tape import add_flop, part
 
 FP32, FP64 = 4, 8
@@ -37,6 +38,7 @@ class PaperHead:
     def __init__(self, model: nn.Module, *, on_gpu: bool, num_scored: int) -> None:
         self._bounds = bounds.triton_bounds() if on_gpu else bounds.CPU
         self._num_scored = num_scored
+        self._transform = logit_transform(model)
         self._logps: Tensor | None = None
         self._stand_ins = [StandIn(layer, self._in_place_of_logits) for layer in output_layers(model)]
 
@@ -59,15 +61,25 @@ class PaperHead:
         assert self._logps is not None
         return self._logps.unsqueeze(0).unsqueeze(-1).clone()
 
-    def forward_bytes(self, num_scored: int, weight: Tensor, itemsize: int, *, with_gradient: bool) -> int:
+    def forward_bytes(
+        self, num_scored: int, weight: Tensor, itemsize: int, *, with_gradient: bool, with_stats: bool
+    ) -> int:
         """Workspace of a forward, freed at its end."""
         vocab_size, hidden_size = weight.shape
-        return self._bounds.forward_bytes(num_scored, vocab_size, hidden_size, itemsize, with_gradient=with_gradient)
+        return self._bounds.forward_bytes(
+            num_scored,
+            vocab_size,
+            hidden_size,
+            itemsize,
+            with_gradient=with_gradient,
+            with_stats=with_stats,
+            transform=self._transform,
+        )
 
     def backward_bytes(self, num_scored: int, weight: Tensor, itemsize: int) -> int:
         """Workspace of a trainable head's backward, beside the gradients it returns."""
         vocab_size, hidden_size = weight.shape
-        return self._bounds.backward_bytes(num_scored, vocab_size, hidden_size, itemsize)
+        return self._bounds.backward_bytes(num_scored, vocab_size, hidden_size, itemsize, transform=self._transform)
 
 
 class _HeadProduct(torch.autograd.Function):
@@ -80,7 +92,11 @@ class _HeadProduct(torch.autograd.Function):
         is_frozen = needs_rows and not needs_weight
         ctx.head, ctx.is_frozen = head, is_frozen
         with part("head"):
-            workspace = _bytes(head.forward_bytes(num_scored, weight, itemsize, with_gradient=is_frozen))
+            # the policy's forward makes statistics, the reference's none
+            num_bytes = head.forward_bytes(
+                num_scored, weight, itemsize, with_gradient=is_frozen, with_stats=grad_enabled
+            )
+            workspace = _bytes(num_bytes)
             logps = rows.new_empty(num_scored, dtype=torch.float32)
             # statistics and log-normalisers
             stats = _bytes(num_scored * (2 * FP32 + 1 + FP64 + FP32))
