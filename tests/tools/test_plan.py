@@ -304,10 +304,16 @@ def test_bad_input_is_named(capsys, argv, code, message):
     assert message in capsys.readouterr().err
 
 
-def test_four_bits_are_planned_for_a_cpu_as_they_are_trained_on_one(capsys):
-    argv = ["--model", "qwen2.5-0.5b", "--device", "cpu", "--load_in_4bit", "--use_peft", "--max_length", "128"]
-    assert main(["plan", *argv, "--memory", "64"]) == 0
-    assert "expected a GPU" not in capsys.readouterr().err
+def test_four_bits_are_planned_for_a_cpu_as_they_are_trained_on_one(tmp_path, capsys):
+    """Seven layers of either of two blocks are packed, 64 weights to a scale of four bytes."""
+    TINY.save_pretrained(tmp_path)
+    argv = ["--model", str(tmp_path), "--device", "cpu", "--load_in_4bit", "--use_peft", "--max_length", "128"]
+    code, result = plan(capsys, *argv, "--memory", "64", "--no_search")
+    assert code == 0
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
+    rest = 2 * 500 * 64 + 5 * 64  # embeddings, head, norms
+    buffers = 2 * 8 * 4  # of the rotary embedding: 8 frequencies, and these as they were
+    assert result["asked"]["memory"]["parts"]["weights"] == linear // 2 + 4 * linear // 64 + 4 * rest + buffers
 
 
 def test_help_begins_with_the_plans_own(capsys):
