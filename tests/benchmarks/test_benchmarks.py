@@ -204,21 +204,24 @@ BREAKAGES = {
 def test_a_wrong_result_is_never_timed(level, task, breakage, monkeypatch):
     """The kernel itself is broken, below the public function; the peer beside it keeps its time."""
     from dpop_kernels.backends import chunked
+    from dpop_kernels.logps import linear
 
-    name = {"head": "linear_token_logps", "logits": "token_logps"}[level]
-    exact = getattr(chunked, name)
+    owner, name = {"head": (linear, "tiled_token_logps"), "logits": (chunked, "token_logps")}[level]
+    exact, calls = getattr(owner, name), []
 
     def wrong(*args, **kwargs):
         logps, stats = exact(*args, **kwargs)
+        calls.append(name)
         return BREAKAGES[breakage](logps), stats
 
-    monkeypatch.setattr(chunked, name, wrong)
+    monkeypatch.setattr(owner, name, wrong)
     results = compare.side_by_side(case_of(level, task), ON_CPU, EFFORT)
     record = results["dpop-kernels"].record
     assert record["refused"] == "wrong result"
     assert "median_s" not in record
     assert results["dpop-kernels"].seconds == []
     assert results["PyTorch"].record["median_s"] > 0
+    assert calls
 
 
 @pytest.mark.parametrize(("level", "attribute"), [("dpo", "linear_dpo"), ("pair_loss", "pair_loss")])
