@@ -37,9 +37,9 @@ def _tiling(request, monkeypatch):
 
 
 def set_tile_rows(monkeypatch, tile_rows, *, vocab_size=VOCAB, itemsize=4):
-    """A workspace of so many rows of logits and all but one byte of another; W is converted in ragged blocks."""
+    """A workspace of so many rows of logits and all but one byte of another; W is taken in two ragged blocks."""
     num_bytes = (tile_rows + 1) * vocab_size * itemsize - 1
-    set_tiles(monkeypatch, rows=7, columns=96, pair_bytes=num_bytes)
+    set_tiles(monkeypatch, rows=7, columns=136, pair_bytes=num_bytes)
 
 
 def batch(dtype=torch.float32, *, vocab_size=VOCAB, hidden_size=HIDDEN, lengths=LENGTHS):
@@ -201,7 +201,7 @@ def test_16_bit_products_as_a_gpu_makes_them(backend, monkeypatch):
     refs = references(inputs, labels, GAINS["mixed"])
     expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
     loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, grad_loss=0.3)
-    num_blocks = 3 if backend == "chunked" else 4  # 203 columns in blocks of 96, or of 64: three products each
+    num_blocks = 2  # 203 columns in blocks of 136, or of 128: three products each
     assert sixteen_bit == [True] * 3 * num_blocks
     assert (loss - expected).abs() <= 15 * SUM
     bound = stored(torch.bfloat16, times=2, cut=backend == "fused")  # the gradient of the logits, and the sum
