@@ -133,13 +133,14 @@ class HeadGradients(NamedTuple):
     def empty(cls, hidden_states: Tensor, head: Head, needs_grad: tuple[bool, ...]) -> "HeadGradients":
         """Zeros to add to, but for the weight's, of which every block is written."""
         dtype = accumulator_dtype(hidden_states)
-        tensors = (hidden_states, *head.tensors())
-        hidden, _, bias, states, low_rank = (
+        _, *others = head.tensors()
+        needs_hidden, needs_weight, *needs_others = needs_grad
+        hidden, bias, states, low_rank = (
             tensor.new_zeros(tensor.shape, dtype=dtype) if needed and tensor is not None else None
-            for tensor, needed in zip(tensors, needs_grad, strict=True)
+            for tensor, needed in zip((hidden_states, *others), (needs_hidden, *needs_others), strict=True)
         )
         make = torch.empty_like if hidden_states.shape[0] else torch.zeros_like
-        weight = make(head.weight, memory_format=torch.contiguous_format) if needs_grad[1] else None
+        weight = make(head.weight, memory_format=torch.contiguous_format) if needs_weight else None
         return cls(hidden, weight, bias, states, low_rank)
 
     def block(self, rows: slice, columns: slice, weight: Tensor | None) -> "HeadGradients":

@@ -57,6 +57,19 @@ def test_forward_holds_what_is_planned(dtype, transform, with_stats, with_gradie
     assert 0 <= peak_bytes(forward, torch.device("cpu")) - planned <= NUM_TOKENS * ROW_BYTES
 
 
+def test_one_gradient_of_the_weight_is_made():
+    """Of 64 rows the workspace is about a megabyte; W's gradient is ten, and a second one would show."""
+    hidden_states, weight = torch.randn(64, 128, requires_grad=True), torch.randn(20000, 128, requires_grad=True)
+    logps = linear_token_logps(hidden_states, weight, torch.randint(20000, (64,)))
+
+    def backward():
+        torch.autograd.grad(logps, (hidden_states, weight), torch.ones(64), retain_graph=True)
+
+    planned = bounds.CPU.backward_bytes(64, 20000, 128, 4)
+    gradients = (64 + 20000) * 128 * 4
+    assert 0 <= peak_bytes(backward, torch.device("cpu")) - planned - gradients <= 64 * ROW_BYTES
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_backward_of_a_trainable_head_holds_what_is_planned(transform):
     of_logits = TRANSFORMS[transform]
