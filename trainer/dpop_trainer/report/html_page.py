@@ -10,31 +10,35 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-STYLE = """
+# of every report: light and dark, widths, headings, what is said first, marks
+_BASE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5d5d66; --line: #d5d5dc; --page: #ffffff; --box: #f5f5f8;
-        --good: #cde7f7; --bad: #fbd9c4; }
+        --good: #cde7f7; --bad: #fbd9c4; --blue: #0072b2; --serious: #b3261e; --warning: #8a5a00; --note: #5d5d66; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e9e9ee; --soft: #a5a5b0; --line: #3d3d47; --page: #17171b; --box: #212128;
-          --good: #10415e; --bad: #6b3010; } }
-body { max-width: 54rem; margin: 2.5rem auto; padding: 0 1.25rem; color: var(--ink); background: var(--page);
-       font: 1rem/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.verdict { padding: .8rem 1.1rem; border-left: 4px solid #0072b2; background: var(--box); }
+          --good: #10415e; --bad: #6b3010; --blue: #56b4e9; --serious: #ff8a80; --warning: #f0b95a; --note: #a5a5b0; } }
+body { max-width: var(--width, 54rem); margin: 2.5rem auto; padding: 0 1.25rem; color: var(--ink);
+       background: var(--page); font: 1rem/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.8rem 0 .3rem; }
+.verdict { padding: .8rem 1.1rem; border-left: 4px solid var(--blue); background: var(--box); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+mark.chosen { background: var(--good); } mark.rejected { background: var(--bad); }
+"""
+
+STYLE = """
 th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .wide table { font-size: .875rem; } .wide th { white-space: normal; vertical-align: bottom; }
 .wide th:first-child, .wide td:first-child { position: sticky; left: 0; background: var(--page); }
 th small { display: block; font-weight: normal; color: var(--soft); }
 .note, figcaption { color: var(--soft); font-size: .875rem; }
-h3 { font-size: 1rem; margin: 1.8rem 0 .3rem; }
 pre { padding: .8rem 1rem; background: var(--box); white-space: pre-wrap; overflow-wrap: anywhere;
       font: .875rem/1.5 ui-monospace, monospace; unicode-bidi: plaintext; }
 pre span { border-radius: .15em; } pre span.edit { outline: 1.5px solid var(--ink); outline-offset: -1px; }
 pre span.fell { text-decoration: underline; text-decoration-thickness: 2px; text-underline-offset: .2em; }
 mark { color: inherit; padding: 0 .15em; border-radius: .2em; font-weight: bold; }
-mark.chosen { background: var(--good); } mark.rejected { background: var(--bad); }
 figure { margin: 1.2rem 0; }
 img { box-sizing: border-box; max-width: 100%; height: auto; padding: .4rem; background: white; }
 .facts { columns: 24rem; column-gap: 2rem; font-size: .875rem; }
@@ -54,12 +58,19 @@ _VISIBLE |= {
 }
 
 
-def write_page(title: str, sections: Iterable[str], path: str | os.PathLike[str]) -> None:
-    """Write a page of sections (HTML) under its title; missing folders are made."""
+def write_page(title: str, sections: Iterable[str], path: str | os.PathLike[str], *, style: str = STYLE) -> None:
+    """Write a page of sections (HTML) under its title; missing folders are made.
+
+    Args:
+        title: of the page, and its first heading.
+        sections: what follows it.
+        path: the HTML file.
+        style: CSS beside what all reports share; that of the functions below where it is not given.
+    """
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{visible(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{visible(title)}</h1>\n"
+        f"<title>{visible(title)}</title>\n<style>{_BASE}{style}</style>\n</head>\n<body>\n<h1>{visible(title)}</h1>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dpop_trainer.report.html_page import write_page
 from dpop_trainer.tools.doctor.charts import Axis, histogram, scatter
 from dpop_trainer.tools.doctor.examine import Examination
 from dpop_trainer.tools.doctor.findings import SERIOUS_SHARE
@@ -26,26 +27,16 @@ _PROMPT_SHOWN = 600
 _MARKED_TOKENS = 4000
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5d5d66; --line: #d9d9e0; --page: #ffffff; --box: #f5f5f8;
-        --good: #cde7f7; --bad: #fbd9c4; --blue: #0072b2; --serious: #b3261e; --warning: #8a5a00; --note: #5d5d66; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e9e9ee; --soft: #a5a5b0; --line: #3d3d47; --page: #17171b; --box: #212128;
-          --good: #10415e; --bad: #6b3010; --blue: #56b4e9; --serious: #ff8a80; --warning: #f0b95a; --note: #a5a5b0; } }
+:root { --width: 72rem; }
 * { box-sizing: border-box; }
-body { max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem; color: var(--ink); background: var(--page);
-       font: 1rem/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin-bottom: .3rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; } h3 { font-size: 1rem; margin: 1.8rem 0 .4rem; }
 .soft, .note { color: var(--soft); } .note { font-size: .875rem; max-width: 54rem; }
-.verdict { padding: .8rem 1.1rem; border-left: 4px solid var(--blue); background: var(--box); }
 .verdict.serious { border-color: var(--serious); }
 .tiles { display: grid; gap: .75rem; margin: 1.2rem 0;
          grid-template-columns: repeat(auto-fit, minmax(min(13rem, 45%), 1fr)); }
 .tile { background: var(--box); padding: .6rem .9rem; border-radius: .4rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; line-height: 1.3; }
 .tile span { color: var(--soft); font-size: .8rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+table { width: 100%; }
 th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; font-size: .875rem; color: var(--soft); }
 td.n, th.n { text-align: right; white-space: nowrap; }
@@ -77,7 +68,6 @@ pre { margin: .15rem 0 .2rem; white-space: pre-wrap; overflow-wrap: anywhere; un
       font: .84rem/1.5 ui-monospace, monospace; }
 .prompt { border-bottom: 1px solid var(--line); } .prompt pre { color: var(--soft); }
 mark { color: inherit; border-radius: .2em; font-weight: 600; padding: 0 .05em; }
-mark.chosen { background: var(--good); } mark.rejected { background: var(--bad); }
 .hidden { border: 1px solid var(--serious); color: var(--serious); border-radius: .2em; font-size: .75em;
           padding: 0 .2em; }
 """
@@ -97,7 +87,6 @@ def write_report(examination: Examination, path: Path, tokenizer: "PreTrainedTok
     """
     name = Path(examination.pair_file.source).name
     sections = [
-        f"<h1>{_text(name)}</h1>",
         f'<p class="soft">{_text(_subtitle(examination))}</p>',
         _verdict(examination),
         _tiles(examination),
@@ -115,15 +104,7 @@ def write_report(examination: Examination, path: Path, tokenizer: "PreTrainedTok
         "shortened. Characters that do not show stand in a frame.</p>",
         *_examples(examination, tokenizer),
     ]
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Pairs: {_text(name)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body>\n</html>\n"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_page(name, [section for section in sections if section], path, style=_STYLE)
 
 
 def _text(text: str) -> str:
