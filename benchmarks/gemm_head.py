@@ -34,6 +34,8 @@ class GemmConstants:
     block_r: int = 128
     block_v: int = 256
     """Two warpgroups of 64 x 256 accumulators: wgmma's widest instruction, 128 registers of a thread's 255."""
+    block_v_with_exps: int = 128
+    """Half of that where the exponentials are written too: at 256, Triton 3.9 spills 32 bytes of them."""
     block_h: int = 64
     """128 bytes of bf16: the width of one swizzled row of shared memory."""
     warps: int = 8
@@ -103,7 +105,8 @@ def _forward(hidden_states: Tensor, head: Head, target_ids: Tensor, results: Row
     bounds, dtype = fused_tiles.tile_bounds(hidden_states.device), product_dtype(hidden_states)
     vocab_size, has_gradient = head.weight.shape[0], results.unit_grads is not None
     start = min(vocab_size, bounds.columns) if has_gradient else 0
-    half = GEMM.block_v // 2
+    half = _block_v(has_gradient) // 2
+    assert not has_gradient or bounds.columns % (2 * half) == 0, "a launch's parts begin with its first column"
     num_parts = int(has_gradient) + 2 * -(-(vocab_size - start) // (2 * half))
     for rows in row_blocks(hidden_states.shape[0], bounds.rows if has_gradient else GEMM.rows):
         hidden_rows, ids = hidden_states[rows].to(dtype), target_ids[rows]
@@ -144,6 +147,10 @@ def _forward(hidden_states: Tensor, head: Head, target_ids: Tensor, results: Row
         fused_tiles.rows_forward(parts.together(), ids, products, head, results.rows(rows), vocab_size=vocab_size)
 
 
+def _block_v(writes_exps: bool) -> int:
+    return GEMM.block_v_with_exps if writes_exps else GEMM.block_v
+
+
 def _allocate_descriptors(size: int, alignment: int, stream: int | None) -> Tensor:
     """Where a kernel puts the tensor-memory descriptors that it makes; torch's blocks start at 512 bytes' steps."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
@@ -171,7 +178,8 @@ def gemm_launch(
     for name, tensor in (("hidden_states", hidden_rows), ("weight", weight)):
         assert tensor.stride(1) == 1, f"{name}: tensor-memory loads take contiguous rows"
         assert tensor.stride(0) * tensor.itemsize % 16 == 0, f"{name}: tensor-memory loads take rows of 16 bytes' step"
-    num_tiles = -(-num_rows // GEMM.block_r) * -(-num_columns // GEMM.block_v)
+    block_v = _block_v(exps is not None)
+    num_tiles = -(-num_rows // GEMM.block_r) * -(-num_columns // block_v)
     num_programs = min(num_tiles, _num_multiprocessors(weight.device))
     return Launch(
         kernel=head_gemm_fwd_kernel,
@@ -202,7 +210,7 @@ def gemm_launch(
             "NUM_PROGRAMS": num_programs,
             "GROUP_R": GEMM.group_r,
             "BLOCK_R": GEMM.block_r,
-            "BLOCK_V": GEMM.block_v,
+            "BLOCK_V": block_v,
             "BLOCK_H": GEMM.block_h,
         },
         num_warps=GEMM.warps,
