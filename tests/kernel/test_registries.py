@@ -1,4 +1,4 @@
-"""A loss that someone adds is seen everywhere, without a second place that knows its name."""
+"""A loss or a backend that someone adds is seen everywhere, without a second place that knows its name."""
 
 import importlib
 import sys
@@ -10,11 +10,12 @@ from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.settings.arguments import parse_arguments
 from dpop_trainer.training.metrics import loss_metrics, pair_metrics
 from dpop_trainer.training.watch import ChosenWatch
+from rounding import CONTRACT_NATS
 from tiny import tiny_llama, token_pairs, word_tokenizer
 from transformers import TrainerState
 
-from dpop_kernels import needs_reference, pair_loss
-from dpop_kernels.backends import BACKENDS
+from dpop_kernels import linear_token_logps, needs_reference, pair_loss, token_logps
+from dpop_kernels.backends import BACKENDS, Registration
 from dpop_kernels.losses.formulas import LOSSES, TRL_NAMES, PairScores
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.pair_loss import pair_loss_terms
@@ -32,6 +33,66 @@ def penalty(pair, options):
 def slic_positive(pair, options):
     return torch.relu(1 - options.beta * (pair.margins - penalty(pair, options)))
 """
+
+
+# torch's backend, which counts what it is asked for, as a file of someone's own
+OWN_BACKEND = """
+from dpop_kernels.backends.chunked import *
+from dpop_kernels.backends import chunked, chunked_tiles
+
+RUNS_TRITON = False
+asked = {"logits": 0, "tiles": 0, "sums": 0}
+
+def token_logps(*args, **kwargs):
+    asked["logits"] += 1
+    return chunked.token_logps(*args, **kwargs)
+
+def segment_sums(*args, **kwargs):
+    asked["sums"] += 1
+    return chunked.segment_sums(*args, **kwargs)
+
+class TILES:
+    tile_bounds, rows_forward = chunked_tiles.tile_bounds, chunked_tiles.rows_forward
+    rows_backward, tile_backward = chunked_tiles.rows_backward, chunked_tiles.tile_backward
+
+    def tile_forward(*args, **kwargs):
+        asked["tiles"] += 1
+        return chunked_tiles.tile_forward(*args, **kwargs)
+"""
+
+
+@pytest.fixture
+def own_backend(tmp_path, monkeypatch):
+    """Its name, and what it has been asked for."""
+    (tmp_path / "own_backend.py").write_text(OWN_BACKEND)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(BACKENDS, "own", Registration("own_backend", lambda device, dtype: None))
+    yield "own", importlib.import_module("own_backend").asked
+    del sys.modules["own_backend"]
+
+
+def test_a_backend_of_ones_own_is_used_wherever_it_is_named(own_backend, tmp_path):
+    """By logits, by a head, by a loss on tokens and by a run; elsewhere by nobody."""
+    name, asked = own_backend
+    hidden_states, weight, target_ids = torch.randn(5, 8), torch.randn(11, 8), torch.tensor([0, 3, 10, 7, 3])
+    expected = (hidden_states.double() @ weight.double().T).log_softmax(-1)[range(5), target_ids]
+    by_logits = token_logps(hidden_states @ weight.T, target_ids, backend=name)
+    by_head = linear_token_logps(hidden_states, weight, target_ids, backend=name)
+    assert asked == {"logits": 1, "tiles": 1, "sums": 0}
+    for logps in (by_logits, by_head):
+        assert (logps - expected).abs().max() <= CONTRACT_NATS
+    cu_seqlens, references = torch.tensor([0, 0, 2, 5]), torch.zeros(1, 3)
+    losses = pair_loss(by_head, cu_seqlens, references, backend=name).losses
+    assert asked["sums"] == 1
+    torch.testing.assert_close(losses, pair_loss(by_head, cu_seqlens, references, backend="reference").losses)
+
+    args = DPOPConfig(str(tmp_path), kernel_backend=name, max_steps=1, use_cpu=True, report_to="none")
+    before = dict(asked)
+    DPOPTrainer(
+        tiny_llama(), None, args, train_dataset=Dataset.from_list(token_pairs(2)), processing_class=word_tokenizer()
+    ).train()
+    assert asked["tiles"] > before["tiles"]
+    assert asked["sums"] > before["sums"]
 
 
 @pytest.fixture
