@@ -73,7 +73,7 @@ class SecondStep(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:
-            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
             self.profiler.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
