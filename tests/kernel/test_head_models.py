@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from families import MODELS, VOCAB_SIZE, batch, build, grads_of
-from rounding import CONTRACT_NATS, MODEL_GRADIENT, TWO_ROADS_NATS
+from rounding import CONTRACT_NATS, MODEL_GRADIENT, SIGMAS, TWO_ROADS_NATS, UNIT
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.backends import reference
@@ -29,7 +29,8 @@ def test_log_probs_and_all_gradients_are_the_models_own(name):
     logps = head.token_logps(model, positions, target_ids, input_ids=input_ids)
     (logps * weights).sum().backward()
     grads = grads_of(model)
-    torch.testing.assert_close(logps, expected, rtol=0, atol=TWO_ROADS_NATS)
+    # and what rounding takes of larger ones: Mamba's logits of ±69 make one of -72 nats, whose last place is 7.6e-6
+    torch.testing.assert_close(logps, expected, rtol=SIGMAS * UNIT[torch.float32], atol=TWO_ROADS_NATS)
     assert grads.keys() == expected_grads.keys()
     largest = max(float(grad.norm()) for grad in expected_grads.values())
     for key, expected_grad in expected_grads.items():
