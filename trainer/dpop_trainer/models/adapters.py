@@ -23,7 +23,7 @@ _UNREPEATED_INITS = {
 }
 
 # of from_pretrained's arguments: what finds a file on the hub
-_WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def base_model(model: Any) -> Any:
@@ -70,7 +70,7 @@ def find_adapter_base(name_or_path: str, init_kwargs: Mapping[str, Any] | None =
         config_file = path / ADAPTER_CONFIG
         config_file = config_file if config_file.exists() else None
     else:
-        where = {key: value for key, value in (init_kwargs or {}).items() if key in _WHERE}
+        where = {key: value for key, value in (init_kwargs or {}).items() if key in WHERE}
         found = find_adapter_config_file(name_or_path, **where)
         config_file = None if found is None else Path(found)
     if config_file is None:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpop_trainer.models.adapters import check_inits, find_adapter_base, has_adapter_inside
+from dpop_trainer.models.adapters import WHERE, check_inits, find_adapter_base, has_adapter_inside
+from dpop_trainer.models.auto_class import auto_class
 from dpop_trainer.models.quantised import make_trainable, widened
 from dpop_trainer.models.tokenizer_loading import (
     load_chat_template,
@@ -94,7 +95,8 @@ def prepare_policy(
 
 
 def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, quantization_config: Any = None) -> Any:
-    """A causal LM from a hub id or a local folder; of an adapter a peft model, the adapter on its base, frozen.
+    """A causal LM from a hub id or a local folder, of the class that saved it; of an adapter a peft model, the adapter
+    on its base, frozen.
 
     Raises:
         ValueError: nothing can be loaded from there (says what was tried), or an argument is of no use.
@@ -113,8 +115,10 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, qua
     base = find_adapter_base(name_or_path, kwargs)
     if base is not None:
         return load_adapter(name_or_path, base, init_kwargs, quantization_config)
+    found_by = {key: kwargs[key] for key in (*WHERE, "subfolder", "gguf_file", "trust_remote_code") if key in kwargs}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        config = kwargs["config"] if "config" in kwargs else AutoConfig.from_pretrained(name_or_path, **found_by)
+        model = auto_class(config).from_pretrained(name_or_path, **kwargs)
     except OSError as error:
         raise ValueError(f"model: expected a hub id or a folder with a model, got {name_or_path!r}. {error}") from error
     make_trainable(model)

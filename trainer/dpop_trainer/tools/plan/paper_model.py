@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from dpop_trainer.models.adapters import base_model
+from dpop_trainer.models.auto_class import auto_class
 from dpop_trainer.models.loading import disable_dropout
 from dpop_trainer.settings.renamed import without_renaming_warnings
 from dpop_trainer.tools.plan.stand_ins import quantise
@@ -83,7 +84,7 @@ def build(config: PreTrainedConfig, setting: ModelSetting, *, num_layers: int | 
     config = _shortened(config, num_layers) if num_layers is not None else copy.deepcopy(config)
     more = {} if setting.attention is None else {"attn_implementation": setting.attention}
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=setting.dtype, **more)
+        model: Any = auto_class(config).from_config(config, dtype=setting.dtype, **more)
         if setting.bits is not None:
             quantise(model, bits=setting.bits, nested=setting.nested, compute_dtype=torch.bfloat16)
         if setting.lora is not None:
