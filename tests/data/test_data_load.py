@@ -60,7 +60,7 @@ def test_fields_that_only_later_records_have(tmp_path):
     ("lines", "message"),
     [
         pytest.param(["{}", "", '{"prompt": '], r"pairs\.jsonl, line 3: expected a JSON object", id="cut off"),
-        pytest.param(["{}", '["prompt"]'], r"line 2: expected a JSON object with the fields", id="a list"),
+        pytest.param(["{}", '["prompt"]'], r"line 2: expected a JSON object with the fields of a record", id="a list"),
         pytest.param(["{}", "null"], r"line 2: .* got 'null'", id="null"),
         pytest.param([b'{"prompt": "\xff"}'], r"line 1: expected a JSON object.*utf-8", id="not UTF-8"),
         pytest.param(['{"id": 1}', '{"id": 2}', '{"id": "3"}', '{"id": 4}'], r"line 3: id: .* same type", id="types"),

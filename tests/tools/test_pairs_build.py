@@ -3,12 +3,13 @@
 import collections
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, SplitDict, SplitInfo
 from dpop_trainer.cli import main
 from dpop_trainer.data import load_pairs, tokenise_pairs
 from dpop_trainer.data.write import PairWriter
@@ -98,11 +99,12 @@ def test_every_kind_of_source_gives_the_same_pairs(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(records))
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "d.parquet")
+    Dataset.from_list(records).save_to_disk(tmp_path / "e")
     written = []
-    for name in ("a.jsonl", "b.json", "c.jsonl.gz", "d.parquet"):
+    for name in ("a.jsonl", "b.json", "c.jsonl.gz", "d.parquet", "e"):
         assert build(tmp_path / name, tmp_path / "out.jsonl").built == 2
         written.append([{**pair, "source": None} for pair in read(tmp_path / "out.jsonl")])
-    assert written[1:] == written[:1] * 3
+    assert written[1:] == written[:1] * 4
     assert written[0][1]["prompt"] == f"Question: {records[1]['question']}\nAnswer:"
 
 
@@ -117,15 +119,18 @@ def test_parquet_holds_what_jsonl_holds(tmp_path):
 def test_hub(monkeypatch, tmp_path):
     asked = []
 
-    def load_dataset(name, config, *, split, streaming):
+    def load_dataset(name, config, *, split, revision, streaming):
         asked.append((name, config, split, streaming))
-        return Dataset.from_list(questions(3)).to_iterable_dataset()
+        dataset = Dataset.from_list(questions(3)).to_iterable_dataset()
+        dataset.info.license, dataset.info.splits = "MIT", SplitDict({split: SplitInfo(split, num_examples=3)})
+        return dataset
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     counts = build("openai/gsm8k", tmp_path / "p.jsonl", config="main", split="test", limit=2)
     assert asked == [("openai/gsm8k", "main", "test", True)]
     assert (counts.read, counts.built) == (2, 2)
-    assert {pair["source"] for pair in read(tmp_path / "p.jsonl")} == {"openai/gsm8k"}
+    assert {(pair["source"], pair["license"]) for pair in read(tmp_path / "p.jsonl")} == {("openai/gsm8k", "MIT")}
+    assert open_source("openai/gsm8k").size == 3
 
 
 def test_counts_and_limit(tmp_path):
@@ -138,8 +143,8 @@ def test_counts_and_limit(tmp_path):
 
 
 BAD_LINES = [
-    (b"{'question'", r"a\.jsonl, line 2: expected a JSON object, got Expecting property name"),
-    (b"[1]", r"a\.jsonl, line 2: expected a JSON object, got list"),
+    (b"{'question'", r"a\.jsonl, line 2: expected a JSON object, got .*Expecting property name"),
+    (b"[1]", r"a\.jsonl, line 2: expected a JSON object with the fields of a record, got '\[1\]'"),
     (b'{"question": "\xff"}', r"a\.jsonl, line 2: expected a JSON object, got .*can't decode byte"),
     (b'{"question": "q"}', r"a\.jsonl, line 2: answer: expected a non-empty string, got the fields \['question'\]"),
     (b'{"question": "q", "answer": 12}', r"a\.jsonl, line 2: answer: expected a non-empty string, got 12"),
@@ -188,15 +193,36 @@ def test_arguments_are_checked(tmp_path, monkeypatch, options, message):
     write(tmp_path / "a.jsonl", [RECORD])
     with pytest.raises(ValueError, match=message):
         build(options.pop("source", "a.jsonl"), options.pop("out", "p.jsonl"), **options)
-    with pytest.raises(FileNotFoundError, match=r"source: expected a file or a hub id, got nowhere\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"source: expected an existing file or folder, got nowhere\.jsonl"):
         build("nowhere.jsonl", "p.jsonl")
 
 
 def test_broken_files_are_named(tmp_path):
-    for name, content in (("a.parquet", b"PAR1"), ("a.jsonl.gz", b"\x1f\x8b junk"), ("a.json", b'[{"a": ')):
+    pq.write_table(pa.Table.from_pylist(questions(3)), tmp_path / "whole.parquet", compression="none")
+    middle = (tmp_path / "whole.parquet").read_bytes().replace(b"How many clips on day 1?", b"\xff" * 24)
+    contents = {"a.parquet": b"PAR1", "b.parquet": middle, "a.jsonl.gz": b"\x1f\x8b junk", "a.json": b'[{"a": '}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             list(open_source(str(tmp_path / name)))
+
+
+def test_how_much_of_a_source_is_read(tmp_path):
+    """In bytes of the file, also where it is compressed; in records where Parquet says how many there are."""
+    noise = random.Random(0)
+    lines = "".join(json.dumps({"text": noise.randbytes(5000).hex()}) + "\n" for _ in range(100))  # 500 KB of news
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        source = open_source(str(tmp_path / name))
+        assert source.size == (tmp_path / name).stat().st_size
+        seen = [source.consumed for _ in source]
+        assert seen == sorted(seen)
+        assert 0 < seen[0] < source.size / 2
+        assert seen[-1] == source.size
+    pq.write_table(pa.Table.from_pylist(questions(3)), tmp_path / "c.parquet")
+    source = open_source(str(tmp_path / "c.parquet"))
+    assert (source.size, [source.consumed for _ in source]) == (3, [1, 2, 3])
 
 
 def test_licence_beside_the_source(tmp_path):

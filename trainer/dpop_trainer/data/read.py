@@ -104,11 +104,23 @@ def item_row(item: Item, form: Form) -> dict[str, Any]:
 
 
 def stream_items(
-    source: Any, split: str, *, name: str | None = None, revision: str | None = None, epoch: int = 0
+    source: Any,
+    split: str,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    epoch: int = 0,
+    origin: str = "",
 ) -> Iterator[Item]:
     """The records of a source one by one, with nothing read before it is needed.
 
-    An IterableDataset that shuffles does so for `epoch`.
+    Args:
+        source: what `load_pairs` takes, or a streamed data set; one that shuffles does so for `epoch`.
+        split: which split of a hub data set, a folder or a dict of splits.
+        name: the configuration of a hub data set that has several.
+        revision: the branch, tag or commit of a hub data set.
+        epoch: the pass over the data.
+        origin: what messages call a data set that is given; a path or a hub id says its own name.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub data set.
@@ -119,8 +131,8 @@ def stream_items(
         check_plain_split(split)
         yield from read_json_records(path)
         return
-    origin = f"{source}, " if isinstance(source, str | os.PathLike) else ""
     if isinstance(source, str | os.PathLike):
+        origin = str(source)
         source = open_source(os.fspath(source), split, name, revision, streaming=True)
     if isinstance(source, DatasetDict | IterableDatasetDict):
         if split not in source:
@@ -131,8 +143,14 @@ def stream_items(
     source = source.with_format(None)
     if isinstance(source, IterableDataset):
         source.set_epoch(epoch)
-    for index, record in enumerate(source):
-        yield PlacedRecord(f"{origin}record {index}", without_filled_nulls(record))  # type: ignore[arg-type]
+    prefix = f"{origin}, " if origin else ""
+    try:
+        for index, record in enumerate(source):
+            yield PlacedRecord(f"{prefix}record {index}", without_filled_nulls(record))  # type: ignore[arg-type]
+    except (pa.ArrowException, UnicodeError) as error:
+        raise ValueError(
+            f"{origin or 'source'}: expected records that can be read, got damaged ones ({error})."
+        ) from error
 
 
 def _write_rows(rows: Iterator[dict[str, Any]], path: Path) -> None:

@@ -1,10 +1,11 @@
 """JSON files record by record, each with its place, in bounded memory; what cannot be read is named, not raised."""
 
 import gzip
+import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,14 +26,24 @@ class PlacedRecord(NamedTuple):
     record: dict[str, Any]
 
 
-def read_json_records(path: Path) -> Iterator[PlacedRecord | BadRecord]:
+def read_json_records(
+    path: Path, *, on_position: Callable[[int], object] | None = None
+) -> Iterator[PlacedRecord | BadRecord]:
     """Every record of a file, in order: one per line, or, in a .json file that begins with a bracket, of one list.
 
+    Args:
+        path: the file, compressed by gzip where its name ends so.
+        on_position: is told how many of the file's bytes have been read, whenever some were.
+
     Raises:
-        ValueError: the file cannot be decompressed, or the list does not parse from some place on.
+        ValueError: the file cannot be read or decompressed, or the list does not parse from some place on.
     """
     try:
-        with _open(path) as file:
+        with (
+            io.BufferedReader(_Followed(path, on_position or (lambda position: None))) as raw,
+            gzip.open(raw) if path.suffix == ".gz" else raw as opened,
+        ):
+            file: Any = opened
             if file.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:  # which some editors write
                 file.seek(0)
             if json_suffix(path) == ".json" and _begins_with_bracket(file):
@@ -41,6 +52,8 @@ def read_json_records(path: Path) -> Iterator[PlacedRecord | BadRecord]:
                 yield from _line_records(file, path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: expected a file that gzip can read, got a damaged one ({error}).") from error
+    except OSError as error:
+        raise ValueError(f"{path}: expected a file that can be read, got {error}.") from error
 
 
 def excerpt(content: bytes | str) -> str:
@@ -49,8 +62,17 @@ def excerpt(content: bytes | str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+class _Followed(io.FileIO):
+    """A file that tells how far it has been read."""
+
+    def __init__(self, path: Path, on_position: Callable[[int], object]) -> None:
+        super().__init__(path)
+        self._on_position = on_position
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer)
+        self._on_position(self.tell())
+        return size
 
 
 def _begins_with_bracket(file: IO[bytes]) -> bool:
@@ -104,7 +126,7 @@ def _placed(record: Any, place: str) -> PlacedRecord | BadRecord:
     if isinstance(record, dict):
         return PlacedRecord(place, record)
     return BadRecord(
-        place, f"expected a JSON object with the fields of a pair, got {excerpt(json.dumps(record))}. Remove it."
+        place, f"expected a JSON object with the fields of a record, got {excerpt(json.dumps(record))}. Remove it."
     )
 
 

@@ -49,7 +49,7 @@ def check_source_path(source: str, split: str = "train") -> None:
         if loader_of(path) is None:
             raise ValueError(
                 f"source: expected a file ending in {', '.join(LOADERS)} (JSON also with .gz), got {source}. "
-                "Convert it: one JSON object per line, with the fields that docs/data.md lists."
+                "Convert it: one JSON object per line; docs/data.md lists the fields of pairs."
             )
         check_plain_split(split)
     elif looks_local(source):

@@ -13,7 +13,7 @@ from dpop_trainer.data.write import PairWriter
 from dpop_trainer.tools.pairs.counts import PairCounts
 from dpop_trainer.tools.pairs.form import OutputForm, pair_fields
 from dpop_trainer.tools.pairs.recipe import BuiltPair, Recipe, SkippedRecord
-from dpop_trainer.tools.pairs.source import Source, SourceRecord, license_of, open_source
+from dpop_trainer.tools.pairs.source import Item, Source, license_of, open_source, record_of
 
 _ID_FIELDS = ("id", "ind", "idx", "uuid")
 
@@ -75,11 +75,12 @@ def build_file(
     license = found[0] if found else license or opened.license
     counts = PairCounts()
     with writer:
-        for item in _read(opened, limit, counts, show_progress):
+        for index, item in enumerate(_read(opened, limit, counts, show_progress)):
             try:
-                pairs = _pairs_of(item, recipe, seed, counts)
+                record = record_of(item)
+                pairs = _pairs_of(record, recipe, seed, counts)
             except ValueError as error:
-                problem = f"{opened.path or opened.name}, {item.place}: {error}"
+                problem = f"{item.place}: {error}"
                 if on_bad_record == "error":
                     raise ValueError(problem) from error
                 counts.add_bad(problem)
@@ -90,8 +91,8 @@ def build_file(
                     "recipe": recipe.name,
                     "seed": seed,
                     "source": opened.name,
-                    "source_index": item.index,
-                    "source_id": _id_of(item.record or {}),
+                    "source_index": index,
+                    "source_id": _id_of(record),
                     "license": license,
                 }
                 writer.write(pair_fields(pair, recipe.scaffold, form) | origin)
@@ -106,7 +107,7 @@ def build_file(
     return counts
 
 
-def _read(source: Source, limit: int | None, counts: PairCounts, show_progress: bool) -> Iterator[SourceRecord]:
+def _read(source: Source, limit: int | None, counts: PairCounts, show_progress: bool) -> Iterator[Item]:
     in_bytes = source.unit == "B"
     total = source.size if limit is None or in_bytes else min(limit, source.size or limit)
     with tqdm(
@@ -121,17 +122,15 @@ def _read(source: Source, limit: int | None, counts: PairCounts, show_progress: 
                 return
             counts.read += 1
             yield item
-            bar.update(item.consumed - bar.n)
+            bar.update(source.consumed - bar.n)
             if counts.read % 1000 == 0:
                 bar.set_postfix_str(f"{counts.built:,} pairs", refresh=False)
         bar.set_postfix_str(f"{counts.built:,} pairs")
 
 
-def _pairs_of(item: SourceRecord, recipe: Recipe, seed: int, counts: PairCounts) -> list[BuiltPair]:
-    if item.record is None:
-        raise ValueError(item.problem)
+def _pairs_of(record: dict[str, Any], recipe: Recipe, seed: int, counts: PairCounts) -> list[BuiltPair]:
     try:
-        pairs = recipe.build(item.record, seed)
+        pairs = recipe.build(record, seed)
     except SkippedRecord as reason:
         counts.skipped[str(reason)] += 1
         return []

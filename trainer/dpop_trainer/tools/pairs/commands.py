@@ -71,7 +71,9 @@ def inspect(argv: list[str]) -> int:
 
 def _add_build_options(parser: CommandParser) -> None:
     parser.add_argument(
-        "--source", required=True, help="a file (.jsonl, .jsonl.gz, .json, .parquet) or the id of a data set on the hub"
+        "--source",
+        required=True,
+        help="a file (.jsonl, .json, both also as .gz; .parquet, .arrow), a folder or the id of a data set on the hub",
     )
     parser.add_argument("--out", required=True, help="pairs to write: .jsonl or .parquet")
     parser.add_argument("--seed", type=int, default=0)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from dpop_trainer.measure.matchers import MATCHERS, Verdict, find_matcher
 from dpop_trainer.tools.pairs.metamath import strip_calculator_marks
 from dpop_trainer.tools.pairs.recipe import BuiltPair, Scaffold, SkippedRecord, edit_between, excerpt, text_field
-from dpop_trainer.tools.pairs.source import open_source
+from dpop_trainer.tools.pairs.source import open_source, record_of
 
 ALL_RIGHT = "every sample of the record is right"
 NO_ANSWER = "no wrong sample that gives a final answer"
@@ -79,20 +79,18 @@ class FromSamples:
         """Key -> question, chosen answer, label."""
         labelled = {}
         for item in open_source(self.labels):
-            place = f"{self.labels}, {item.place}"
-            if item.record is None:
-                raise ValueError(f"{place}: {item.problem}")
             try:
-                key = _key(item.record, self.key_field)
-                answer = strip_calculator_marks(text_field(item.record, self.answer_field)).strip()
-                label = text_field(item.record, self.label_field) if self.label_field else answer
-                question = text_field(item.record, self.question_field)
+                record = record_of(item)
+                key = _key(record, self.key_field)
+                answer = strip_calculator_marks(text_field(record, self.answer_field)).strip()
+                label = text_field(record, self.label_field) if self.label_field else answer
+                question = text_field(record, self.question_field)
             except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
+                raise ValueError(f"{item.place}: {error}") from error
             if labelled.setdefault(key, (question, answer, label))[1:] != (answer, label):
                 raise ValueError(
-                    f"{place}: {self.key_field}: expected one answer per key, got a second one for {excerpt(key)}. "
-                    "Choose a --key_field that tells the records apart."
+                    f"{item.place}: {self.key_field}: expected one answer per key, got a second one for "
+                    f"{excerpt(key)}. Choose a --key_field that tells the records apart."
                 )
         return labelled
 

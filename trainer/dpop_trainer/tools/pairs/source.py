@@ -1,75 +1,74 @@
-"""Records from where they are kept, one at a time: a file, or a data set on the hub. A bad one is named, not raised."""
+"""Records to build pairs of, one at a time, from wherever pairs are read, with their licence and how far it is."""
 
-import gzip
-import itertools
-import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+from dpop_trainer.data.read_json import PlacedRecord, read_json_records
+from dpop_trainer.data.records import BadRecord
+from dpop_trainer.data.source_path import check_source_path, is_json
 
-
-class SourceRecord(NamedTuple):
-    """A record and where it stands, or what stands there instead."""
-
-    index: int
-    """Its number among the records, from 0."""
-    place: str
-    """For messages: "line 7" or "record 6"."""
-    record: dict[str, Any] | None
-    problem: str | None
-    """What is wrong where there is no record."""
-    consumed: int
-    """How much of the source has been read, in its unit."""
+Item = PlacedRecord | BadRecord
 
 
-class Source(NamedTuple):
-    """Records, to be read once."""
+@dataclass
+class Source:
+    """Records, or what stands there instead, to be read once."""
 
     name: str
     path: Path | None
     """None for the hub."""
-    records: Iterable[SourceRecord]
     size: int | None
     """Of the whole source, in `unit`."""
     unit: str
     """"B" (bytes) or "records"."""
-    license: str | None
+    license: str | None = None
     """What the hub says."""
+    items: Iterable[Item] = ()
+    consumed: int = 0
+    """How much of the source has been read, in its unit."""
 
-    def __iter__(self) -> Iterator[SourceRecord]:  # type: ignore[override]
-        return iter(self.records)
+    def __iter__(self) -> Iterator[Item]:
+        for number, item in enumerate(self.items, start=1):
+            if self.unit == "records":
+                self.consumed = number
+            yield item
+
+    def reached(self, position: int) -> None:
+        """So many bytes have been read."""
+        self.consumed = position
 
 
 def open_source(source: str, *, split: str = "train", config: str | None = None) -> Source:
-    """A source by name. Lines and Parquet row groups are streamed; a .json list is parsed whole.
+    """A source by name, which is streamed. JSON needs no `datasets`.
 
     Args:
-        source: a file (.jsonl, .jsonl.gz, .json as a list or one record per line, .parquet) or a hub id.
-        split: of a hub data set.
+        source: a file or folder of the kinds that `load_pairs` reads, or a hub id.
+        split: of a hub data set or a folder.
         config: of a hub data set that has several.
 
     Raises:
-        FileNotFoundError: there is no such file or hub data set.
+        FileNotFoundError: there is no such file, folder or hub data set.
         ValueError: the file is of another kind, or cannot be read.
     """
+    check_source_path(source, split)
     path = Path(source).expanduser()
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    if path.is_file():
-        if suffix not in _SUFFIXES:
-            raise ValueError(f"source: expected a file ending in {', '.join(_SUFFIXES)}, got {source}.")
-        if suffix == ".parquet":
-            return _parquet(path)
-        if suffix == ".json" and _begins_with_bracket(path):
-            return _json_list(path)
-        return Source(path.name, path, _lines(path), path.stat().st_size, "B", None)
-    if path.is_dir() or suffix in _SUFFIXES or path.is_absolute() or source.startswith((".", "~")):
-        raise FileNotFoundError(
-            f"source: expected a file or a hub id, got {source}. Check the path; a relative one begins at {Path.cwd()}."
-        )
-    return _hub(source, split, config)
+    if is_json(path):
+        opened = Source(path.name, path, path.stat().st_size, "B")
+        opened.items = read_json_records(path, on_position=opened.reached)
+        return opened
+    return _data_set(source, path if path.exists() else None, split, config)
+
+
+def record_of(item: Item) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: there is no record; what stands there.
+    """
+    if isinstance(item, BadRecord):
+        raise ValueError(item.reason)
+    return item.record
 
 
 def license_of(path: Path) -> tuple[str, Path] | None:
@@ -87,88 +86,18 @@ def license_of(path: Path) -> tuple[str, Path] | None:
     return None
 
 
-def _lines(path: Path) -> Iterator[SourceRecord]:
-    is_zipped = path.suffix == ".gz"
-    index = consumed = 0
-    with _named_read_errors(path), path.open("rb") as file, gzip.open(file) if is_zipped else file as lines:
-        for number, line in enumerate(lines, start=1):
-            # a file that is read by lines does not tell its position; the bytes behind gzip do
-            consumed = file.tell() if is_zipped else consumed + len(line)
-            if line.strip(b" \t\r\n\xef\xbb\xbf"):
-                yield _parsed(line, index, f"line {number}", consumed)
-                index += 1
+def _data_set(source: str, path: Path | None, split: str, config: str | None) -> Source:
+    from dpop_trainer.data.load import open_source as open_data_set
+    from dpop_trainer.data.read import stream_items
 
+    opened: Any = open_data_set(source, split, config, streaming=True)
+    info = getattr(opened, "info", None)  # a folder may hold a dict of splits
+    in_split = info.splits.get(split) if info is not None and info.splits else None
+    size = in_split.num_examples if in_split else None
+    if path is not None and path.suffix == ".parquet":
+        import pyarrow.parquet as pq
 
-def _parsed(line: bytes, index: int, place: str, consumed: int) -> SourceRecord:
-    try:
-        record = json.loads(line)  # decodes UTF-8 with or without a byte order mark
-    except (ValueError, RecursionError) as error:
-        return SourceRecord(index, place, None, f"expected a JSON object, got {error}.", consumed)
-    return _checked(record, index, place, consumed)
-
-
-def _checked(record: Any, index: int, place: str, consumed: int) -> SourceRecord:
-    if not isinstance(record, dict):
-        problem = f"expected a JSON object, got {type(record).__name__}."
-        return SourceRecord(index, place, None, problem, consumed)
-    return SourceRecord(index, place, record, None, consumed)
-
-
-def _begins_with_bracket(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _json_list(path: Path) -> Source:
-    try:
-        records = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON list of records, got what does not parse ({error}).") from error
-    checked = (_checked(record, i, f"record {i}", i + 1) for i, record in enumerate(records))
-    return Source(path.name, path, checked, len(records), "records", None)
-
-
-def _parquet(path: Path) -> Source:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"source: expected a readable .parquet file, got {path} ({error}).") from error
-
-    def records() -> Iterator[SourceRecord]:
-        count = itertools.count()
-        with _named_read_errors(path):
-            for batch in file.iter_batches(batch_size=1000):
-                for record in batch.to_pylist():
-                    index = next(count)
-                    yield SourceRecord(index, f"record {index}", record, None, index + 1)
-
-    return Source(path.name, path, records(), file.metadata.num_rows, "records", None)
-
-
-def _hub(source: str, split: str, config: str | None) -> Source:
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        dataset = datasets.load_dataset(source, config, split=split, streaming=True)
-    except (DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"source: expected a file or a data set on the hub, got {source!r}. Check the name, and log in if it is "
-            f"private or gated. The hub says: {error}"
-        ) from error
-    records = (_checked(dict(record), i, f"record {i}", i + 1) for i, record in enumerate(dataset))
-    size = None
-    if dataset.info.splits and split in dataset.info.splits:
-        size = dataset.info.splits[split].num_examples or None
-    return Source(source, None, records, size, "records", dataset.info.license or None)
-
-
-@contextmanager
-def _named_read_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError) as error:
-        raise ValueError(f"source: expected a readable file, got {path} ({error}).") from error
+        size = pq.read_metadata(path).num_rows
+    license = (info.license or None) if info is not None else None
+    items = stream_items(opened, split, origin=source)
+    return Source(path.name if path else source, path, size or None, "records", license, items)
