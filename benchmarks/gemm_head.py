@@ -61,7 +61,7 @@ class Parts(NamedTuple):
     def together(self) -> RowSums:
         maxima = self.maxima.amax(dim=1)
         sums = (self.sums * (self.maxima - maxima.unsqueeze(1)).exp()).sum(dim=1)
-        return RowSums(maxima, sums, self.target_logits, None, None)
+        return RowSums(maxima, sums, self.target_logits, moments=None, totals=None, squares=None)
 
 
 def gemm_token_logps(

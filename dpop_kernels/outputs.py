@@ -14,6 +14,9 @@ class TokenStats(NamedTuple):
     """Mean of the logits over the vocabulary (what TRL logs as `logits/chosen`)."""
     is_top1: Tensor
     """Bool: the target's logit is the largest of its row (ties count)."""
+    log_sum_sq_probs: Tensor
+    """log Σ p² over the vocabulary, in nats: the log of the mean probability of a token that is drawn from the
+    distribution. WPO's weights are relative to it."""
 
 
 class PairLosses(NamedTuple):

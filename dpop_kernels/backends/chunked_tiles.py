@@ -67,6 +67,8 @@ def _group_forward(
     distances = torch.sub(z, maxima.unsqueeze(-1), out=own_exps)
     far_ones = distances.clamp(min=-_FAR) if sums.moments is not None else None
     terms = distances.exp_()
+    if sums.squares is not None:
+        sums.squares.mul_(rescale.square()).add_(torch.einsum("rc,rc->r", terms, terms))
     if sums.moments is not None and far_ones is not None:
         earlier = rescale * (sums.moments + shift.clamp(min=-_FAR) * sums.sums)
         sums.moments.copy_(earlier + torch.einsum("rc,rc->r", terms, far_ones))
@@ -101,7 +103,10 @@ def rows_forward(
     log_sum = torch.where(z_target == torch.inf, torch.nan, log_sum)
     torch.sub(torch.where(is_top1, 0.0, z_target - maxima), log_sum, out=results.logps)
     results.lse.copy_(torch.where(is_top1, z_target, maxima).double() + log_sum.double())
-    if results.stats is not None and sums.moments is not None and sums.totals is not None:
+    if results.stats is not None:
+        assert sums.moments is not None
+        assert sums.totals is not None
+        assert sums.squares is not None
         # lse - Σ p z, both about the row's maximum
         distance = (z_target - maxima).abs().clamp(max=_FAR)
         m_shift, target_shift = torch.where(is_top1, -distance, 0.0), torch.where(is_top1, 0.0, -distance)
@@ -109,6 +114,9 @@ def rows_forward(
         results.stats.entropy.copy_(log_sum - moment / (m_shift.exp() * total + target_shift.exp()))
         results.stats.mean_logit.copy_(sums.totals / vocab_size)
         results.stats.is_top1.copy_(is_top1)
+        near_square = near.square()
+        others = torch.where(is_top1, sums.squares * near_square, (sums.squares - 1.0) + near_square)
+        results.stats.log_sum_sq_probs.copy_(torch.log1p(others) - 2.0 * log_sum)
     if products is not None and head is not None and results.unit_grads is not None:
         assert results.other_mass is not None
         results.other_mass.copy_(-torch.expm1(results.logps))

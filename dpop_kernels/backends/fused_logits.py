@@ -89,6 +89,7 @@ def _forward_launch(
             "entropy_ptr": None if stats is None else stats.entropy,
             "mean_logit_ptr": None if stats is None else stats.mean_logit,
             "is_top1_ptr": None if stats is None else stats.is_top1.view(torch.uint8),
+            "log_sum_sq_probs_ptr": None if stats is None else stats.log_sum_sq_probs,
             "V": logits.shape[1],
             "stride_logits_n": logits.stride(0),
             "HAS_STATS": stats is not None,

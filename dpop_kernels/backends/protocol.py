@@ -26,6 +26,7 @@ class RowSums(NamedTuple):
     target_logits: Tensor  # [R] z_y, NaN until its tile has come
     moments: Tensor | None  # [R] Σ exp(z - m) (z - m), for statistics
     totals: Tensor | None  # [R] Σ z, the target's own too
+    squares: Tensor | None  # [R] Σ exp(z - m)²
 
     @classmethod
     def empty(cls, num_rows: int, dtype: torch.dtype, device: torch.device, *, with_stats: bool = False) -> "RowSums":
@@ -34,8 +35,8 @@ class RowSums(NamedTuple):
         def full(value: float) -> Tensor:
             return torch.full((num_rows,), value, dtype=dtype, device=device)
 
-        moments, totals = (full(0.0), full(0.0)) if with_stats else (None, None)
-        return cls(full(torch.finfo(dtype).min), full(0.0), full(torch.nan), moments, totals)
+        of_stats = (full(0.0) if with_stats else None for _ in range(3))
+        return cls(full(torch.finfo(dtype).min), full(0.0), full(torch.nan), *of_stats)
 
 
 class RowResults(NamedTuple):
@@ -52,8 +53,8 @@ class RowResults(NamedTuple):
         logps = hidden_states.new_empty(hidden_states.shape[0], dtype=dtype)
         stats = None
         if with_stats:
-            is_top1 = torch.empty_like(logps, dtype=torch.bool)
-            stats = TokenStats(torch.empty_like(logps), torch.empty_like(logps), is_top1)
+            dtypes = dict.fromkeys(TokenStats._fields, logps.dtype) | {"is_top1": torch.bool}
+            stats = TokenStats(**{name: torch.empty_like(logps, dtype=dtype) for name, dtype in dtypes.items()})
         other_mass = unit_grads = None
         if with_gradient:
             other_mass = torch.empty_like(logps)

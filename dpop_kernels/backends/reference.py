@@ -69,4 +69,6 @@ def _token_stats(logits: Tensor, log_probs: Tensor, target_ids: Tensor) -> Token
     # p log p with p = 0 is 0, also where the logit is -inf
     entropy = -torch.where(log_probs > -torch.inf, log_probs.exp() * log_probs, 0).sum(-1)
     target_logits = logits.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
-    return TokenStats(entropy, logits.mean(-1), target_logits >= logits.max(-1).values)
+    return TokenStats(
+        entropy, logits.mean(-1), target_logits >= logits.max(-1).values, torch.logsumexp(2 * log_probs, dim=-1)
+    )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from dpop_kernels.kernels.elementary import expm1
-from dpop_kernels.kernels.softmax import FAR, at_least, entropy, log_prob, slope, transform
+from dpop_kernels.kernels.softmax import FAR, at_least, entropy, log_prob, log_sum_squares, slope, transform
 
 
 @triton.jit
@@ -29,6 +29,7 @@ def head_tile_fwd_kernel(
     target_logits_ptr,  # [R] out where the target's column is in this tile: z_y
     moments_ptr,  # [R] in and out, if HAS_STATS: sum of E (z - m)
     totals_ptr,  # [R] in and out, if HAS_STATS: sum of z, the target's own too
+    squares_ptr,  # [R] in and out, if HAS_STATS: sum of E²
     exps_ptr,  # [R, C] out, if HAS_EXPS: E * dz/du; may be logits_ptr
     products_ptr,  # [R, H] in and out, fp32, if HAS_EXPS: the earlier tiles' (E * dz/du) W, rescaled to the new m
     C,
@@ -64,6 +65,8 @@ def head_tile_fwd_kernel(
         moment = rescale * (tl.load(moments_ptr + r) + at_least(m - new_m, -FAR) * S)
         tl.store(moments_ptr + r, moment + tl.sum(exps * at_least(others - new_m, -FAR), axis=0))
         tl.store(totals_ptr + r, tl.load(totals_ptr + r) + tl.sum(tl.where(c < C, z, 0.0), axis=0))
+        squares = rescale * rescale * tl.load(squares_ptr + r)
+        tl.store(squares_ptr + r, squares + tl.sum(exps * exps, axis=0))
     tl.store(maxima_ptr + r, new_m)
     tl.store(sums_ptr + r, rescale * S + tl.sum(exps, axis=0))
 
@@ -85,6 +88,7 @@ def head_rows_fwd_kernel(
     target_logits_ptr,  # [R] in: z_y, NaN where no tile had the target
     moments_ptr,  # [R] in, if HAS_STATS
     totals_ptr,  # [R] in, if HAS_STATS
+    squares_ptr,  # [R] in, if HAS_STATS
     target_ids_ptr,  # [R] in, int64
     products_ptr,  # [R, H] in, fp32, if HAS_GRAD: (E * dz/du) W relative to m
     weight_ptr,  # [V, H] in, if HAS_GRAD
@@ -93,6 +97,7 @@ def head_rows_fwd_kernel(
     entropy_ptr,  # [R] out, fp32, if HAS_STATS
     mean_logit_ptr,  # [R] out, fp32, if HAS_STATS
     is_top1_ptr,  # [R] out, uint8, if HAS_STATS
+    log_sum_sq_probs_ptr,  # [R] out, fp32, if HAS_STATS
     other_mass_ptr,  # [R] out, fp32, if HAS_GRAD: 1 - p
     unit_grads_ptr,  # [R, H] out, if HAS_GRAD
     V,
@@ -118,6 +123,8 @@ def head_rows_fwd_kernel(
         tl.store(entropy_ptr + r, entropy(z_target, m, S, tl.load(moments_ptr + r), log_sum, is_top1))
         tl.store(mean_logit_ptr + r, tl.load(totals_ptr + r) / V)
         tl.store(is_top1_ptr + r, is_top1.to(tl.uint8))
+        log_squares = log_sum_squares(z_target, m, tl.load(squares_ptr + r), log_sum, is_top1)
+        tl.store(log_sum_sq_probs_ptr + r, log_squares)
 
     if HAS_GRAD:
         tl.store(other_mass_ptr + r, -expm1(logp))

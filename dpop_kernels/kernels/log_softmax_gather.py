@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dpop_kernels.kernels.elementary import expm1
-from dpop_kernels.kernels.softmax import FAR, LOWEST, at_least, entropy, log_prob, slope, transform
+from dpop_kernels.kernels.softmax import FAR, LOWEST, at_least, entropy, log_prob, log_sum_squares, slope, transform
 
 
 @triton.jit
@@ -26,6 +26,7 @@ def log_softmax_gather_fwd_kernel(
     entropy_ptr,  # [N] out, fp32, if HAS_STATS
     mean_logit_ptr,  # [N] out, fp32, if HAS_STATS
     is_top1_ptr,  # [N] out, uint8, if HAS_STATS
+    log_sum_sq_probs_ptr,  # [N] out, fp32, if HAS_STATS
     V,
     stride_logits_n,
     HAS_STATS: tl.constexpr,
@@ -44,6 +45,7 @@ def log_softmax_gather_fwd_kernel(
     sums = tl.zeros([BLOCK_V], tl.float32)  # of exp(z - m)
     moments = tl.zeros([BLOCK_V], tl.float32)  # of exp(z - m) * (z - m)
     totals = tl.zeros([BLOCK_V], tl.float32)  # of z
+    squares = tl.zeros([BLOCK_V], tl.float32)  # of exp(z - m)²
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         z = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
@@ -55,6 +57,7 @@ def log_softmax_gather_fwd_kernel(
         rescale = tl.exp(m - new_m)
         if HAS_STATS:
             moments = rescale * (moments + at_least(m - new_m, -FAR) * sums) + exps * at_least(z - new_m, -FAR)
+            squares = rescale * rescale * squares + exps * exps
         sums = rescale * sums + exps
         m = new_m
 
@@ -66,6 +69,8 @@ def log_softmax_gather_fwd_kernel(
         tl.store(entropy_ptr + n, entropy(z_target, m, S, tl.sum(moments, axis=0), log_sum, is_top1))
         tl.store(mean_logit_ptr + n, tl.sum(totals, axis=0) / V)
         tl.store(is_top1_ptr + n, is_top1.to(tl.uint8))
+        log_squares = log_sum_squares(z_target, m, tl.sum(squares, axis=0), log_sum, is_top1)
+        tl.store(log_sum_sq_probs_ptr + n, log_squares)
 
 
 @triton.jit

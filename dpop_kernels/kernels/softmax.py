@@ -73,6 +73,16 @@ def entropy(z_target, m, S, moment, log_sum, is_top1):
 
 
 @triton.jit
+def log_sum_squares(z_target, m, squares, log_sum, is_top1):
+    """log of the sum of p² = log sum of exp(z - max)² - 2 log_sum; `squares` is the other columns' sum of
+    exp(z - m)². As in `log_prob` the maximum's own term, 1, stays out of the log1p, which keeps the relative accuracy
+    of a confident row: 2 log_sum is at least twice as large as what is added to it."""
+    near = tl.exp(-tl.abs(z_target - m))
+    near_square = near * near
+    return log1p(tl.where(is_top1, squares * near_square, (squares - 1.0) + near_square)) - 2.0 * log_sum
+
+
+@triton.jit
 def at_least(x, bound):
     """max(x, bound) that hands NaN through."""
     return tl.where(x < bound, bound, x)

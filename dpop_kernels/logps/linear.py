@@ -60,7 +60,8 @@ def linear_token_logps(
         bias: [V] or None.
         logit_scale: multiplies h Wᵀ + bias (Cohere's logit_scale; 1 / Granite's logits_scaling).
         softcap: Gemma's final_logit_softcapping, in logit units, or None.
-        return_stats: also return `TokenStats` (entropy, mean logit, top-1 hit), without gradient.
+        return_stats: also return `TokenStats` (entropy, mean logit, top-1 hit, log Σ p²), without
+            gradient.
         backend: "auto", "reference", "chunked" or "fused" (Triton).
 
     Returns:

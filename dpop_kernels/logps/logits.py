@@ -46,7 +46,8 @@ def token_logps(
         target_ids: [N] int64 or int32 in [0, V). Checked on the CPU; on a GPU the check would cost a sync.
         inplace_backward: write the gradient over the logits' own storage, which saves [N, V]. The logits hold the
             gradient after backward and must not be used by anything else.
-        return_stats: also return `TokenStats` (entropy, mean logit, top-1 hit), without gradient.
+        return_stats: also return `TokenStats` (entropy, mean logit, top-1 hit, log Σ p²), without
+            gradient.
         backend: "auto", "reference", "chunked" or "fused" (Triton).
 
     Returns:

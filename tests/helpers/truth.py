@@ -4,6 +4,7 @@ import dataclasses
 import sys
 
 import torch
+from rounding import CONTRACT_NATS
 
 from dpop_kernels.backends import bounds, reference
 from dpop_kernels.logps.head import Adapter, Head, LogitTransform
@@ -59,6 +60,17 @@ def true_head_logps(
     adapter = None if states is None else Adapter(states, low_rank_weight)
     head = Head(weight, bias, LogitTransform(logit_scale, softcap), adapter)
     return reference.head_token_logps(hidden_states, head, target_ids, with_stats=with_stats)
+
+
+def assert_statistics(stats, truth):
+    """`TokenStats` within the contract of `truth`, in fp64. The derivative of log Σ p² by a logit, 2 (p² / Σ p² - p),
+    is up to twice a log-prob's, and so is its error."""
+    assert not any(value.requires_grad for value in stats)
+    assert stats.is_top1.dtype == torch.bool
+    assert torch.equal(stats.is_top1, truth.is_top1)
+    for name, bound in (("entropy", 1), ("mean_logit", 1), ("log_sum_sq_probs", 2)):
+        error = (getattr(stats, name) - getattr(truth, name)).abs().max()
+        assert error <= bound * CONTRACT_NATS, (name, error)
 
 
 def set_tiles(monkeypatch, rows, columns, *, gradient_rows=None, pair_bytes=64 << 20):

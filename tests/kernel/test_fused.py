@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rounding import CONTRACT_NATS, GRADIENT, UNIT, stored
-from truth import peaked_logits, reference_logps, value_and_grads
+from truth import assert_statistics, peaked_logits, reference_logps, value_and_grads
 
 from dpop_kernels.backends import fused, fused_tiles, reference
 from dpop_kernels.backends.protocol import RowResults, RowSums
@@ -381,11 +381,7 @@ def test_statistics(shape, dtype):
     logps, stats = fused.token_logps(logits, target_ids, with_stats=True)
     _, truth = reference.token_logps(logits.double(), target_ids, with_stats=True)
     assert torch.equal(logps, fused_logps(logits, target_ids))
-    assert not any(tensor.requires_grad for tensor in stats)
-    assert (stats.entropy - truth.entropy).abs().max() <= CONTRACT_NATS
-    assert (stats.mean_logit - truth.mean_logit).abs().max() <= CONTRACT_NATS
-    assert stats.is_top1.dtype == torch.bool
-    assert torch.equal(stats.is_top1, truth.is_top1)
+    assert_statistics(stats, truth)
 
 
 @pytest.mark.usefixtures("_numpy_like_a_gpu")  # the mean of many lowest numbers overflows to -inf, in eager too
@@ -405,6 +401,8 @@ def test_statistics_of_derived_rows():
     _, stats = fused.token_logps(masked(rows, width), on_device(targets), with_stats=True)
     entropies = [math.log(width), 0.0, math.log(2), math.log(500), math.log(500)]
     assert (stats.entropy - on_device(entropies)).abs().max() <= CONTRACT_NATS
+    # k equal probabilities: Σ p² = 1 / k
+    assert (stats.log_sum_sq_probs + on_device(entropies)).abs().max() <= CONTRACT_NATS
     assert torch.allclose(stats.mean_logit[:3], on_device([0.0, 1e4 / width, 200.0 / width]))
     assert (stats.mean_logit[3:] == -INF).all()
     assert stats.is_top1.tolist() == [True] * 5
@@ -489,9 +487,9 @@ def test_tiles(transform):
     true_logps, true_grad, true_lse, true_stats = tile_truth(tile, target_ids, options)
     logps, lse, stats = tiles_forward(tile, target_ids, options)
     assert lse.dtype == torch.float64
-    for value, truth in [(logps, true_logps), (lse, true_lse), *zip(stats[:2], true_stats[:2], strict=True)]:
+    for value, truth in [(logps, true_logps), (lse, true_lse)]:
         assert (value - truth).abs().max() <= CONTRACT_NATS
-    assert torch.equal(stats.is_top1, true_stats.is_top1)
+    assert_statistics(stats, true_stats)
 
     grad = torch.empty_like(tile)
     out = fused_tiles.tile_backward(tile, target_ids, logps, lse, weights(3), options, out=grad)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from rounding import CONTRACT_NATS, GRADIENT, SUM, HeadBounds, stored, worst
-from truth import head_inputs, relative_error, set_tiles, true_head_logps, value_and_grads
+from rounding import CONTRACT_NATS, GRADIENT, SUM, UNIT, HeadBounds, stored, worst
+from truth import assert_statistics, head_inputs, relative_error, set_tiles, true_head_logps, value_and_grads
 
 from dpop_kernels import linear_dpop_loss, linear_token_logps, logits_dpop_loss
 
@@ -153,10 +153,22 @@ def test_statistics(backend):
         _, stats = linear_token_logps(
             hidden_states.clone().requires_grad_(), weight, target_ids, softcap=20.0, return_stats=True, backend=backend
         )
-        assert torch.equal(stats.is_top1, expected.is_top1)
-        assert (stats.entropy - expected.entropy).abs().max() <= CONTRACT_NATS
-        assert (stats.mean_logit - expected.mean_logit).abs().max() <= CONTRACT_NATS
-        assert not any(value.requires_grad for value in stats)
+        assert_statistics(stats, expected)
+
+
+@pytest.mark.parametrize("backend", CANDIDATES)
+def test_log_of_the_sum_of_squares_of_a_confident_row(backend):
+    """Two logits d apart, p = 1 / (1 + x) with x = exp(-d): Σ p² = (1 + x²) / (1 + x)², whose log is -2 x + O(x²), to
+    a few units of x and not of 1; the same whichever of the two is the target."""
+    weight = torch.tensor([[10.0], [-10.0]])
+    for target in (0, 1):
+        _, stats = linear_token_logps(
+            torch.ones(1, 1), weight, torch.tensor([target]), return_stats=True, backend=backend
+        )
+        x = math.exp(-20)
+        expected = math.log1p(x * x) - 2 * math.log1p(x)
+        # exp, product, log1p and a sum round
+        assert abs(float(stats.log_sum_sq_probs) / expected - 1) <= 8 * UNIT[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

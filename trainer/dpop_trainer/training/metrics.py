@@ -88,7 +88,7 @@ def evaluation_names(args: DPOPConfig) -> set[str]:
         options=args.loss_options(),
         backend="reference",
     )
-    stats = TokenStats(entropy=logps, mean_logit=logps, is_top1=logps.bool())
+    stats = TokenStats(entropy=logps, mean_logit=logps, is_top1=logps.bool(), log_sum_sq_probs=logps)
     has_reference = needs_reference(args.loss_type)
     found = metrics_of(pairs, terms, stats, batch, options=args.loss_options(), has_reference=has_reference)
     return {*found, "num_computed_tokens"}

@@ -99,7 +99,7 @@ class _HeadProduct(torch.autograd.Function):
             workspace = _bytes(num_bytes)
             logps = rows.new_empty(num_scored, dtype=torch.float32)
             # statistics and log-normalisers
-            stats = _bytes(num_scored * (2 * FP32 + 1 + FP64 + FP32))
+            stats = _bytes(num_scored * (3 * FP32 + 1 + FP64 + FP32))
             if is_frozen:
                 ctx.save_for_backward(torch.empty_like(rows), stats)
             elif needs_weight:
