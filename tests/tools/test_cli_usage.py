@@ -113,7 +113,7 @@ def test_wrong_usage_is_2_and_named(flags, message, capsys):
         ("use_peft: 3", "use_peft: expected true or false, got 3"),
         ("methods: [dpo]", "expected fields of the run, got 'methods'. `dpop compare` takes it."),
         ("evaluation_strategy: steps", "It is called eval_strategy now."),
-        ("sync_ref_model: true", "sync_ref_model: expected False, got True. The reference stays"),
+        ("ref_model_sync_steps: 0", "ref_model_sync_steps: expected at least 1 optimizer step, got 0."),
         ("model_init_kwargs: eager", "model_init_kwargs: expected a mapping, or one as JSON, got 'eager'"),
         ("peft_config: [1]", "peft_config: expected a mapping of LoraConfig's fields, got [1]"),
         ("per_device_train_batch_size: 0", "per_device_train_batch_size: expected at least 1, got 0. If one is too"),

@@ -26,6 +26,7 @@ CASES = {
     "accumulated": {"layout": "auto", "gradient_accumulation_steps": 2},
     "idle_rank": {"layout": "rows", "num_pairs": 9},
     "checkpointed": {"layout": "rows", "lora": True, "gradient_checkpointing": True},
+    "moving": {"layout": "rows", "sync_ref_model": True, "ref_model_sync_steps": 3},
     "precomputed": {"layout": "rows", "precompute_ref_log_probs": True, "loss_type": "dpo"},
 }
 

@@ -188,7 +188,22 @@ def several_losses(DPOConfig, DPOTrainer, model_path, output_dir):
     )
 
 
-SCRIPTS = [several_losses, full_by_name, lora, adapter_given, precomputed, conversational, reference_given, truncated]
+def synced(DPOConfig, DPOTrainer, model_path, output_dir):
+    args = settings(output_dir, sync_ref_model=True, ref_model_mixup_alpha=0.4, ref_model_sync_steps=3)
+    return DPOTrainer(model=model_path, args=DPOConfig(**args), train_dataset=Dataset.from_list(text_pairs(8)))
+
+
+SCRIPTS = [
+    several_losses,
+    full_by_name,
+    lora,
+    adapter_given,
+    precomputed,
+    conversational,
+    reference_given,
+    truncated,
+    synced,
+]
 
 
 def run(script, classes, model_path, folder):
@@ -317,8 +332,9 @@ def test_what_is_not_supported_is_refused_by_name(name, tmp_path):
 
 
 def test_all_refusals_come_at_once(tmp_path):
-    with pytest.raises(ValueError, match=r"(?s)ld_alpha: .*sync_ref_model: "):
-        DPOPConfig(str(tmp_path), ld_alpha=0.5, sync_ref_model=True)
+    with pytest.raises(ValueError, match="expected") as raised:
+        DPOPConfig(str(tmp_path), **{name: other_than(defaults(DPOPConfig)[name]) for name in ALTERNATIVES})
+    assert {line.partition(":")[0] for line in str(raised.value).splitlines()} == ALTERNATIVES.keys()
 
 
 def test_auto_and_spelt_out_padding(tmp_path):

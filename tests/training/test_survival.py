@@ -62,6 +62,8 @@ def setting(tmp_path):
         "lora_dropout": 0.2,
         "disable_dropout": False,
         "gradient_checkpointing": False,
+        "sync_ref_model": True,  # at steps 3, 6 and 9: no checkpoint is of a step at which it moves but one
+        "ref_model_sync_steps": 3,
         "logging_steps": 3,  # so that checkpoints fall between two log lines
         "save_steps": 2,
         "save_total_limit": 2,

@@ -5,6 +5,8 @@ pair_reference    that reference at work: what a trainer asks
 source            the policy in a state in which it is the reference, or a frozen model
 adapters          does an adapter change anything yet?
 start_weights     the trainable parameters as they were, and their place in a run that is resumed
+moving            a reference that follows the policy, every so many steps
+weight_files      a reference's weights on disk
 second_model      a reference by name, quantised or offloaded
 precompute        one pass over a data set, sharded, resumable -> columns
 cache             log-probs by pair on disk

@@ -7,6 +7,9 @@ at the start; cheapest first:
     adapter trained before      the adapter as it was, switched in
     all weights                 a frozen copy
     with precompute_ref_log_probs, whatever else than a new adapter: the policy before training, and no copy
+
+With sync_ref_model the weights of that reference, or of a second model, follow the policy; an adapter's are a second
+set, which starts as the adapter does.
 """
 
 import logging
@@ -24,6 +27,7 @@ from dpop_trainer.models.loading import Policy, disable_dropout
 from dpop_trainer.models.positions import check_positions
 from dpop_trainer.models.quantised import make_trainable
 from dpop_trainer.reference.adapters import adapter_changes_nothing
+from dpop_trainer.reference.moving import check_can_follow
 from dpop_trainer.reference.second_model import check_reference, load_reference
 from dpop_trainer.reference.source import frozen_copy
 from dpop_trainer.settings.config import DPOPConfig
@@ -52,6 +56,8 @@ class ReferencePlan:
     """One pass before training gives the data sets their columns, and then no model is kept for it."""
     trains_on_given_columns: bool = False
     """The training pairs bring the reference's log-probs, also where other pairs do not."""
+    moves: bool = False
+    """Its weights follow the policy's (sync_ref_model)."""
 
     @property
     def is_needed(self) -> bool:
@@ -90,11 +96,21 @@ def plan_reference(
         args: the configuration.
         train_dataset, eval_dataset: tokenised; of the latter several by name.
         is_new_adapter: the adapter has just been put on.
+
+    Raises:
+        ValueError: the reference is to follow the policy, and there are no weights of it that could.
     """
-    kind = _kind(policy, ref_model, args, data_parts(train_dataset, eval_dataset), is_new_adapter)
+    parts = data_parts(train_dataset, eval_dataset)
+    if args.sync_ref_model and any(map(has_reference_columns, parts)):
+        raise ValueError(
+            "sync_ref_model: expected pairs without the columns ref_chosen_logps and ref_rejected_logps, since the "
+            "reference changes as training goes on, got pairs with them. Remove the columns, or leave sync_ref_model "
+            "out."
+        )
+    kind = _kind(policy, ref_model, args, parts, is_new_adapter)
     plan = ReferencePlan(kind, trains_on_given_columns=kind is not Kind.NONE and has_reference_columns(train_dataset))
     if plan.is_a_model:
-        return ReferencePlan(kind, args.precompute_ref_log_probs, plan.trains_on_given_columns)
+        return ReferencePlan(kind, args.precompute_ref_log_probs, plan.trains_on_given_columns, args.sync_ref_model)
     if ref_model is not None:
         logger.warning("ref_model is not used: no loss needs a reference, or all pairs bring their own columns.")
     return plan
@@ -124,6 +140,8 @@ def reference_model(plan: ReferencePlan, policy: Policy, ref_model: Any, args: D
         model = load_reference(ref_model, policy.model, init_kwargs)
     if plan.kind is Kind.SECOND_MODEL:
         check_reference(model, policy.model, num_tokens=len(policy.tokenizer))
+        if plan.moves:
+            check_can_follow(model, policy.model)
     for part in parts:
         if isinstance(part, Dataset):
             check_positions(model, part, "ref_model")

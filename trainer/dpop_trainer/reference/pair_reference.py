@@ -1,7 +1,9 @@
 """The reference of a run at work: asked batch by batch, or once for whole data sets before training."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,7 @@ from dpop_trainer.batches.scoring import ScoredModel, attention_of, forward_inpu
 from dpop_trainer.reference.cache import ReferenceCache, cache_root
 from dpop_trainer.reference.choose import Kind, ReferencePlan, has_reference_columns
 from dpop_trainer.reference.keys import describe_reference, weights_digest
+from dpop_trainer.reference.moving import MovingReference
 from dpop_trainer.reference.precompute import precompute_reference
 from dpop_trainer.reference.second_model import offload_reference
 from dpop_trainer.reference.source import FrozenModel, PolicyAsReference, Reference, adapter_off, eval_mode
@@ -51,6 +54,7 @@ class PairReference:
     def __init__(self, trainer: "DPOPTrainer", plan: ReferencePlan, model: ScoredModel | None) -> None:
         self._trainer, self._accelerator, self.plan = trainer, trainer.accelerator, plan
         self._start_weights: StartWeights | None = None
+        self._moving: MovingReference | None = None
         self._source: Reference | None = None
         self._cache: ReferenceCache | None = None
         self.step_zero = StepZero(self._accelerator, self._setting)
@@ -64,7 +68,11 @@ class PairReference:
             kind, backend = plan.kind.value, trainer.args.kernel_backend
             self._source = FrozenModel(model.model, model.head, self._accelerator, backend, kind)
             described = model.model, True
-        trainer.add_callback(ReferenceRecord(plan.kind.value, _fingerprint(*described), self._start_weights))
+        recorded = self._start_weights if plan.kind is Kind.START_WEIGHTS else None
+        trainer.add_callback(ReferenceRecord(plan.kind.value, _fingerprint(*described), recorded))
+        if plan.moves:
+            self._moving = self._follow(model)
+            trainer.add_callback(self._moving)  # after the record, which puts a resumed run's start weights back
         if plan.is_precomputed and self._accelerator.is_main_process:
             self._cache = self._open_cache(*described)
         if model is not None:
@@ -127,6 +135,11 @@ class PairReference:
             show_progress=not trainer.args.disable_tqdm,
         )
 
+    def save_place(self, checkpoint: Path) -> None:
+        """Put into a checkpoint where a reference that moves has come to; nothing of one that does not."""
+        if self._moving is not None:
+            self._moving.save(checkpoint)
+
     def release(self) -> None:
         """After the pass over all data sets: let a second model go, and the policy be anything but itself."""
         source, self._source = self._source, None
@@ -142,13 +155,13 @@ class PairReference:
 
     def _policy_as_reference(self) -> PolicyAsReference:
         trainer = self._trainer
-        if self.plan.kind is Kind.ADAPTER_OFF:
+        if self.plan.kind is Kind.ADAPTER_OFF and not self.plan.moves:
             state: Any = adapter_off
         elif self.plan.kind is Kind.BEFORE_TRAINING:
             state = eval_mode
         else:
-            assert self.plan.kind is Kind.START_WEIGHTS, self.plan
-            _check_not_sharded(self._accelerator)
+            assert self.plan.kind is Kind.START_WEIGHTS or self.plan.moves, self.plan
+            _check_not_sharded(self._accelerator, self.plan)
             self._start_weights = StartWeights(trainer.model)  # type: ignore[arg-type]
             state = self._start_weights.switched_in
         return PolicyAsReference(
@@ -158,6 +171,27 @@ class PairReference:
             lambda: state(self._accelerator.unwrap_model(trainer.model)),
             self._accelerator,
             trainer.args.kernel_backend,
+        )
+
+    def _follow(self, model: ScoredModel | None) -> MovingReference:
+        """What moves the reference: a model of its own, or the weights that are switched into the policy."""
+        trainer, start = self._trainer, self._start_weights
+        if model is not None and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "sync_ref_model: expected weights that are whole or sharded by FSDP2, got ZeRO-3, whose shards are not "
+                "gathered here. Use ZeRO-2, DDP or FSDP2."
+            )
+
+        def followed() -> Iterator[Tensor]:
+            policy: Any = self._accelerator.unwrap_model(trainer.model)  # type: ignore[arg-type]
+            return (p for p in policy.parameters() if start is None or p.requires_grad)
+
+        return MovingReference(
+            lambda: start.values if start is not None else dict(model.model.named_parameters()),  # type: ignore[union-attr]
+            followed,
+            mixup_alpha=trainer.args.ref_model_mixup_alpha,
+            sync_steps=trainer.args.ref_model_sync_steps,
+            resumed_from=lambda: trainer.resumed_from,
         )
 
     def _place(self, model: Any) -> None:
@@ -208,13 +242,20 @@ class PairReference:
         )
 
 
-def _check_not_sharded(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type == DistributedType.FSDP or is_deepspeed_zero3_enabled():
+def _check_not_sharded(accelerator: Accelerator, plan: ReferencePlan) -> None:
+    if accelerator.distributed_type != DistributedType.FSDP and not is_deepspeed_zero3_enabled():
+        return
+    if plan.moves:
         raise ValueError(
-            "ref_model: expected one, or precompute_ref_log_probs, since weights are sharded (FSDP, ZeRO-3) and the "
-            "policy is an adapter that was trained before, whose start cannot be switched in there. Set "
-            "precompute_ref_log_probs=True."
+            "sync_ref_model: expected an adapter on weights that every process has whole (DDP, ZeRO-2), got sharded "
+            "ones (FSDP, ZeRO-3), into which a second set of adapter weights cannot be switched. Use DDP or ZeRO-2, or "
+            "leave sync_ref_model out."
         )
+    raise ValueError(
+        "ref_model: expected one, or precompute_ref_log_probs, since weights are sharded (FSDP, ZeRO-3) and the policy "
+        "is an adapter that was trained before, whose start cannot be switched in there. Set "
+        "precompute_ref_log_probs=True."
+    )
 
 
 def _fingerprint(model: Any, with_adapter: bool) -> str | None:

@@ -6,18 +6,17 @@ layer trained beside it, a prompt. Nothing is added to the model, so its checkpo
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from dpop_trainer.reference.source import eval_mode
+from dpop_trainer.reference.weight_files import read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -53,45 +52,16 @@ class StartWeights:
             finally:
                 self._exchange(model)
 
-    def save(self, path: Path) -> None:
-        """Write them as safetensors, whole or not at all."""
-        partial = path.with_name(f"{path.name}.tmp")
-        save_file({name: value.contiguous() for name, value in self._values.items()}, partial)
-        os.replace(partial, path)
-
-    def load(self, path: Path) -> bool:
-        """Take what is stored there -> whether it differs from what was held.
-
-        Raises:
-            ValueError: the file cannot be read, or holds other parameters.
-        """
-        try:
-            stored: dict[str, Tensor] = load_file(path)
-        except Exception as error:  # safetensors raises a class of its own for what it cannot parse
-            raise ValueError(f"{path}: expected the reference's start weights, got {error}. {_REMEDY}") from error
-        shapes = {name: value.shape for name, value in stored.items()}
-        expected = {name: value.shape for name, value in self._values.items()}
-        if shapes != expected:
-            odd = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
-            raise ValueError(
-                f"{path}: expected the parameters that this policy trains, got others: {odd[0]} and {len(odd) - 1} "
-                f"more differ. {_REMEDY}"
-            )
-        differs = False
-        for name, value in self._values.items():
-            new = stored[name].to(device=value.device, dtype=value.dtype)
-            differs |= not torch.equal(new, value)
-            value.copy_(new)
-        return differs
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The weights by name, those that are held and not those that are switched in."""
+        return self._values
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for name, value in self._values.items():
             parameter = model.get_parameter(name)
             parameter.data, self._values[name] = value, parameter.data
-
-
-_REMEDY = "Start the run anew in another output_dir, from the model that it began with."
 
 
 class ReferenceRecord(TrainerCallback):
@@ -118,13 +88,14 @@ class ReferenceRecord(TrainerCallback):
         elif state.is_world_process_zero:
             folder.mkdir(parents=True, exist_ok=True)
             if self._start_weights is not None:
-                self._start_weights.save(folder / WEIGHTS_FILE)
+                write_weights(self._start_weights.values, folder / WEIGHTS_FILE)
             record: dict[str, Any] = {"reference": self._kind, "weights": self._fingerprint}
             (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
     def _check(self, folder: Path) -> None:
         if self._start_weights is not None and (folder / WEIGHTS_FILE).exists():
-            if self._start_weights.load(folder / WEIGHTS_FILE):
+            start = self._start_weights.values
+            if read_weights(start, folder / WEIGHTS_FILE, "the reference's start weights"):
                 logger.warning(
                     "The adapter given is not the one that this run began with; the reference is the one it began with "
                     "(%s).",

@@ -14,7 +14,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from dpop_kernels.backends import BACKENDS, select_backend
 from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES, TRL_NAMES
 from dpop_kernels.losses.options import LossOptions
-from dpop_kernels.losses.weights import check_options, resolve_losses
+from dpop_kernels.losses.weights import check_options, needs_reference, resolve_losses
 from dpop_trainer.run_folder.private import SecretFreeRepr, without_secrets
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
 from dpop_trainer.settings.ranges import check_ranges
@@ -330,6 +330,17 @@ class DPOPConfig(TRLFields, HeadConfig):
         default=False,
         metadata={"help": "Keep a second model's weights in CPU memory; a layer is on the device while it runs."},
     )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={"help": "Let the reference follow the policy (TR-DPO), its adapter where an adapter is trained."},
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6,
+        metadata={"help": "α in (0, 1]: the policy's share of the reference at each move. 1 makes it the policy."},
+    )
+    ref_model_sync_steps: int = field(
+        default=512, metadata={"help": "Optimizer steps from one move of the reference to the next."}
+    )
 
     chosen_logratio_warning: float | None = field(
         default=10.0,
@@ -345,6 +356,11 @@ class DPOPConfig(TRLFields, HeadConfig):
         if self.loss_weights is not None:
             self.loss_weights = list(losses.values())
         check_options(self.loss_options(), list(losses))
+        if self.sync_ref_model and not needs_reference(self.loss_type):
+            raise ValueError(
+                f"sync_ref_model: expected False with loss_type {' '.join(self.loss_type)}, which has no reference, "
+                "got True. Leave it out."
+            )
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {', '.join(map(repr, LAYOUTS))}, got {self.layout!r}.")
         super().__post_init__()

@@ -67,6 +67,29 @@ def check_preference_fields(args: "DPOPConfig") -> None:
         raise ValueError(
             f"precompute_ref_batch_size: expected None or at least 1 pair, got {args.precompute_ref_batch_size}."
         )
+    _check_moving_reference(args)
+
+
+def _check_moving_reference(args: "DPOPConfig") -> None:
+    if not 0 < args.ref_model_mixup_alpha <= 1:
+        raise ValueError(
+            f"ref_model_mixup_alpha: expected the policy's share of the new reference, in (0, 1], got "
+            f"{args.ref_model_mixup_alpha}. 1 makes it the policy."
+        )
+    if args.ref_model_sync_steps < 1:
+        raise ValueError(
+            f"ref_model_sync_steps: expected at least 1 optimizer step, got {args.ref_model_sync_steps}. 512 is TRL's."
+        )
+    if not args.sync_ref_model:
+        return
+    for name, why in (
+        ("precompute_ref_log_probs", "computes the log-probs of a reference that stays"),
+        ("ref_model_offload", "keeps its weights where they are not mixed"),
+    ):
+        if getattr(args, name):
+            raise ValueError(
+                f"sync_ref_model: expected False with {name}, which {why}, got True. Leave one of the two out."
+            )
 
 
 def _check_budget(args: "DPOPConfig") -> None:

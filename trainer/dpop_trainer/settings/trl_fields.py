@@ -22,12 +22,6 @@ ALTERNATIVES = {
     "f_divergence_type": "Only the reverse KL is offered, which is what DPO and DPOP are derived from.",
     "f_alpha_divergence_coef": "It belongs to f_divergence_type='alpha_divergence'; only the reverse KL is offered.",
     "use_weighting": "Weights by the policy's own log-probs (WPO) are not offered. Filter or repeat pairs in the data.",
-    "sync_ref_model": (
-        "The reference stays what the policy was at the start: DPOP's penalty is measured against it. Train in rounds, "
-        "each from the model that the last one saved."
-    ),
-    "ref_model_mixup_alpha": "It belongs to sync_ref_model, which is not offered.",
-    "ref_model_sync_steps": "It belongs to sync_ref_model, which is not offered.",
     "use_liger_kernel": (
         "It replaces the model's forward, which the kernels here stand behind; they are on already. For the layers, "
         "use model_init_kwargs={'use_kernels': True}."
@@ -74,9 +68,6 @@ class TRLFields:
     f_divergence_type: str = field(default="reverse_kl", metadata={"help": SUPPRESS})
     f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": SUPPRESS})
     use_weighting: bool = field(default=False, metadata={"help": SUPPRESS})
-    sync_ref_model: bool = field(default=False, metadata={"help": SUPPRESS})
-    ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": SUPPRESS})
-    ref_model_sync_steps: int = field(default=512, metadata={"help": SUPPRESS})
 
 
 def check_trl_fields(config: Any) -> None:

@@ -18,6 +18,7 @@ _REFUSED = {
 }
 
 _NOTHING_TO_GATHER = "no predictions are kept: evaluation computes log-probs and their means"
+_NOTHING_MOVES = "it belongs to sync_ref_model, which is off"
 # what changes nothing here -> why
 _WITHOUT_EFFECT = {
     "include_for_metrics": "it belongs to compute_metrics, which is not offered",
@@ -28,6 +29,8 @@ _WITHOUT_EFFECT = {
     "eval_use_gather_object": _NOTHING_TO_GATHER,
     "label_names": "labels are made of the pairs themselves",
     "average_tokens_across_devices": "the mean is always over all items of the global batch, on all processes",
+    "ref_model_mixup_alpha": _NOTHING_MOVES,
+    "ref_model_sync_steps": _NOTHING_MOVES,
     "do_predict": "training does not predict; `dpop eval` and `dpop mtbench answer` let a model write",
 }
 
@@ -50,6 +53,8 @@ def tell_of_no_effect(args: Any) -> None:
     """One line for each field that is set and changes nothing here."""
     for name, default in _defaults(args, _WITHOUT_EFFECT).items():
         value = getattr(args, name)
+        if _WITHOUT_EFFECT[name] is _NOTHING_MOVES and args.sync_ref_model:
+            continue
         if value != default and value not in (None, []):
             logger.warning("%s=%r has no effect: %s.", name, value, _WITHOUT_EFFECT[name])
     if getattr(args, "dataloader_drop_last", False) and getattr(args, "max_tokens_per_batch", None) is not None:

@@ -220,8 +220,8 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         self._micro_batches = []
         self._mean_metrics["train"] = MeanMetrics()
         self._token_counts, self._logged_token_counts = {}, {}
-        if self._resumed_from is not None:
-            progress = load_progress(self._resumed_from, rank=self.args.process_index, device=self.args.device)
+        if self.resumed_from is not None:
+            progress = load_progress(self.resumed_from, rank=self.args.process_index, device=self.args.device)
             if progress is not None:
                 self._take_up(progress)
             for key in {key for line in self.state.log_history for key in line if key.startswith("num_")}:

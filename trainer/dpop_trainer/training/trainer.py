@@ -147,7 +147,12 @@ class DPOPTrainer(BudgetTrainer):
             self._precompute_reference()
         self._pair_values: dict[str, Tensor] = {}
         self.add_callback(
-            ChosenWatch(args.chosen_logratio_warning, loss_types=args.loss_type, dpop_lambda=args.dpop_lambda)
+            ChosenWatch(
+                args.chosen_logratio_warning,
+                loss_types=args.loss_type,
+                dpop_lambda=args.dpop_lambda,
+                reference_moves=plan.moves,
+            )
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -220,6 +225,11 @@ class DPOPTrainer(BudgetTrainer):
 
     def pair_values(self):
         return self._pair_values
+
+    def write_progress(self, folder):
+        super().write_progress(folder)
+        if self.args.should_save:
+            self.reference.save_place(folder)
 
     def carried_state(self):
         return self.reference.step_zero.state()

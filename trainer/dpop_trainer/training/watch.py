@@ -21,12 +21,16 @@ class ChosenWatch(TrainerCallback):
         threshold: nats per answer, > 0; None never warns.
         loss_types: of the run; decide the advice.
         dpop_lambda: of the run.
+        reference_moves: it follows the policy, so that what is seen is the fall since it last moved.
     """
 
-    def __init__(self, threshold: float | None, *, loss_types: Sequence[str], dpop_lambda: float) -> None:
+    def __init__(
+        self, threshold: float | None, *, loss_types: Sequence[str], dpop_lambda: float, reference_moves: bool = False
+    ) -> None:
         self._limit = math.inf if threshold is None else threshold
         self._penalised = has_penalty(loss_types) and dpop_lambda > 0
         self._dpop_lambda = dpop_lambda
+        self._reference = "a reference that follows, and more against the start" if reference_moves else "the reference"
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         fall = -(logs or {}).get(CHOSEN_KEY, 0.0)
@@ -43,10 +47,11 @@ class ChosenWatch(TrainerCallback):
                 f"(now {args.learning_rate:g})."
             )
         logger.warning(
-            "Step %d: your chosen answers are losing probability: %.3g nats per answer on average against the "
-            "reference, that is a factor of %.2g. The model is unlearning the answers that it should prefer. %s",
+            "Step %d: your chosen answers are losing probability: %.3g nats per answer on average against %s, that is "
+            "a factor of %.2g. The model is unlearning the answers that it should prefer. %s",
             state.global_step,
             -fall,
+            self._reference,
             math.exp(max(-fall, -700.0)),
             advice,
         )

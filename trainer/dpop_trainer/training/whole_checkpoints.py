@@ -36,7 +36,7 @@ class WholeCheckpoints(HfHooks):
     run_config: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._resumed_from: Path | None = None
+        self.resumed_from: Path | None = None
         self._clock = TrainingClock()  # writing does not count as training
         super().__init__(*args, **kwargs)
         self.add_callback(GivenWeights())
@@ -69,7 +69,7 @@ class WholeCheckpoints(HfHooks):
         if checkpoint is not None:
             check_checkpoint(checkpoint)
             check_same_run(checkpoint, self._identity(), strict=resume_from_checkpoint is True)
-        self._resumed_from = checkpoint
+        self.resumed_from = checkpoint
         return super().train(str(checkpoint) if checkpoint is not None else None, *args, **kwargs)
 
     def _identity(self) -> dict[str, Any]:
