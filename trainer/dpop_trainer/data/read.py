@@ -143,13 +143,13 @@ def stream_items(
     source = source.with_format(None)
     if isinstance(source, IterableDataset):
         source.set_epoch(epoch)
-    prefix = f"{origin}, " if origin else ""
+    prefix, index = f"{origin}, " if origin else "", -1
     try:
         for index, record in enumerate(source):
             yield PlacedRecord(f"{prefix}record {index}", without_filled_nulls(record))  # type: ignore[arg-type]
     except (pa.ArrowException, UnicodeError) as error:
         raise ValueError(
-            f"{origin or 'source'}: expected records that can be read, got damaged ones ({error})."
+            f"{prefix}after record {index}: expected records that can be read, got damaged ones ({error})."
         ) from error
 
 

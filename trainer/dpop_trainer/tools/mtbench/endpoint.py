@@ -1,24 +1,25 @@
 """One chat completion from an OpenAI-compatible endpoint: retried where trying again may help, refused where not."""
 
+import asyncio
 import email.utils
 import json
 import os
 import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.client import HTTPException
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
+
+import httpx2
 
 # too many requests, request timeout, too early, conflict, and failures of the server: worth another try
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 # the key, the address or the model's name is wrong: every request will fail
 FATAL = (300, 301, 302, 303, 307, 308, 401, 403, 404, 405)
 LONGEST_WAIT = 120.0  # seconds
+LONGEST_REPLY = 16 << 20
+"""Bytes, of which a judgment with all that its model thought takes a few hundred thousand."""
 
 
 class JudgeError(Exception):
@@ -37,7 +38,7 @@ class Endpoint:
         url: up to and without /chat/completions, such as https://api.openai.com/v1 or http://localhost:8000/v1.
         model: the model's name there.
         api_key_env: the environment variable that holds the key; None sends none.
-        timeout: seconds to wait for a reply.
+        timeout: seconds for one try, from the connection to the reply's last byte.
         max_attempts: tries for each request.
         first_wait: seconds before the second try; doubled before each further one.
         request_fields: added to every request, in place of ours where they have the same name; null removes ours.
@@ -57,15 +58,25 @@ class Endpoint:
     sleep: Callable[[float], Any] | None = None
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        try:
+            url = httpx2.URL(self.url)
+        except httpx2.InvalidURL:
+            url = httpx2.URL()
+        if url.scheme not in ("http", "https") or not url.host:
             raise ValueError(f"endpoint: expected a URL such as http://localhost:8000/v1, got {self.url!r}.")
-        if parts.username or parts.password:
+        if url.userinfo:
             raise ValueError(
                 "endpoint: expected a URL without a key in it. Name an environment variable: --api_key_env."
             )
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
-            raise ValueError(f"api_key_env: expected a key in ${self.api_key_env}, found it empty or not set.")
+        if self.api_key_env is not None:
+            key = os.environ.get(self.api_key_env)
+            if not key:
+                raise ValueError(f"api_key_env: expected a key in ${self.api_key_env}, found it empty or not set.")
+            if not (key.isascii() and key.isprintable()) or " " in key:
+                raise ValueError(
+                    f"api_key_env: expected a key of letters, digits and signs in ${self.api_key_env}, got one with a "
+                    "blank, a line's end or another character that no key has. Set it anew."
+                )
         if self.max_attempts < 1 or self.timeout <= 0:
             raise ValueError(
                 f"max_attempts, timeout: expected at least 1 try and more than 0 seconds, got {self.max_attempts} and "
@@ -88,17 +99,20 @@ class Endpoint:
         wait, reason = self.first_wait, "nothing was tried"
         for attempt in range(1, self.max_attempts + 1):
             try:
-                return _text(self._post(body))
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {_excerpt(error)}"
-                if error.code in FATAL:
+                reply = asyncio.run(asyncio.wait_for(self._post(body), self.timeout))
+                if 200 <= reply.status < 300:
+                    return self._text(reply.content)
+                said = self._excerpt(reply.content, 200) or httpx2.codes.get_reason_phrase(reply.status)
+                reason, asked_to_wait = f"HTTP {reply.status}: {said}", _retry_after(reply)
+                if reply.status in FATAL:
                     raise EndpointError(
-                        f"endpoint: expected replies from {self.url!r}, got {reason}. {_hint(error.code)}"
-                    ) from error
-                if error.code not in RETRIED:
-                    raise JudgeError(reason) from error
-                asked_to_wait = _retry_after(error)
-            except (OSError, HTTPException, _NonsenseError) as error:  # timeouts and broken connections are OSError
+                        f"endpoint: expected replies from {self.url!r}, got {reason}. {_hint(reply.status)}"
+                    )
+                if reply.status not in RETRIED:
+                    raise JudgeError(reason)
+            except asyncio.TimeoutError:
+                reason, asked_to_wait = f"no whole reply within {self.timeout:g} seconds", None
+            except (httpx2.HTTPError, OSError, _NonsenseError) as error:
                 reason, asked_to_wait = f"{type(error).__name__.lstrip('_')}: {error}", None
             if attempt < self.max_attempts:
                 # spread out, so that several workers do not come back at the same moment
@@ -110,60 +124,69 @@ class Endpoint:
                 wait *= 2
         raise JudgeError(f"{reason} ({self.max_attempts} tries)")
 
-    def _post(self, body: dict[str, Any]) -> bytes:
-        headers = {"Content-Type": "application/json"}
+    async def _post(self, body: dict[str, Any]) -> "_Reply":
+        # no compression: what is counted is what is held
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.api_key_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.api_key_env]}"
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions", data=json.dumps(body).encode(), headers=headers, method="POST"
-        )
-        with _OPENER.open(request, timeout=self.timeout) as response:
-            return response.read()
+        # a redirect would take the key and the answers to an address that nobody named; `chat` has the one timeout, as
+        # those of the client begin anew with every byte
+        async with (
+            httpx2.AsyncClient(follow_redirects=False, timeout=None) as client,
+            client.stream(
+                "POST", self.url.rstrip("/") + "/chat/completions", content=json.dumps(body), headers=headers
+            ) as response,
+        ):
+            content = bytearray()
+            async for part in response.aiter_raw():
+                content += part
+                if len(content) > LONGEST_REPLY:
+                    break
+            return _Reply(response.status_code, response.headers.get("Retry-After"), bytes(content))
+
+    def _text(self, content: bytes) -> str:
+        if len(content) > LONGEST_REPLY:
+            raise _NonsenseError(f"expected a chat completion of at most {LONGEST_REPLY} bytes, got more")
+        try:
+            message = json.loads(content)["choices"][0]["message"]
+            text = message.get("content")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            raise _NonsenseError(f"expected a chat completion, got {self._excerpt(content, 80)!r}") from None
+        if isinstance(text, str) and text.strip():
+            return text
+        refusal = message.get("refusal")
+        if isinstance(refusal, str) and refusal:
+            return refusal
+        raise _NonsenseError("expected a message with text, got an empty one")
+
+    def _excerpt(self, content: bytes, length: int) -> str:
+        text = content.decode("utf-8", errors="replace").strip()
+        if self.api_key_env is not None:  # which some servers repeat
+            text = text.replace(os.environ[self.api_key_env], "<the key>")
+        return text[:length]
+
+
+class _Reply(NamedTuple):
+    """What a server has sent, whether it is of use or not."""
+
+    status: int
+    retry_after: str | None
+    content: bytes
 
 
 class _NonsenseError(Exception):
     """A reply that is not a chat completion."""
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None  # following one would take the key and the answers to an address that nobody named
-
-
-_OPENER = urllib.request.build_opener(_NoRedirects)
-
-
-def _text(content: bytes) -> str:
-    try:
-        message = json.loads(content)["choices"][0]["message"]
-        text = message.get("content")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _NonsenseError(f"expected a chat completion, got {content[:80]!r}") from None
-    if isinstance(text, str) and text.strip():
-        return text
-    refusal = message.get("refusal")
-    if isinstance(refusal, str) and refusal:
-        return refusal
-    raise _NonsenseError("expected a message with text, got an empty one")
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float | None:
-    value = error.headers.get("Retry-After") if error.headers else None
-    if value is None:
-        return None
-    if value.strip().isdigit():
+def _retry_after(reply: _Reply) -> float | None:
+    """Seconds; None where the server says nothing that can be read."""
+    value = (reply.retry_after or "").strip()
+    if value.isascii() and value.isdigit():
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return None
-
-
-def _excerpt(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read().decode("utf-8", errors="replace").strip()[:200] or str(error.reason)
-    except (OSError, HTTPException):
-        return str(error.reason)
 
 
 def _hint(code: int) -> str:
