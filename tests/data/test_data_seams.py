@@ -12,6 +12,7 @@ from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.cli import main
 from dpop_trainer.data import SourceStream, TokenisedStream, tokenise_pairs
+from dpop_trainer.data.convert import convert_pairs, row_pair
 from dpop_trainer.data.seams import last_visible, without_ends
 from dpop_trainer.tools.doctor.examine import examine_pairs
 from tiny import tiny_llama
@@ -134,6 +135,30 @@ def test_arguments_are_written_as_json_once(character_tokenizer, form, is_text, 
     finally:
         character_tokenizer.chat_template = before
     assert text_of(row) == ("Q", '<go{"city": "Paris", "days": [1, true]}>', "A")
+
+
+# as the templates of GLM-4, gpt-oss and Llama 3 look for what a turn says beside its calls
+NAMES_CALLS = CALLS.replace("%s", "{{ c.function.name }}")
+GLM_LIKE = NAMES_CALLS.replace("{{ m.content or '' }}", "{{ m.content if m.content is defined }}")
+GPT_OSS_LIKE = NAMES_CALLS.replace("{{ m.content or '' }}", "{{ m.content + '' if 'content' in m }}")
+LLAMA_LIKE = NAMES_CALLS.replace("{{ m.content or '' }}", "{{ 'says ' ~ m.content if 'content' in m }}")
+
+
+@pytest.mark.parametrize("template", [GLM_LIKE, GPT_OSS_LIKE, LLAMA_LIKE], ids=["glm", "gpt_oss", "llama"])
+@pytest.mark.parametrize("said", [{}, {"content": None}], ids=["absent", "null"])
+def test_a_call_without_words_stays_without(character_tokenizer, said, template):
+    call = {"role": "assistant", **said, "tool_calls": [CALL]}
+    record = {"prompt": [turn("user", "Q"), call], "chosen": [turn("assistant", "A")], "rejected": [call]}
+    rows = convert_pairs(Dataset.from_list([record]))
+    pair = row_pair("messages", rows[0]["pair"])
+    assert pair.prompt[1] == pair.rejected[0] == {"role": "assistant", "tool_calls": [CALL]}
+    character_tokenizer.chat_template, before = template, character_tokenizer.chat_template
+    try:
+        tokenised, _ = tokenise_pairs(rows, character_tokenizer)
+    finally:
+        character_tokenizer.chat_template = before
+    says = "says " if template == LLAMA_LIKE else ""
+    assert text_of(tokenised[0]) == (f"{says}Q<adder>", f"{says}A", "<adder>")
 
 
 def test_arguments_that_are_no_json_stay_as_a_model_wrote_them(character_tokenizer):

@@ -204,7 +204,7 @@ def _checked(
                 f"{name}: expected an answer that begins with the assistant's turn, got role {answer[0]['role']!r}. "
                 "Leave the prompt's turns out of the answers."
             )
-        if not any(message["content"] or message.get("tool_calls") for message in answer):
+        if not any(message.get("content") or message.get("tool_calls") for message in answer):
             raise ValueError(f"{name}: expected an answer with text, got empty messages. Remove the record.")
     return MessagesPair(prompt, chosen, rejected, read_template_options(record))
 

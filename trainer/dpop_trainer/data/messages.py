@@ -94,12 +94,11 @@ def _read_message(message: Any, name: str) -> Message:
             f"{name}.tool_calls: expected a list of calls, got {described(calls)}. Write [{{function: {{name, "
             "arguments}}, ...]."
         )
-    content = message.get("content")
-    if content is not None or not calls:
-        content = _read_content(content, f"{name}.content")
     # Arrow gives every message every key that any message has; templates take a null key for a present one
     kept = {key: value for key, value in message.items() if value is not None}
-    return {**kept, "content": content}
+    if calls and "content" not in kept:  # a turn that calls a tool and says nothing: some would write "None"
+        return kept
+    return {**kept, "content": _read_content(message.get("content"), f"{name}.content")}
 
 
 def _read_content(content: Any, name: str) -> str:

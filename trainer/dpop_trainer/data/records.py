@@ -95,7 +95,7 @@ def read_messages_pair(record: dict[str, Any]) -> MessagesPair:
                 f"{field}: expected an answer that begins with the assistant's turn, got role {answer[0]['role']!r}. "
                 "Leave the prompt's turns either in the column prompt alone, or equal in chosen and rejected alone."
             )
-        if not any(message["content"] or message.get("tool_calls") for message in answer):
+        if not any(message.get("content") or message.get("tool_calls") for message in answer):
             raise ValueError(f"{field}: expected an answer with text, got empty messages. Remove the record.")
     return pair
 
@@ -174,7 +174,7 @@ def _read_messages(record: dict[str, Any], field: str) -> list[Message]:
 def _check_implicit_prompt(record: dict[str, Any], pair: MessagesPair) -> None:
     if "prompt" in record:
         prompt = record["prompt"]
-        if not isinstance(prompt, str) or all(message["content"] != prompt for message in pair.prompt):
+        if not isinstance(prompt, str) or all(message.get("content") != prompt for message in pair.prompt):
             raise ValueError(
                 f"prompt: expected a list of messages as chosen has, got {described(prompt)}. Write it as messages, "
                 "or remove the column if chosen and rejected begin with the prompt's turns."

@@ -87,7 +87,7 @@ def without_ends(text: str, ends: Sequence[str]) -> tuple[str, str | None]:
 
 def without_specials(message: Message, specials: Specials) -> Message:
     """A turn whose text neither begins with BOS nor ends with an end, where the template writes these itself."""
-    content = message["content"]
+    content = message.get("content")
     if not isinstance(content, str):
         return message
     bare = content

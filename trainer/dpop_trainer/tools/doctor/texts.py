@@ -94,4 +94,4 @@ def _answer(messages: list[dict[str, Any]]) -> str:
 
 
 def _content(message: dict[str, Any]) -> str:
-    return message["content"] if isinstance(message["content"], str) else str(message.get("tool_calls"))
+    return message["content"] if "content" in message else str(message.get("tool_calls"))
