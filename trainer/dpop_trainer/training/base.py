@@ -5,7 +5,7 @@ loss: the scoring head, the mean over all items of the global batch on any numbe
 device, checkpoints that are whole and resume exactly, and a stop before a non-finite value is trained on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from dpop_trainer.run_folder.run_files import RunFiles
 from dpop_trainer.settings.config import HeadConfig
 from dpop_trainer.training.exact_shares import ExactShares
 from dpop_trainer.training.metrics import MeanMetrics
+from dpop_trainer.training.model_card import NamedCard, tag_model
 from dpop_trainer.training.non_finite import MicroBatch, NonFiniteError, non_finite_message, not_finite, save_non_finite
 from dpop_trainer.training.progress import RunProgress
 from dpop_trainer.training.run_progress import Progress, load_progress, save_progress
@@ -34,7 +35,7 @@ from dpop_trainer.training.speed import peak_memory_gib
 from dpop_trainer.training.whole_checkpoints import WholeCheckpoints
 
 
-class HeadTrainer(ExactShares, WholeCheckpoints):
+class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
     """Base of the trainers here. A subclass says what one item (a pair, a token) is and what its loss is.
 
     Args:
@@ -42,6 +43,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         args: the configuration.
         data_metrics: counts of what happened to the data; the first line of metrics.jsonl.
         run_config: what config.yaml is to hold; the training arguments if not given.
+        losses: names of what is trained with, for the model's tags.
         trainer_kwargs: passed on to transformers.Trainer.
     """
 
@@ -54,6 +56,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         *,
         data_metrics: Mapping[str, float] | None = None,
         run_config: dict[str, Any] | None = None,
+        losses: Iterable[str] = (),
         **trainer_kwargs: Any,
     ) -> None:
         if args.disable_dropout:
@@ -64,6 +67,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints):
         # for a stream, accelerate would read on one process and cut its batches by rows, which packed tensors are not
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(model=model, args=args, **trainer_kwargs)
+        tag_model(model, losses)
         # compute_loss divides by the items of the whole global batch; transformers must not divide again
         self.model_accepts_loss_kwargs = True
         self._mean_metrics = {"train": MeanMetrics(), "eval": MeanMetrics()}

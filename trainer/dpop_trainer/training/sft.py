@@ -79,6 +79,7 @@ class SFTTrainer(HeadTrainer):
             args,
             data_metrics=preparation.counts,
             run_config=run_config,
+            losses=["sft"],
             data_collator=CompletionCollator(policy.tokenizer.pad_token_id, args.pad_to_multiple_of),  # type: ignore[arg-type]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

@@ -130,6 +130,7 @@ class DPOPTrainer(BudgetTrainer):
             args,
             data_metrics=self._preparation.counts,
             run_config=run_config,
+            losses=args.loss_type,
             data_collator=data_collator or _collator(policy, args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
