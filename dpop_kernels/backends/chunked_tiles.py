@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpop_kernels.backends.bounds import GROUP_ELEMENTS, TileBounds, torch_bounds
-from dpop_kernels.backends.protocol import RowResults, RowSums
+from dpop_kernels.backends.protocol import EntropyGrads, RowResults, RowSums
 from dpop_kernels.logps.head import Head, LogitTransform
 
 # exp(-200) is 0 in fp32; distances are cut there before they multiply a sum: 0 * 200 is 0 where 0 * inf is NaN
@@ -144,19 +144,31 @@ def tile_backward(
     transform: LogitTransform,
     *,
     vocab_start: int = 0,
+    entropy: EntropyGrads | None = None,
     out: Tensor,  # [R, C]; may be the tile
 ) -> Tensor:
     local_ids, weights = target_ids - vocab_start, grad_logps.unsqueeze(-1)
     for rows in groups(*tile.shape):
-        out[rows] = _group_backward(tile[rows], local_ids[rows], logps[rows], lse[rows], weights[rows], transform)
+        row_values = local_ids[rows], logps[rows], lse[rows]
+        group_entropy = None if entropy is None else entropy.rows(rows)
+        out[rows] = _group_backward(tile[rows], *row_values, weights[rows], transform, group_entropy)
     return out
 
 
 def _group_backward(
-    tile: Tensor, local_ids: Tensor, logps: Tensor, lse: Tensor, weights: Tensor, transform: LogitTransform
+    tile: Tensor,
+    local_ids: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    weights: Tensor,
+    transform: LogitTransform,
+    entropy: EntropyGrads | None,
 ) -> Tensor:
     z = transform(tile)
-    return transform.times_slope(softmax_gradient(z, local_ids, logps, lse, weights), z)
+    grads = softmax_gradient(z, local_ids, logps, lse, weights)
+    if entropy is not None:
+        grads.add_(_entropy_gradient(z, local_ids, logps, lse, entropy))
+    return transform.times_slope(grads, z)
 
 
 def groups(num_rows: int, num_columns: int) -> Iterator[slice]:
@@ -166,12 +178,29 @@ def groups(num_rows: int, num_columns: int) -> Iterator[slice]:
 
 def softmax_gradient(z: Tensor, target_ids: Tensor, logps: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
     """grad_logps · (onehot - exp(z - lse)) [R, C]; a target outside [0, C) has no column here."""
-    num_columns = z.shape[-1]
+    grads = _log_probs(z, lse).exp_().mul_(-grad_logps)
+    own = -torch.expm1(logps).unsqueeze(-1) * grad_logps  # (1 - p) without a difference
+    return _with_targets(grads, target_ids, own)
+
+
+def _entropy_gradient(z: Tensor, target_ids: Tensor, logps: Tensor, lse: Tensor, entropy: EntropyGrads) -> Tensor:
+    """-grads · p (log p + entropy) [R, C]; p = 0 gives 0, also where log p is -inf."""
+    log_probs = _with_targets(_log_probs(z, lse), target_ids, logps.unsqueeze(-1))
+    probs = log_probs.exp()
+    distances = log_probs.clamp_(min=-_FAR).add_(entropy.entropies.unsqueeze(-1))
+    return probs.mul_(distances).mul_(-entropy.grads.unsqueeze(-1))
+
+
+def _log_probs(z: Tensor, lse: Tensor) -> Tensor:
+    """z - lse, which is fp64: in two parts of z's precision."""
     lse_high = lse.to(z.dtype)
     lse_low = (lse - lse_high).to(z.dtype)
-    grads = (z - lse_high.unsqueeze(-1)).sub_(lse_low.unsqueeze(-1)).exp_().mul_(-grad_logps)
+    return (z - lse_high.unsqueeze(-1)).sub_(lse_low.unsqueeze(-1))
+
+
+def _with_targets(values: Tensor, target_ids: Tensor, own: Tensor) -> Tensor:
+    """`own` [R, 1] in the targets' columns of `values` [R, C], in place; a target outside [0, C) has none here."""
+    num_columns = values.shape[-1]
     inside = ((target_ids >= 0) & (target_ids < num_columns)).unsqueeze(-1)
     targets = target_ids.clamp(0, num_columns - 1).unsqueeze(-1)
-    own = -torch.expm1(logps).unsqueeze(-1) * grad_logps  # (1 - p) without a difference
-    grads.scatter_(-1, targets, torch.where(inside, own, grads.gather(-1, targets)))
-    return grads
+    return values.scatter_(-1, targets, torch.where(inside, own, values.gather(-1, targets)))

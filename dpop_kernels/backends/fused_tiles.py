@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpop_kernels.backends.bounds import TileBounds, triton_bounds
-from dpop_kernels.backends.protocol import RowResults, RowSums
+from dpop_kernels.backends.protocol import EntropyGrads, RowResults, RowSums
 from dpop_kernels.kernels.launch import LAUNCH, Launch, meta
 from dpop_kernels.kernels.linear_logps import head_rows_bwd_kernel, head_rows_fwd_kernel, head_tile_fwd_kernel
 from dpop_kernels.kernels.log_softmax_gather import log_softmax_gather_bwd_kernel
@@ -57,10 +57,11 @@ def tile_backward(
     transform: LogitTransform,
     *,
     vocab_start: int = 0,
+    entropy: EntropyGrads | None = None,
     out: Tensor,  # [R, C], any floating dtype; may be the tile
 ) -> Tensor:
     """A row of weight zero gets zeros, unread."""
-    _backward_launch(tile, target_ids, logps, lse, grad_logps, out, transform, vocab_start).run()
+    _backward_launch(tile, target_ids, logps, lse, grad_logps, out, transform, vocab_start, entropy).run()
     return out
 
 
@@ -175,6 +176,7 @@ def _backward_launch(
     grad_logits: Tensor,  # [N, V] out
     transform: LogitTransform,
     vocab_start: int,
+    entropy: EntropyGrads | None,
 ) -> Launch:
     num_rows, vocab_size = logits.shape
     return Launch(
@@ -186,12 +188,15 @@ def _backward_launch(
             "logps_ptr": logps.contiguous(),
             "lse_ptr": lse.contiguous(),
             "grad_logps_ptr": grad_logps.contiguous(),
+            "entropies_ptr": None if entropy is None else entropy.entropies,
+            "grad_entropies_ptr": None if entropy is None else entropy.grads.contiguous(),
             "grad_logits_ptr": grad_logits,
             "V": vocab_size,
             "vocab_start": vocab_start,
             "stride_logits_n": logits.stride(0),
             "stride_grad_logits_n": grad_logits.stride(0),
             **transform_arguments(transform),
+            "HAS_ENTROPY": entropy is not None,
             "BLOCK_V": LAUNCH.block_v,
         },
         num_warps=LAUNCH.vocab_warps,
@@ -232,6 +237,7 @@ def aot_launches() -> dict[str, Launch]:
         "fp16 -> fp16": _aot_backward(fp16, fp16, aligned),
         "bf16 -> bf16, ragged rows": _aot_backward(bf16, bf16, ragged),
         "fp32 -> bf16, softcap": _aot_backward(fp32, bf16, aligned, transform=capped),
+        "fp32 -> bf16, softcap, entropy": _aot_backward(fp32, bf16, aligned, transform=capped, with_entropy=True),
     }
 
 
@@ -276,8 +282,14 @@ def _aot_rows_backward(dtype: torch.dtype) -> Launch:
 
 
 def _aot_backward(
-    dtype: torch.dtype, grad_dtype: torch.dtype, vocab_size: int, *, transform: LogitTransform = PLAIN
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    vocab_size: int,
+    *,
+    transform: LogitTransform = PLAIN,
+    with_entropy: bool = False,
 ) -> Launch:
     logits, grad_logits = meta(2, vocab_size, dtype=dtype), meta(2, vocab_size, dtype=grad_dtype)
     row, row64, ids = meta(2), meta(2, dtype=torch.float64), meta(2, dtype=torch.int64)
-    return _backward_launch(logits, ids, row, row64, row, grad_logits, transform, vocab_start=0)
+    entropy = EntropyGrads(row, row) if with_entropy else None
+    return _backward_launch(logits, ids, row, row64, row, grad_logits, transform, vocab_start=0, entropy=entropy)

@@ -4,7 +4,7 @@ A head is walked in tiles (`logps.tiling`) where the backend brings `TileOps`, t
 without computes a head's log-probs by itself.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +68,21 @@ class RowResults(NamedTuple):
         return RowResults(self.logps[rows], self.lse[rows], stats, other_mass, unit_grads)
 
 
+TrainsEntropy = Literal["never", "perhaps", "always"]
+"""Whether the statistics' entropy has a gradient. "perhaps" forms a frozen head's gradient in the forward none the
+less, and what the entropy's needs is kept beside it; "always" leaves that product out."""
+
+
+class EntropyGrads(NamedTuple):
+    """The rows' entropies and the loss's derivatives by them, where an entropy is trained on. [R] each."""
+
+    entropies: Tensor
+    grads: Tensor
+
+    def rows(self, rows: slice) -> "EntropyGrads":
+        return EntropyGrads(self.entropies[rows], self.grads[rows])
+
+
 class TileOps(Protocol):
     """The arithmetic on tiles of raw logits, which are contiguous, in fp32 (fp64 for fp64 inputs)."""
 
@@ -117,9 +132,11 @@ class TileOps(Protocol):
         transform: LogitTransform,
         *,
         vocab_start: int = ...,
+        entropy: EntropyGrads | None = ...,
         out: Tensor,  # [R, C], any floating dtype; may be the tile
     ) -> Tensor:
-        """grad_logps · d logps / d tile, written to `out` and returned."""
+        """grad_logps · d logps / d tile, and with `entropy` its grads · d entropies / d tile, written to `out` and
+        returned."""
         ...
 
 
@@ -146,7 +163,13 @@ class WholeHead(Protocol):
     """What a backend without tiles has instead."""
 
     def head_token_logps(
-        self, hidden_states: Tensor, head: Head, target_ids: Tensor, *, with_stats: bool = ...
+        self,
+        hidden_states: Tensor,
+        head: Head,
+        target_ids: Tensor,
+        *,
+        with_stats: bool = ...,
+        trains_entropy: TrainsEntropy = ...,
     ) -> tuple[Tensor, TokenStats | None]:
         """`token_logps` of a head's logits: [N, H], [N] -> [N] differentiable, statistics."""
         ...

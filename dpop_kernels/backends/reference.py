@@ -8,6 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from dpop_kernels.backends.protocol import TrainsEntropy
 from dpop_kernels.logps.head import Head
 from dpop_kernels.outputs import TokenStats
 from dpop_kernels.precision import at_least_fp32
@@ -22,12 +23,16 @@ def token_logps(
     *,
     inplace_backward: bool = False,
     with_stats: bool = False,
+    trains_entropy: TrainsEntropy = "never",
 ) -> tuple[Tensor, TokenStats | None]:
     """log softmax(logits)[n, target_ids[n]] -> [N]. `inplace_backward` has nothing to save here and is ignored."""
     logits = at_least_fp32(logits)
     log_probs = logits.log_softmax(dim=-1)
     logps = log_probs.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
-    return logps, _token_stats(logits.detach(), log_probs.detach(), target_ids) if with_stats else None
+    if not with_stats:
+        return logps, None
+    stats = _token_stats(logits.detach(), log_probs.detach(), target_ids)
+    return logps, stats if trains_entropy == "never" else stats._replace(entropy=_entropy(log_probs))
 
 
 def head_token_logps(
@@ -36,6 +41,7 @@ def head_token_logps(
     target_ids: Tensor,  # [N]
     *,
     with_stats: bool = False,
+    trains_entropy: TrainsEntropy = "never",
 ) -> tuple[Tensor, TokenStats | None]:
     """`token_logps` of the head's logits: z = softcap · tanh(scale · (h Wᵀ + a Bᵀ + bias) / softcap).
 
@@ -55,7 +61,7 @@ def head_token_logps(
     logits = logits * head.transform.scale
     if head.transform.softcap is not None:
         logits = torch.tanh(logits / head.transform.softcap) * head.transform.softcap
-    return token_logps(logits, target_ids, with_stats=with_stats)
+    return token_logps(logits, target_ids, with_stats=with_stats, trains_entropy=trains_entropy)
 
 
 def segment_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -65,10 +71,17 @@ def segment_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.stack(sums) if sums else token_logps.new_zeros(0)
 
 
+def _entropy(log_probs: Tensor) -> Tensor:
+    """p log p with p = 0 is 0, also where the logit is -inf; so is its gradient."""
+    finite = torch.where(log_probs > -torch.inf, log_probs, 0)
+    return -(log_probs.exp() * finite).sum(-1)
+
+
 def _token_stats(logits: Tensor, log_probs: Tensor, target_ids: Tensor) -> TokenStats:
-    # p log p with p = 0 is 0, also where the logit is -inf
-    entropy = -torch.where(log_probs > -torch.inf, log_probs.exp() * log_probs, 0).sum(-1)
     target_logits = logits.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
     return TokenStats(
-        entropy, logits.mean(-1), target_logits >= logits.max(-1).values, torch.logsumexp(2 * log_probs, dim=-1)
+        _entropy(log_probs),
+        logits.mean(-1),
+        target_logits >= logits.max(-1).values,
+        torch.logsumexp(2 * log_probs, dim=-1),
     )

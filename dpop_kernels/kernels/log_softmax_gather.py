@@ -8,6 +8,9 @@ Forward reads the logits once, carrying the maximum m of the blocks seen and S =
 `softmax.log_prob` makes the log-prob of them.
 
 Backward reads and writes them once. The target's column takes 1 - p = -expm1(logps), which keeps the same accuracy.
+Where an entropy is trained on as well, with p = exp(z - lse),
+
+    grad_logits[n, v] -= grad_entropies[n] * p[n, v] * (log p[n, v] + entropies[n]) * dz/dlogits
 """
 
 import triton
@@ -80,6 +83,8 @@ def log_softmax_gather_bwd_kernel(
     logps_ptr,  # [N] in, fp32
     lse_ptr,  # [N] in, fp64 or fp32, of the whole vocabulary
     grad_logps_ptr,  # [N] in, fp32
+    entropies_ptr,  # [N] in, fp32, if HAS_ENTROPY
+    grad_entropies_ptr,  # [N] in, fp32, if HAS_ENTROPY
     grad_logits_ptr,  # [N, V] out, any floating dtype; may be logits_ptr
     V,
     vocab_start,
@@ -89,6 +94,7 @@ def log_softmax_gather_bwd_kernel(
     softcap,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     num_blocks = tl.cdiv(V, BLOCK_V)
@@ -103,6 +109,10 @@ def log_softmax_gather_bwd_kernel(
 
     # a row of weight zero is not read: its gradient is zero whatever its logits are, NaN included
     has_weight = grad_logp != 0.0
+    if HAS_ENTROPY:
+        grad_entropy = tl.load(grad_entropies_ptr + n)
+        has_weight |= grad_entropy != 0.0
+        entropy_n = tl.where(has_weight, tl.load(entropies_ptr + n), 0.0)
     lse_high = tl.where(has_weight, lse_high, float("inf"))
     lse_low = tl.where(has_weight, lse_low, 0.0)
     logp = tl.where(has_weight, logp, 0.0)
@@ -111,7 +121,11 @@ def log_softmax_gather_bwd_kernel(
     logits = tl.load(logits_ptr + n * stride_logits_n + v, mask=v < num_read, other=float("-inf"))
     z = transform(logits.to(tl.float32), logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     target_v = (tl.load(target_ids_ptr + n) - vocab_start).to(tl.int32)
-    grad_z = grad_logp * tl.where(v == target_v, -expm1(logp), -tl.exp((z - lse_high) - lse_low))
+    log_p = (z - lse_high) - lse_low
+    grad_z = grad_logp * tl.where(v == target_v, -expm1(logp), -tl.exp(log_p))
+    if HAS_ENTROPY:
+        log_p = tl.where(v == target_v, logp, log_p)
+        grad_z -= grad_entropy * tl.exp(log_p) * (at_least(log_p, -FAR) + entropy_n)
     grad_logits = grad_z * slope(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     out_ptr = grad_logits_ptr + n * stride_grad_logits_n + v
     tl.store(out_ptr, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=v < V)

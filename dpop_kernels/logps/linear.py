@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dpop_kernels.backends import select_backend
+from dpop_kernels.backends.protocol import TrainsEntropy
 from dpop_kernels.logps.head import Head, LogitTransform
 from dpop_kernels.logps.tiling import tiled_token_logps
 from dpop_kernels.outputs import TokenStats
@@ -78,7 +79,13 @@ def linear_token_logps(
 
 
 def head_token_logps(
-    hidden_states: Tensor, head: Head, target_ids: Tensor, *, with_stats: bool = False, backend: str = "auto"
+    hidden_states: Tensor,
+    head: Head,
+    target_ids: Tensor,
+    *,
+    with_stats: bool = False,
+    trains_entropy: TrainsEntropy = "never",
+    backend: str = "auto",
 ) -> tuple[Tensor, TokenStats | None]:
     """The way that all public functions on a head take, with what they have checked: tiles, where the backend has them.
 
@@ -86,10 +93,11 @@ def head_token_logps(
         ValueError: the backend cannot run here, or not with such a head.
     """
     implementation: Any = select_backend(backend, hidden_states.device, hidden_states.dtype)
+    stats: Any = {"with_stats": with_stats, "trains_entropy": trains_entropy}
     with torch.autocast(hidden_states.device.type, enabled=False):
         if implementation.TILES is None:
-            return implementation.head_token_logps(hidden_states, head, target_ids.long(), with_stats=with_stats)
-        return tiled_token_logps(implementation.TILES, hidden_states, head, target_ids, with_stats=with_stats)
+            return implementation.head_token_logps(hidden_states, head, target_ids.long(), **stats)
+        return tiled_token_logps(implementation.TILES, hidden_states, head, target_ids, **stats)
 
 
 def transform_of(logit_scale: float, softcap: float | None) -> LogitTransform:

@@ -12,6 +12,9 @@ head all else is known when the forward holds a tile. W's gradient needs g besid
 gradient the other slices' normalisers: hence the recomputation. Columns are its outer loop, so that a block of W's
 gradient is finished before the next begins and its fp32 accumulator is a block and not a second [V, H].
 
+An entropy that is trained on, dH/dz = -p (log p + H), is a second term of the recomputed tiles' gradient: no product
+more where they are made anyhow, two with a frozen head. Whether it is trained on, only the backward knows.
+
 The backend brings the arithmetic within a tile (`backends.protocol.TileOps`) and the tiles' bounds.
 """
 
@@ -24,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from dpop_kernels.backends.bounds import TileBounds
 from dpop_kernels.backends.products import chunks, matmul, matmul_add, product_dtype, raw_logits, row_blocks
-from dpop_kernels.backends.protocol import RowResults, RowSums, TileOps
+from dpop_kernels.backends.protocol import EntropyGrads, RowResults, RowSums, TileOps, TrainsEntropy
 from dpop_kernels.logps.head import Head
 from dpop_kernels.logps.slices import combine_slices
 from dpop_kernels.outputs import TokenStats
@@ -32,19 +35,28 @@ from dpop_kernels.precision import accumulator_dtype
 
 
 def tiled_token_logps(
-    ops: TileOps, hidden_states: Tensor, head: Head, target_ids: Tensor, *, with_stats: bool = False
+    ops: TileOps,
+    hidden_states: Tensor,
+    head: Head,
+    target_ids: Tensor,
+    *,
+    with_stats: bool = False,
+    trains_entropy: TrainsEntropy = "never",
 ) -> tuple[Tensor, TokenStats | None]:
     """[N, H], [N] -> log-probs [N] in fp32 (fp64 for fp64), statistics. Differentiable in the head's tensors too.
+
+    A weight of another dtype than the hidden states' is rounded to it, and its gradient is not.
 
     Raises:
         ValueError: on the CPU, a target id belongs to no rank's slice, or to several.
     """
     assert not (with_stats and head.shard is not None), "statistics are of a whole vocabulary"
+    assert with_stats or trains_entropy == "never", "the entropy is one of the statistics"
     vocab_start = 0 if head.shard is None else head.shard.vocab_start
     local_ids = target_ids.long().contiguous() - vocab_start
     rest = head.with_tensors(hidden_states.new_empty(0), None, None, None)
     logps, *stats = _TiledTokenLogps.apply(
-        hidden_states, *head.tensors(), local_ids, rest, ops, with_stats, torch.is_grad_enabled()
+        hidden_states, *head.tensors(), local_ids, rest, ops, with_stats, trains_entropy, torch.is_grad_enabled()
     )
     return logps, TokenStats(*stats) if with_stats else None
 
@@ -52,17 +64,28 @@ def tiled_token_logps(
 class _TiledTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden_states, weight, bias, states, low_rank_weight, local_ids, rest, ops, with_stats, grad_enabled
+        ctx,
+        hidden_states,
+        weight,
+        bias,
+        states,
+        low_rank_weight,
+        local_ids,
+        rest,
+        ops,
+        with_stats,
+        trains_entropy,
+        grad_enabled,
     ):
-        head = rest.with_tensors(weight, bias, states, low_rank_weight)
+        head = rest.with_tensors(weight.to(hidden_states.dtype), bias, states, low_rank_weight)
         needs_hidden, *needs_head = (grad_enabled and needed for needed in ctx.needs_input_grad[:5])
         is_whole = head.adapter is None and head.shard is None
-        ctx.saves_gradient = needs_hidden and is_whole and not any(needs_head)
+        saves_gradient = needs_hidden and is_whole and not any(needs_head) and trains_entropy != "always"
         results = RowResults.empty(
             hidden_states,
             accumulator_dtype(hidden_states),
             with_stats=with_stats,
-            with_gradient=ctx.saves_gradient,
+            with_gradient=saves_gradient,
         )
         if head.shard is None:
             _forward(ops, hidden_states, head, local_ids, results)
@@ -72,30 +95,36 @@ class _TiledTokenLogps(torch.autograd.Function):
             owned = (local_ids >= 0) & (local_ids < weight.shape[0])
             _forward(ops, hidden_states, head, torch.where(owned, local_ids, 0), results)
             logps, lse = combine_slices(results.logps, results.lse, owned, head.shard.process_group)
-        if ctx.saves_gradient:
+        stats = () if results.stats is None else results.stats
+        entropies = None if results.stats is None or trains_entropy == "never" else results.stats.entropy
+        if saves_gradient and entropies is None:
             ctx.save_for_backward(results.other_mass, results.unit_grads)
         elif needs_hidden or any(needs_head):
-            ctx.save_for_backward(hidden_states, *head.tensors(), local_ids, logps, lse)
+            tensors = (hidden_states, weight, bias, states, low_rank_weight, local_ids, logps, lse, entropies)
+            ctx.save_for_backward(results.other_mass, results.unit_grads, *tensors)
         ctx.ops, ctx.rest = ops, rest
-        stats = () if results.stats is None else tuple(results.stats)
-        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(values for values in stats if values is not entropies))
         return logps, *stats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logps, *_):
-        no_grads = (None,) * 5
-        if ctx.saves_gradient:
-            other_mass, unit_grads = ctx.saved_tensors
+    def backward(ctx, grad_logps, grad_entropies=None, *_):
+        no_grads = (None,) * 6
+        if grad_logps is None and grad_entropies is None:
+            return *(None,) * 5, *no_grads
+        other_mass, unit_grads, *recomputed_from = ctx.saved_tensors
+        if grad_entropies is None and unit_grads is not None:
             grad_hidden = torch.empty_like(unit_grads)
             ctx.ops.rows_backward(unit_grads, other_mass, grad_logps, out=grad_hidden)
             return grad_hidden, None, None, None, None, *no_grads
-        hidden_states, *tensors, local_ids, logps, lse = ctx.saved_tensors
+        hidden_states, *tensors, local_ids, logps, lse, entropies = recomputed_from
         head = ctx.rest.with_tensors(*tensors)
-        grad_logps = grad_logps.to(logps.dtype).contiguous()
+        grad_logps = torch.zeros_like(logps) if grad_logps is None else grad_logps.to(logps.dtype).contiguous()
+        entropy = None if grad_entropies is None else EntropyGrads(entropies, grad_entropies.to(logps.dtype))
         with torch.autocast(hidden_states.device.type, enabled=False):
             rows = RowValues(local_ids, logps, lse, grad_logps)
-            grads = _backward(ctx.ops, hidden_states, head, rows, ctx.needs_input_grad[:5])
+            grads = _backward(ctx.ops, hidden_states, head, rows, entropy, ctx.needs_input_grad[:5])
         if head.shard is not None and head.shard.sum_grad_hidden:
             for grad in (grads.hidden_states, grads.states):
                 if grad is not None:
@@ -222,11 +251,17 @@ def forward_rows(
 
 
 def _backward(
-    ops: TileOps, hidden_states: Tensor, head: Head, values: RowValues, needs_grad: tuple[bool, ...]
+    ops: TileOps,
+    hidden_states: Tensor,
+    head: Head,
+    values: RowValues,
+    entropy: EntropyGrads | None,
+    needs_grad: tuple[bool, ...],
 ) -> HeadGradients:
     num_tokens, vocab_size = hidden_states.shape[0], head.weight.shape[0]
     bounds, dtype, acc_dtype = ops.tile_bounds(hidden_states.device), product_dtype(hidden_states), values.logps.dtype
     grads = HeadGradients.empty(hidden_states, head, needs_grad)
+    head = head._replace(weight=head.weight.to(hidden_states.dtype))
     blocks = row_blocks(num_tokens, bounds.gradient_rows)
     num_rows = max((rows.stop - rows.start for rows in blocks), default=0)
     # an adapter's products take the gradient of the logits as it is, before it is rounded for the others
@@ -243,13 +278,16 @@ def _backward(
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             grad_tile = None if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
             for r in chunks(shape[0], bounds.rows):
-                row_values = values.rows(slice(rows.start + r.start, rows.start + r.stop))
+                at = slice(rows.start + r.start, rows.start + r.stop)
+                row_values, row_entropy = values.rows(at), None if entropy is None else entropy.rows(at)
                 for c in chunks(shape[1], bounds.columns):
                     logits = tiles.logits(r.stop - r.start, c)
                     raw_logits(hidden_rows[r], seen.rows(r).columns(c, dtype), out=logits)
                     out = logits if grad_tile is None else grad_tile[r, c]
                     start = columns.start + c.start
-                    ops.tile_backward(logits, *row_values, head.transform, vocab_start=start, out=out)
+                    ops.tile_backward(
+                        logits, *row_values, head.transform, vocab_start=start, entropy=row_entropy, out=out
+                    )
             if grad_tile is None:
                 grad_tile = tiles.logits(shape[0], slice(0, shape[1]))
             add_products(grads.block(rows, columns, total), grad_tile, hidden_rows, seen, is_first=rows.start == 0)

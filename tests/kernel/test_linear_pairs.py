@@ -9,8 +9,8 @@ import math
 
 import pytest
 import torch
+from counted import CountedProducts
 from rounding import GRADIENT, SUM, stored
-from torch.utils._python_dispatch import TorchDispatchMode
 from truth import head_inputs, relative_error, set_tiles, value_and_grads
 
 from dpop_kernels import linear_dpop_loss
@@ -87,30 +87,11 @@ def truth(inputs, labels, refs, **options):
     return loss_and_grads(doubles, labels, [ref.double() for ref in refs], backend="reference", **options)
 
 
-class CountedProducts(TorchDispatchMode):
-    """FLOP of the matrix products made within, in units of one product of the head, 2·N·H·V."""
-
-    def __init__(self):
-        super().__init__()
-        self.flop = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
-            left, right = args[:2] if name == "aten::mm" else args[1:3]
-            self.flop += 2 * left.shape[0] * left.shape[1] * right.shape[1]
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def products(self):
-        return self.flop / (2 * sum(map(sum, LENGTHS)) * HIDDEN * VOCAB)
-
-
 def count_products(inputs, labels, refs, *, trained=(True, True, True), backend="chunked", **options):
     hidden_states, weight, bias = (
         tensor.detach().clone().requires_grad_(needed) for tensor, needed in zip(inputs, trained, strict=True)
     )
-    with CountedProducts() as counted:
+    with CountedProducts(sum(map(sum, LENGTHS)), HIDDEN, VOCAB) as counted:
         loss = linear_dpop_loss(hidden_states, weight, labels, *refs, bias=bias, backend=backend, **options)
         if loss.requires_grad:
             loss.sum().backward()
