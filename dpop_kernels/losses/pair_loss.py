@@ -13,6 +13,7 @@ from dpop_kernels.backends import select_backend
 from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES
 from dpop_kernels.losses.on_sums import terms_of_segments
 from dpop_kernels.losses.options import LossOptions
+from dpop_kernels.losses.weighing import check_pair_weights, weighted_pairs
 from dpop_kernels.losses.weights import check_options, resolve_losses
 from dpop_kernels.outputs import PairLosses
 from dpop_kernels.validate import check_float, check_same_device
@@ -30,6 +31,7 @@ def pair_loss(
     dead_zone: float = 0.0,
     label_smoothing: float = 0.0,
     discopop_tau: float = 0.05,
+    pair_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> PairLosses:
     """Loss and metrics of every pair from packed token log-probs.
@@ -53,21 +55,26 @@ def pair_loss(
         dead_zone: τ ≥ 0, in nats; likewise.
         label_smoothing: ε in [0, 0.5); refused where no loss reads it.
         discopop_tau: > 0; used by "discopop" alone.
+        pair_weights: [B] finite numbers >= 0 that multiply the pairs' losses, without gradient: the mean over a batch
+            is then losses.sum() / pair_weights.sum(). None: 1 each. Checked on the CPU; on a GPU it would cost a sync.
         backend: "auto", "reference", "chunked" or "fused" (Triton).
 
     Returns:
-        `PairLosses`, all [B]; only `losses` carries gradient (to token_logps).
+        `PairLosses`, all [B]; only `losses` carries gradient (to token_logps), and only it is weighted.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, the bounds do not fit, a hyper-parameter is out of range, a
-            loss is unknown or refused, the weights do not fit, or a loss needs the reference that is None.
+            loss is unknown or refused, weights do not fit, or a loss needs the reference that is None.
     """
+    if pair_weights is not None:
+        check_pair_weights(pair_weights, (cu_seqlens.shape[0] - 1) // 3, token_logps)
     return pair_loss_terms(
         token_logps,
         cu_seqlens,
         ref_segment_logps,
         loss_weights=resolve_losses(loss_type, loss_weights),
         options=LossOptions(beta, dpop_lambda, dead_zone, label_smoothing, discopop_tau),
+        pair_weights=pair_weights,
         backend=backend,
     )[0]
 
@@ -79,17 +86,19 @@ def pair_loss_terms(
     *,
     loss_weights: Mapping[str, float],
     options: LossOptions,
+    pair_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[PairLosses, dict[str, Tensor]]:
     """`pair_loss` with its terms: what a training loop logs of each.
 
     Args:
-        token_logps, cu_seqlens, ref_segment_logps, backend: see `pair_loss`.
+        token_logps, cu_seqlens, ref_segment_logps, pair_weights, backend: see `pair_loss`.
         loss_weights: the weight of each loss by our name for it, as `resolve_losses` gives them.
         options: the hyper-parameters.
 
     Returns:
-        `PairLosses` of the weighted sum, and each loss [B] by its name, unweighted and without gradient.
+        `PairLosses` of the weighted sum, and each loss [B] by its name, without gradient: times the pair's weight and
+        not its own.
 
     Raises:
         ValueError: as `pair_loss`.
@@ -102,7 +111,31 @@ def pair_loss_terms(
         num_pairs = (cu_seqlens.shape[0] - 1) // 3
         ref_segment_logps = token_logps.new_zeros(num_pairs, 3)
     _check(token_logps, cu_seqlens, ref_segment_logps)
-    ref_segment_logps = ref_segment_logps.to(token_logps.dtype)
+    pairs, terms = _terms(
+        token_logps, cu_seqlens, ref_segment_logps.to(token_logps.dtype), loss_weights, options, backend
+    )
+    return (pairs, terms) if pair_weights is None else weighted_pairs(pairs, terms, pair_weights)
+
+
+def segment_sums(token_logps: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") -> Tensor:
+    """Sums of token_logps [N] over the segments of cu_seqlens [S + 1] -> [S], differentiable, in a fixed order.
+
+    Raises:
+        ValueError: shapes or devices disagree, or (on the CPU) the bounds do not fit.
+    """
+    check_float("token_logps", token_logps, "[N]")
+    _check_bounds(token_logps, cu_seqlens)
+    return select_backend(backend, token_logps.device, token_logps.dtype).segment_sums(token_logps, cu_seqlens)
+
+
+def _terms(
+    token_logps: Tensor,
+    cu_seqlens: Tensor,
+    ref_segment_logps: Tensor,
+    loss_weights: Mapping[str, float],
+    options: LossOptions,
+    backend: str,
+) -> tuple[PairLosses, dict[str, Tensor]]:
     implementation = select_backend(backend, token_logps.device, token_logps.dtype)
     if len(loss_weights) == 1 and implementation.RUNS_TRITON:
         ((name, weight),) = loss_weights.items()
@@ -115,17 +148,6 @@ def pair_loss_terms(
     if any(LOSSES[name].reads_lengths for name in loss_weights):
         segment_lengths = cu_seqlens.diff().view(-1, 3)
     return terms_of_segments(loss_weights, segment_logps, ref_segment_logps, segment_lengths, options)
-
-
-def segment_sums(token_logps: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") -> Tensor:
-    """Sums of token_logps [N] over the segments of cu_seqlens [S + 1] -> [S], differentiable, in a fixed order.
-
-    Raises:
-        ValueError: shapes or devices disagree, or (on the CPU) the bounds do not fit.
-    """
-    check_float("token_logps", token_logps, "[N]")
-    _check_bounds(token_logps, cu_seqlens)
-    return select_backend(backend, token_logps.device, token_logps.dtype).segment_sums(token_logps, cu_seqlens)
 
 
 def _check(token_logps: Tensor, cu_seqlens: Tensor, ref_segment_logps: Tensor) -> None:

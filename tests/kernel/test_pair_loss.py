@@ -1,10 +1,13 @@
 """pair_loss in torch: segments, layouts, metrics, gradients. The fused kernel has test_fused_pairs."""
 
+import math
+
 import pytest
 import torch
 
 from dpop_kernels import dpo_loss, dpop_loss, ipo_loss, pair_loss, slic_loss
 from dpop_kernels.losses.pair_loss import segment_sums
+from dpop_kernels.losses.weighing import wpo_weights
 
 BACKENDS = ["reference", "chunked"]
 LOSSES = {"dpop": dpop_loss, "dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
@@ -48,6 +51,50 @@ def test_equals_the_losses_of_whole_answers(backend, loss_type):
     torch.testing.assert_close(out.losses, LOSSES[loss_type](*whole, reduction="none"))
     torch.testing.assert_close(out.chosen_logps, whole[0])
     torch.testing.assert_close(out.rejected_logratios, whole[1] - whole[3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_by_hand(backend):
+    """Three pairs with plain DPO: log-ratios 1 and 0, 0 and 2, -1 and -1; weights 1, 2, 0.5."""
+    token_logps = torch.tensor([-1.0, -2.0, -3.0, -1.0, -4.0, -2.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([[0.0, -2.0, -2.0], [0.0, -3.0, -3.0], [0.0, -3.0, -1.0]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    options = {"loss_type": "dpo", "beta": 0.5, "backend": backend}
+    out = pair_loss(token_logps, pack([0, 1, 1] * 3), ref, pair_weights=weights, **options)
+    # β · margin: 0.5, -1, 0
+    plain = [math.log1p(math.exp(-z)) for z in (0.5, -1.0, 0.0)]
+    expected = [1.0 * plain[0], 2.0 * plain[1], 0.5 * plain[2]]
+    assert out.losses.tolist() == pytest.approx(expected, rel=1e-15)
+    assert out.margins.tolist() == [1.0, -2.0, 0.0]  # nothing but the loss is weighted
+    (out.losses.sum() / weights.sum()).backward()
+    pulls = [w * 0.5 / (1 + math.exp(z)) / 3.5 for w, z in ((1.0, 0.5), (2.0, -1.0), (0.5, 0.0))]
+    assert token_logps.grad.tolist() == pytest.approx([s * p for p in pulls for s in (-1, 1)], rel=1e-15)
+    unweighted = pair_loss(token_logps, pack([0, 1, 1] * 3), ref, **options)
+    ones = pair_loss(token_logps, pack([0, 1, 1] * 3), ref, pair_weights=torch.ones(3), **options)
+    assert torch.equal(ones.losses, unweighted.losses)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, -0.5], r"expected finite numbers >= 0, got -0\.5"),
+        ([math.nan, 1.0], "expected finite numbers >= 0, got nan"),
+        ([1.0, math.inf], "expected finite numbers >= 0, got inf"),
+        ([1.0], "expected one for each of 2 pairs, got 1"),
+        ([[1.0, 1.0]], r"expected shape \[B\], got \[1, 2\]"),
+    ],
+)
+def test_weights_that_are_none_are_refused(weights, message):
+    with pytest.raises(ValueError, match="pair_weights: " + message):
+        pair_loss(torch.zeros(4), pack([0, 1, 1] * 2), torch.zeros(2, 3), pair_weights=torch.tensor(weights))
+
+
+def test_wpo_weights_by_hand():
+    """Answers of 1 + 2 and 1 + 1 tokens: exp((-1 - 2) / 3) exp((-1 - 4) / 2); an answer without tokens weighs 1."""
+    sums = torch.tensor([[-1.0, -2.0, -4.0], [0.0, 0.0, -3.0]], requires_grad=True)
+    weights = wpo_weights(sums, pack([1, 2, 1, 0, 0, 2]))
+    assert weights.tolist() == pytest.approx([math.exp(-3.5), math.exp(-1.5)], rel=1e-6)
+    assert not weights.requires_grad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -44,6 +44,7 @@ LAYERS = [
     "losses/options.py",
     "losses/formulas.py",
     "losses/weights.py",
+    "losses/weighing.py",
     "losses/on_sums.py",
     "losses/fused.py",
     "losses/pair_loss.py",

@@ -28,7 +28,7 @@ TRL_CLASSES, OUR_CLASSES = (DPOConfig, DPOTrainer), (DPOPConfig, DPOPTrainer)
 MACHINE = ("_runtime", "_per_second", "total_flos")
 
 # logged here beside TRL's
-OURS = ("dpop/", "loss/", "tokens/", "memory/", "num_computed_tokens")
+OURS = ("dpop/", "loss/", "wpo/", "tokens/", "memory/", "num_computed_tokens")
 
 # TRL's default -> ours, and why
 DELIBERATE_DEFAULTS = {
@@ -188,6 +188,25 @@ def several_losses(DPOConfig, DPOTrainer, model_path, output_dir):
     )
 
 
+# a field alone -> the value with which both trainers run the scripts below
+WEIGHING = {"wpo": {"use_weighting": True}}
+
+
+def weighed(field, peft_config, more_of_ours):
+    """A script with one of `WEIGHING`: answers of ragged lengths, more words of which one differs."""
+
+    def script(DPOConfig, DPOTrainer, model_path, output_dir):
+        pairs = [
+            {**pair, "chosen": pair["chosen"] + " w7" * (i % 3), "rejected": pair["rejected"] + " w8" * (-i % 4)}
+            for i, pair in enumerate(text_pairs(8))
+        ]
+        ours = more_of_ours if DPOConfig is DPOPConfig else {}
+        args = DPOConfig(**settings(output_dir, learning_rate=1e-3), **WEIGHING[field], **ours)
+        return DPOTrainer(model_path, args=args, train_dataset=Dataset.from_list(pairs), peft_config=peft_config)
+
+    return script
+
+
 def synced(DPOConfig, DPOTrainer, model_path, output_dir):
     args = settings(output_dir, sync_ref_model=True, ref_model_mixup_alpha=0.4, ref_model_sync_steps=3)
     return DPOTrainer(model=model_path, args=DPOConfig(**args), train_dataset=Dataset.from_list(text_pairs(8)))
@@ -245,6 +264,16 @@ def test_script_gives_the_same_run(script, model_path, tmp_path):
     assert len(losses) >= NUM_STEPS
     assert max(losses) - min(losses) > 1e-3  # it did train
     assert_same_logs(ours.state.log_history, theirs.state.log_history)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("field", WEIGHING)
+def test_what_weighs_weighs_the_same_in_every_layout(field, adapter, model_path, tmp_path):
+    peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if adapter else None
+    theirs = run(weighed(field, peft_config, {}), TRL_CLASSES, model_path, tmp_path / "trl")
+    for layout in ("rows", "tree", "packed"):
+        ours = run(weighed(field, peft_config, {"layout": layout}), OUR_CLASSES, model_path, tmp_path / layout)
+        assert_same_logs(ours.state.log_history, theirs.state.log_history)
 
 
 def test_scripts_own_parts_are_used(model_path, tmp_path):

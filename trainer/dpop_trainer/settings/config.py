@@ -305,6 +305,13 @@ class DPOPConfig(TRLFields, HeadConfig):
         },
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the blend in loss_type discopop."})
+    use_weighting: bool = field(
+        default=False,
+        metadata={
+            "help": "WPO: weigh each pair's loss by how likely its two answers are to the policy, relative to what it "
+            "would write itself."
+        },
+    )
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={"help": "Compute the reference's log-probs once before training instead of at every step."},

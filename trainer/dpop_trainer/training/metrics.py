@@ -62,12 +62,14 @@ def metrics_of(
     *,
     options: LossOptions,
     has_reference: bool,
+    wpo: Tensor | None = None,
     max_positions: int | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | int]]:
-    """All that is logged of a batch of pairs."""
+    """All that is logged of a batch of pairs; `wpo` are its weights [B], where that is asked for."""
     return {
         **pair_metrics(pairs, beta=options.beta, dead_zone=options.dead_zone, has_reference=has_reference),
         **loss_metrics(terms, options),
+        **({} if wpo is None else {"wpo/weight": (wpo.sum(), wpo.shape[0])}),
         **token_metrics(stats, batch.cu_seqlens),
         **layout_metrics(batch, max_positions=max_positions),
     }
@@ -90,7 +92,15 @@ def evaluation_names(args: DPOPConfig) -> set[str]:
     )
     stats = TokenStats(entropy=logps, mean_logit=logps, is_top1=logps.bool(), log_sum_sq_probs=logps)
     has_reference = needs_reference(args.loss_type)
-    found = metrics_of(pairs, terms, stats, batch, options=args.loss_options(), has_reference=has_reference)
+    found = metrics_of(
+        pairs,
+        terms,
+        stats,
+        batch,
+        options=args.loss_options(),
+        has_reference=has_reference,
+        wpo=pairs.losses if args.use_weighting else None,
+    )
     return {*found, "num_computed_tokens"}
 
 

@@ -12,9 +12,10 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from dpop_kernels import ScoringHead
+from dpop_kernels import ScoringHead, TokenStats
 from dpop_kernels.losses.options import LossOptions
-from dpop_kernels.losses.pair_loss import pair_loss_terms
+from dpop_kernels.losses.pair_loss import pair_loss_terms, segment_sums
+from dpop_kernels.losses.weighing import wpo_weights
 from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.choose_layout import choose_layout, laid_out
@@ -195,12 +196,14 @@ class DPOPTrainer(BudgetTrainer):
         # the reference first: nothing of its forward stays, and so none of the policy's activations lie beside it
         options, ref_logps = self._loss_options(mode), self._reference_logps(batch, model_inputs)
         logps, stats = ScoredModel(model, self.head).token_logps(batch, model_inputs, return_stats=True)
+        wpo = self._wpo_weights(logps, stats, batch) if self.args.use_weighting else None
         pairs, terms = pair_loss_terms(
             logps,
             batch.cu_seqlens,
             ref_logps,
             loss_weights=self.args.weights_by_loss(),
             options=options,
+            pair_weights=wpo,
             backend=self.args.kernel_backend,
         )
         if mode == "train" and self.state.global_step == 0 and self.reference.plan.is_needed:
@@ -219,6 +222,7 @@ class DPOPTrainer(BudgetTrainer):
             batch,
             options=options,
             has_reference=self.reference.plan.is_needed,
+            wpo=wpo,
             max_positions=self.args.max_tokens_per_batch if mode == "train" else None,
         )
         is_bad = ~torch.isfinite(pairs.losses.detach() + pairs.margins + pairs.chosen_logratios)
@@ -278,6 +282,11 @@ class DPOPTrainer(BudgetTrainer):
 
     def _reference_logps(self, batch: Batch, model_inputs: dict[str, Any]) -> Tensor:
         return self.reference.segment_logps(batch, model_inputs)
+
+    def _wpo_weights(self, logps: Tensor, stats: TokenStats, batch: Batch) -> Tensor:
+        aligned = logps.detach() - stats.log_sum_sq_probs
+        sums = segment_sums(aligned, batch.cu_seqlens, backend=self.args.kernel_backend)
+        return wpo_weights(sums.view(-1, 3), batch.cu_seqlens)
 
     def _precompute_reference(self) -> None:
         args = self.args
