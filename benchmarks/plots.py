@@ -1,13 +1,14 @@
 """The report's pictures: time, memory and fraction of the floor, and precision against speed.
 
-Every peer keeps its colour (Okabe and Ito's), line and marker in all pictures, so that they read in grey; made without
-pyplot, as `dpop_trainer.report.plots` are.
+Every peer keeps its colour, line and marker in all pictures, so that they read in grey.
 """
 
 import math
 from pathlib import Path
 from typing import Any
 
+from dpop_trainer.run_folder import plot_style as style
+from dpop_trainer.run_folder.plot_style import LABEL, finish
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
@@ -16,10 +17,9 @@ from benchmarks.levels import OURS, Group, device_of_levels, latest
 from benchmarks.peers import all_peers
 from benchmarks.plan import SWEPT
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE, style.SKY_BLUE, style.BLACK)
 _LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
-_GRID: dict[str, Any] = {"color": "0.9", "linewidth": 0.6}
 _SMALLEST_ERROR = 1e-9
 """An error of zero is drawn here."""
 
@@ -52,10 +52,10 @@ def plot_against_tokens(path: Path) -> None:
         axes.set_xticks([t for t, _ in points], [_thousands(t) for t, _ in points])
         axes.xaxis.set_minor_locator(NullLocator())
         _log_scale(axes)
-        _finish(axes, title, "tokens", unit)
+        finish(axes, title, "tokens", unit)
     _plot_floors(floor, frozen)
     handles, labels = time.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=LABEL)
     model = next(iter(sweep.values()))[OURS]["shape"]["name"]
     figure.suptitle(f"Frozen head of {model}, forward and backward — {device}", fontsize=10)
     _save(figure, path)
@@ -101,9 +101,9 @@ def plot_precision(path: Path) -> None:
         axes.margins(x=0.1)
         axes.set_xlim(left=0)
         _log_scale(axes)
-        _finish(axes, f"{title}: lower left is better", "ms", label)
+        finish(axes, f"{title}: lower left is better", "ms", label)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=LABEL)
     figure.suptitle(f"Precision against speed, frozen head: {group.size} — {device}", fontsize=10)
     _save(figure, path)
 
@@ -125,7 +125,7 @@ def _plot_floors(axes: Axes, frozen: dict[Group, dict[str, dict[str, Any]]]) -> 
     axes.set_yticks(range(len(models)), models)
     axes.set_xlim(left=0)
     axes.margins(y=0.12)
-    _finish(axes, "Of the floor, by model", "%", "")
+    finish(axes, "Of the floor, by model", "%", "")
 
 
 def _device(name: str) -> str:
@@ -159,7 +159,17 @@ def _style(name: str) -> tuple[Any, str, str]:
 def _line(axes: Axes, x: list[int], y: list[float], name: str, label: str) -> None:
     line, marker, color = _style(name)
     above = 4 if name == OURS else 3
-    axes.plot(x, y, label=label, color=color, linestyle=line, marker=marker, markersize=5, linewidth=1.5, zorder=above)
+    axes.plot(
+        x,
+        y,
+        label=label,
+        color=color,
+        linestyle=line,
+        marker=marker,
+        markersize=5,
+        linewidth=style.LINE_WIDTH,
+        zorder=above,
+    )
 
 
 def _label(record: dict[str, Any]) -> str:
@@ -181,16 +191,6 @@ def _thousands(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
 
 
-def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(xlabel, fontsize=8)
-    axes.set_ylabel(ylabel, fontsize=8)
-    axes.tick_params(labelsize=7.5)
-    axes.grid(visible=True, **_GRID)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=160, facecolor="white")
+    path.write_bytes(style.png(figure))

@@ -1,10 +1,14 @@
 """metrics.png is drawn once, with margins that its labels fit into."""
 
+import re
+from pathlib import Path
+
 import pytest
 from dpop_trainer.run_folder import plot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+ROOT = Path(__file__).parents[2]
 WIDE = {
     "tokens/per_second": 1_234_567.0,
     "learning_rate": 1.25e-7,
@@ -35,6 +39,13 @@ def test_labels_stay_in_their_panel(keys):
         assert box.x1 <= figure.bbox.x1
         assert box.y1 <= figure.bbox.y1
         assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+
+def test_colours_are_said_once():
+    """Of figures in their style, of pages in their shell."""
+    files = [path for package in ("trainer", "benchmarks") for path in (ROOT / package).rglob("*.py")]
+    with_colours = {path.name for path in files if re.search(r"#[0-9A-Fa-f]{6}\b", path.read_text())}
+    assert with_colours == {"plot_style.py", "html_page.py"}
 
 
 def test_it_is_drawn_once(monkeypatch):

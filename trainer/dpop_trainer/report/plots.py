@@ -1,7 +1,6 @@
 """Figures: log-ratios over training, and the change per token around the edit.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; line styles, markers and hatches differ as well, so
-the figures read in grey. Figures are made without pyplot: no global state, no display.
+Beside colours, line styles, markers and hatches differ, so that the figures read in grey.
 """
 
 import os
@@ -16,9 +15,9 @@ from matplotlib.figure import Figure
 from dpop_trainer.measure.pairs_under_model import PairEvaluation
 from dpop_trainer.measure.token_shift import TokenShift
 from dpop_trainer.report.figure_text import drawable, families_for
+from dpop_trainer.run_folder import plot_style
+from dpop_trainer.run_folder.plot_style import LABEL, SMALL, ZERO_LINE, finish
 
-_ZERO_LINE: dict[str, Any] = {"color": "0.35", "linewidth": 0.8}
-_GRID: dict[str, Any] = {"color": "0.9", "linewidth": 0.6}
 _FEW_TOKENS = 0.1
 _LEGEND_CHARACTERS = 100
 """Of a row of a legend; a line's sample takes the room of about six."""
@@ -33,14 +32,14 @@ class _Style(NamedTuple):
 
 
 _STYLES = (
-    _Style("#D55E00", "--", "o", "////"),  # vermillion
-    _Style("#0072B2", "-", "s", ""),  # blue
-    _Style("#009E73", "-.", "^", "...."),  # green
-    _Style("#CC79A7", ":", "D", "xxxx"),  # purple
-    _Style("#E69F00", (0, (6, 1, 1, 1, 1, 1)), "v", "\\\\\\\\"),  # orange
-    _Style("#56B4E9", (0, (1, 3)), "P", "++++"),  # sky blue
-    _Style("#000000", (0, (8, 3)), "X", "----"),  # black
-    _Style("#8A8A8A", "-", "*", "oooo"),  # grey
+    _Style(plot_style.VERMILLION, "--", "o", "////"),
+    _Style(plot_style.BLUE, "-", "s", ""),
+    _Style(plot_style.GREEN, "-.", "^", "...."),
+    _Style(plot_style.PURPLE, ":", "D", "xxxx"),
+    _Style(plot_style.ORANGE, (0, (6, 1, 1, 1, 1, 1)), "v", "\\\\\\\\"),
+    _Style(plot_style.SKY_BLUE, (0, (1, 3)), "P", "++++"),
+    _Style(plot_style.BLACK, (0, (8, 3)), "X", "----"),
+    _Style(plot_style.GREY, "-", "*", "oooo"),
 )
 
 
@@ -65,13 +64,13 @@ def plot_logratios(histories: Mapping[str, Mapping[str, Sequence[float]]], path:
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, answer in zip(panels, ("chosen", "rejected"), strict=True):
-        axes.axhline(0, **_ZERO_LINE)
+        axes.axhline(0, **ZERO_LINE)
         for style, (name, history) in zip(_styles(histories), histories.items(), strict=True):
             _line(axes, history["step"], history[answer], style, drawable(name, families))
             if f"{answer}_low" in history:
                 low, high = history[f"{answer}_low"], history[f"{answer}_high"]
                 axes.fill_between(history["step"], low, high, color=style.color, alpha=0.15, linewidth=0)
-        _finish(
+        finish(
             axes,
             f"{answer.capitalize()} answers",
             "optimizer step",
@@ -129,9 +128,9 @@ def plot_checkpoints(history: Mapping[int, PairEvaluation], path: str | os.PathL
     labels = ("nats per answer", "nats per token")
     titles = ("Whole answers", "The chosen answers' tokens")
     for axes, title, label in zip((answers, tokens), titles, labels, strict=True):
-        axes.axhline(0, **_ZERO_LINE)
-        axes.legend(frameon=False, fontsize=8)
-        _finish(axes, title, "optimizer step", rf"$\log\,\pi - \log\,\pi_\mathrm{{ref}}$ ({label})")
+        axes.axhline(0, **ZERO_LINE)
+        axes.legend(frameon=False, fontsize=LABEL)
+        finish(axes, title, "optimizer step", rf"$\log\,\pi - \log\,\pi_\mathrm{{ref}}$ ({label})")
     _save(figure, path)
 
 
@@ -151,22 +150,22 @@ def _plot_regions(axes: Axes, shifts: Mapping[str, TokenShift]) -> None:
             zorder=2,
         )
         many = len(shifts) > _MOST_ACROSS
-        axes.bar_label(bars, fmt=_bar_text, padding=2, fontsize=6 if many else 6.5, rotation=90 if many else 0)
-    axes.axhline(0, zorder=3, **_ZERO_LINE)
+        axes.bar_label(bars, fmt=_bar_text, padding=2, fontsize=SMALL - 0.5, rotation=90 if many else 0)
+    axes.axhline(0, zorder=3, **ZERO_LINE)
     axes.set_xticks(range(3), ["before", "at", "after"])
     axes.margins(y=0.2 if len(shifts) > _MOST_ACROSS else 0.15)  # room for the numbers
-    _finish(axes, "Around the edit", "chosen answer's tokens, relative to the edit", "mean change (nats per token)")
+    finish(axes, "Around the edit", "chosen answer's tokens, relative to the edit", "mean change (nats per token)")
     axes.grid(visible=False, axis="x")
 
 
 def _plot_profile(axes: Axes, shifts: Mapping[str, TokenShift]) -> None:
-    axes.axhline(0, **_ZERO_LINE)
-    axes.axvline(0, color="0.35", linewidth=0.8, linestyle=":")
+    axes.axhline(0, **ZERO_LINE)
+    axes.axvline(0, linestyle=":", **ZERO_LINE)
     for style, (name, shift) in zip(_styles(shifts), shifts.items(), strict=True):
         offsets, changes, counts = shift.profile
         enough = counts >= max(1, _FEW_TOKENS * counts[offsets != 0].max(initial=0))
         _line(axes, offsets[enough], changes[enough], style, name)
-    _finish(axes, "By distance from the edit", "token offset (0: the edit)", "mean change (nats per token)")
+    finish(axes, "By distance from the edit", "token offset (0: the edit)", "mean change (nats per token)")
 
 
 def _line(axes: Axes, x: Any, y: Any, style: _Style, label: str) -> None:
@@ -179,25 +178,15 @@ def _line(axes: Axes, x: Any, y: Any, style: _Style, label: str) -> None:
         marker=style.marker,
         markersize=3,
         markevery=max(1, len(x) // 12),
-        linewidth=1.5,
+        linewidth=plot_style.LINE_WIDTH,
     )
-
-
-def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(xlabel, fontsize=8)
-    axes.set_ylabel(ylabel, fontsize=8)
-    axes.tick_params(labelsize=7)
-    axes.grid(visible=True, **_GRID)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _legend_below(figure: Figure, axes: Axes, families: Sequence[str]) -> None:
     """Outside of the panels, where it hides no line; as many in a row as names of this length have room for."""
     handles, labels = axes.get_legend_handles_labels()
     num_columns = max(1, min(len(labels), _LEGEND_CHARACTERS // (max(map(len, labels)) + 6)))
-    font = {"size": 8, "family": families}
+    font = {"size": LABEL, "family": families}
     figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, prop=font)
 
 
@@ -217,4 +206,4 @@ def _check_methods(name: str, methods: Mapping[str, Any]) -> None:
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=200, facecolor="white")
+    path.write_bytes(plot_style.png(figure))

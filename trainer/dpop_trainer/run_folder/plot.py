@@ -1,9 +1,8 @@
 """The picture of a run, metrics.png: one panel per question, readable in grey.
 
-Lines differ in style and in how dark they are; evaluations are points. Colours are Okabe and Ito's.
+Lines differ in style and in how dark they are; evaluations are points.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,8 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-_BLUE, _VERMILLION, _DARK = "#0072B2", "#D55E00", "0.15"
-_RESOLUTION = 110  # dots per inch
+from dpop_trainer.run_folder.plot_style import (
+    BLUE,
+    LABEL,
+    LINE_WIDTH,
+    SCREEN,
+    SMALL,
+    VERMILLION,
+    ZERO_LINE,
+    finish,
+    png,
+)
+
+_DARK = "0.15"
 _MOST_POINTS = 2000
 
 # inches: a panel with its labels, and what they take around the axes
@@ -25,7 +35,7 @@ class _Line(NamedTuple):
     key: str
     """Of metrics.jsonl; the same with `eval_` before it is drawn as points."""
     label: str
-    color: str = _BLUE
+    color: str = BLUE
     style: str = "-"
 
 
@@ -45,30 +55,30 @@ _PANELS = (
         "Change of the answers",
         "log π − log π_ref, nats per answer",
         (
-            _Line("dpop/chosen_logratio", "chosen Δ", _BLUE),
-            _Line("dpop/rejected_logratio", "rejected Δ", _VERMILLION, "--"),
+            _Line("dpop/chosen_logratio", "chosen Δ", BLUE),
+            _Line("dpop/rejected_logratio", "rejected Δ", VERMILLION, "--"),
         ),
         zero=True,
     ),
     _Panel(
         "Log-probs of the answers",
         "nats per answer",
-        (_Line("logps/chosen", "chosen", _BLUE), _Line("logps/rejected", "rejected", _VERMILLION, "--")),
+        (_Line("logps/chosen", "chosen", BLUE), _Line("logps/rejected", "rejected", VERMILLION, "--")),
     ),
     _Panel(
         "Rewards",
         "β · Δ",
-        (_Line("rewards/chosen", "chosen", _BLUE), _Line("rewards/rejected", "rejected", _VERMILLION, "--")),
+        (_Line("rewards/chosen", "chosen", BLUE), _Line("rewards/rejected", "rejected", VERMILLION, "--")),
         zero=True,
     ),
     _Panel("Margin", "β · (Δ chosen − Δ rejected)", (_Line("rewards/margins", "margin", _DARK),), zero=True),
-    _Panel("Penalty", "β λ max(0, −Δ chosen)", (_Line("dpop/penalty", "penalty", _VERMILLION),)),
+    _Panel("Penalty", "β λ max(0, −Δ chosen)", (_Line("dpop/penalty", "penalty", VERMILLION),)),
     _Panel(
         "Shares of pairs",
         "",
         (
-            _Line("rewards/accuracies", "margin > 0", _BLUE),
-            _Line("dpop/active_fraction", "penalty active", _VERMILLION, "--"),
+            _Line("rewards/accuracies", "margin > 0", BLUE),
+            _Line("dpop/active_fraction", "penalty active", VERMILLION, "--"),
         ),
     ),
     _Panel("Gradient norm", "", (_Line("grad_norm", "before clipping", _DARK),), log=True),
@@ -88,9 +98,7 @@ def draw_metrics(metrics: Sequence[Mapping[str, Any]]) -> bytes:
     figure, grid, panels = _empty_figure(metrics)
     for axes, panel in zip(grid, panels, strict=False):
         _draw(axes, panel, metrics)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=_RESOLUTION, facecolor="white")
-    return image.getvalue()
+    return png(figure, SCREEN)
 
 
 def _empty_figure(metrics: Sequence[Mapping[str, Any]]) -> tuple[Figure, Any, list[_Panel]]:
@@ -118,20 +126,15 @@ def _empty_figure(metrics: Sequence[Mapping[str, Any]]) -> tuple[Figure, Any, li
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes in grid[max(0, len(panels) - columns) : len(panels)]:
-        axes.set_xlabel("optimizer step", fontsize=8)
+        axes.set_xlabel("optimizer step", fontsize=LABEL)
     return figure, grid, panels
 
 
 def _draw(axes: Axes, panel: _Panel, metrics: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_title(panel.title, fontsize=10, loc="left")
-    axes.set_ylabel(panel.unit, fontsize=7.5)
-    axes.tick_params(labelsize=7.5)
-    axes.grid(visible=True, color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    finish(axes, panel.title, axes.get_xlabel(), panel.unit)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     if panel.zero:
-        axes.axhline(0, color="0.45", linewidth=0.8)
+        axes.axhline(0, **ZERO_LINE)
     values: list[float] = []
     for line in panel.lines:
         trained, evaluated = _points(metrics, line.key), _points(metrics, f"eval_{line.key}")
@@ -140,7 +143,9 @@ def _draw(axes: Axes, panel: _Panel, metrics: Sequence[Mapping[str, Any]]) -> No
             x, y = zip(*trained, strict=True)
             # a single point of a line is no line
             marker = "o" if len(trained) < 3 else ""
-            axes.plot(x, y, line.style, color=line.color, label=line.label, linewidth=1.4, marker=marker, markersize=3)
+            axes.plot(
+                x, y, line.style, color=line.color, label=line.label, linewidth=LINE_WIDTH, marker=marker, markersize=3
+            )
         if evaluated:
             x, y = zip(*evaluated, strict=True)
             shown = {label for handle in axes.get_lines() if (label := str(handle.get_label())) == "evaluated"}
@@ -150,13 +155,12 @@ def _draw(axes: Axes, panel: _Panel, metrics: Sequence[Mapping[str, Any]]) -> No
         axes.set_yscale("log")
         for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             axis_format(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
-        axes.tick_params(which="minor", labelsize=7.5)
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
     if panel.from_zero and values:
         axes.set_ylim(0, 1.15 * max(values) or 1.0)
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=7, handlelength=1.8)
+        axes.legend(frameon=False, fontsize=SMALL, handlelength=1.8)
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
