@@ -56,7 +56,8 @@ def test_documented_examples(tmp_path, caplog):
     (block,) = re.findall(r"```json\n(.*?)```", DOCS.read_text(), re.DOTALL)
     records = [json.loads(line) for line in block.splitlines()]
     text = TextPair("2 + 2?", "4", "5")
-    expected = [PairIds([1, 42, 17], [5, 2], [6, 2]), *[PAIR] * 7, text, TextPair("2 + 2?", "4", "4")]
+    whole = TextPair("2 + 2?", " 4", " 5")
+    expected = [PairIds([1, 42, 17], [5, 2], [6, 2]), *[PAIR] * 7, text, whole, TextPair("2 + 2?", "4", "4")]
     assert len(records) == len(expected) == len(FORMS_BY_NAME)
     for record, pair, (name, form) in zip(records, expected, FORMS_BY_NAME.items(), strict=True):
         completions = "completion" in record
@@ -155,6 +156,12 @@ def test_columns_not_read_are_told(tmp_path, caplog):
             id="transcript of several turns",
         ),
         pytest.param(
+            {"chosen": "2 + 2 = 4", "rejected": "2 + 2 makes"}, TextPair("2 + 2", " = 4", " makes"), id="whole texts"
+        ),
+        pytest.param({"chosen": "It is 12", "rejected": "It is 13"}, TextPair("It is 1", "2", "3"), id="within a word"),
+        pytest.param({"chosen": "a b", "rejected": "a b c"}, TextPair("a ", "b", "b c"), id="one goes on"),
+        pytest.param({"chosen": "a b", "rejected": "a b"}, TextPair("a ", "b", "b"), id="the same whole texts"),
+        pytest.param(
             {
                 "prompt": "2 + 2?",
                 "chosen": [ASKED, RIGHT],
@@ -187,6 +194,7 @@ SHAREGPT = {"conversations": [said("human", "q")], "chosen": said("gpt", "a"), "
 OPENAI = {"input": {"messages": [ASKED]}, "preferred_output": [RIGHT], "non_preferred_output": [WRONG]}
 QUESTION = {"question": "q", "system": "s", "chosen": "a", "rejected": "b"}
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+WHOLE = {"chosen": "2 + 2? 4", "rejected": "2 + 2? 5"}
 TOKENS = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
 MESSAGES = {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]}
 
@@ -216,6 +224,8 @@ MESSAGES = {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]}
         (HH, {"chosen": "Hello"}, "chosen: expected a transcript that begins with 'Human:'"),
         (HH, {"rejected": "\n\nHuman: other\n\nAssistant: b"}, "chosen: .* no turn in common"),
         (HH, {"rejected": "\n\nHuman: q\n\nHuman: b"}, "rejected: .* got role 'user'"),
+        (WHOLE, {"chosen": "4"}, "chosen: expected to begin with the same text as rejected, .* got str '4' and str '2"),
+        (WHOLE, {"rejected": None}, "rejected: expected text, got null"),
         (
             MESSAGES,
             {"prompt": [turn("user", [{"type": "image_url", "image_url": "x"}])]},

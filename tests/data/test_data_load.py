@@ -283,7 +283,11 @@ def test_unusable_record_is_named(pair, message):
     ("columns", "message"),
     [
         pytest.param({"prompt": ["a"], "chosen": ["b"]}, r"columns: .* got \['prompt', 'chosen'\]", id="missing"),
-        pytest.param({"chosen": ["b"], "rejected": ["c"]}, "expected a prompt beside chosen", id="text without prompt"),
+        pytest.param(
+            {"chosen": [1], "rejected": [2]},
+            "columns: expected chosen and rejected as texts",
+            id="neither text nor messages",
+        ),
         pytest.param(
             {"prompt": ["a"], "chosen": ["b"], "rejected": [[RIGHT]]}, r"rejected: expected text, got list", id="mixed"
         ),

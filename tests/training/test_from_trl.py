@@ -14,12 +14,13 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer.data.forms import whole_text_pair
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
 from dpop_trainer.settings.trl_fields import ALTERNATIVES
 from peft import LoraConfig, get_peft_model
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, extract_prompt
 
 NUM_STEPS = 10
 TRL_CLASSES, OUR_CLASSES = (DPOConfig, DPOTrainer), (DPOPConfig, DPOPTrainer)
@@ -304,6 +305,15 @@ def test_same_run_on_conversations_of_a_file(shared_once, tiny_llama, tmp_path):
     assert len(ours.train_dataset) == len(theirs.train_dataset) > 4
     pairs = zip(ours.state.log_history, theirs.state.log_history, strict=True)
     assert max(abs(a["loss"] - b["loss"]) for a, b in pairs if "loss" in b) < 1e-4
+
+
+WHOLE_TEXTS = [("w1 w2 w3", "w1 w2 w4"), ("w1 w2 w30", "w1 w2 w31"), ("w1 w2", "w1 w2 w3"), ("w1 w2", "w1 w2")]
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), WHOLE_TEXTS)
+def test_a_text_begins_with_the_prompt_that_trl_finds(chosen, rejected):
+    record = {"chosen": chosen, "rejected": rejected}
+    assert whole_text_pair(record)._asdict() == extract_prompt(record)
 
 
 def test_evaluate_takes_raw_data(model_path, tmp_path):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from dpop_trainer.data.edits import common_prefix_length
 from dpop_trainer.data.messages import described, read_messages, read_template_options, read_turns
 from dpop_trainer.data.records import (
     TEMPLATE_COLUMNS,
@@ -17,6 +18,7 @@ from dpop_trainer.data.records import (
     TOKEN_COLUMNS,
     MessagesPair,
     Pair,
+    TextPair,
     read_messages_pair,
     read_text_pair,
     read_token_pair,
@@ -57,8 +59,8 @@ def recognise_form(sample: Sample, *, completions: bool = False) -> Form:
     columns = list(sample)
     if {"chosen", "rejected"} <= set(columns):
         raise ValueError(
-            f"columns: expected a prompt beside chosen and rejected texts, got {columns}. Add the column prompt; "
-            "only answers given as lists of messages can contain it."
+            "columns: expected chosen and rejected as texts or as lists of messages, got "
+            f"{described(sample['chosen'])} and {described(sample['rejected'])} among {columns}. Write them as text."
         )
     missing = [column for column in TEXT_COLUMNS if column not in sample]
     raise ValueError(
@@ -121,6 +123,27 @@ def question_pair(record: dict[str, Any]) -> MessagesPair:
 def transcript_pair(record: dict[str, Any]) -> MessagesPair:
     """`chosen` and `rejected` as whole transcripts of Human and Assistant, as Anthropic's HH-RLHF has them."""
     return read_messages_pair({field: _transcript(record.get(field), field) for field in ("chosen", "rejected")})
+
+
+def whole_text_pair(record: dict[str, Any]) -> TextPair:
+    """`chosen` and `rejected` as whole texts; the prompt is what they begin with, less a last space, as in TRL."""
+    for field in ("chosen", "rejected"):
+        if not isinstance(record.get(field), str):
+            raise ValueError(
+                f"{field}: expected text, got {described(record.get(field))}. Fill the field or remove the record."
+            )
+    chosen, rejected = record["chosen"], record["rejected"]
+    length, shortest = common_prefix_length(chosen, rejected), min(len(chosen), len(rejected))
+    if length == shortest:
+        length -= 1  # an answer is left to either
+    elif chosen[:length].endswith(" "):
+        length -= 1
+    if length < 1:
+        raise ValueError(
+            f"chosen: expected to begin with the same text as rejected, which is the prompt, got {described(chosen)} "
+            f"and {described(rejected)}. Add the column prompt."
+        )
+    return TextPair(chosen[:length], chosen[length:], rejected[length:])
 
 
 def json_messages_pair(record: dict[str, Any]) -> MessagesPair:
@@ -230,6 +253,10 @@ def _is_transcript(sample: Sample) -> bool:
     )
 
 
+def _is_whole_text(sample: Sample) -> bool:
+    return "prompt" not in sample and all(isinstance(sample.get(field), str) for field in ("chosen", "rejected"))
+
+
 def _is_json_messages(sample: Sample) -> bool:
     for field in ("chosen", "rejected"):
         text = sample.get(field)
@@ -286,6 +313,7 @@ FORMS = (
     ),
     Form("transcripts (Human, Assistant)", ("chosen", "rejected"), _is_transcript, transcript_pair),
     Form("text", TEXT_COLUMNS, _has(*TEXT_COLUMNS), read_text_pair),
+    Form("text that begins with its prompt", ("chosen", "rejected"), _is_whole_text, whole_text_pair),
 )
 
 COMPLETION_FORM = Form(
