@@ -56,14 +56,26 @@ class StandIn:
 def take_off_heads(model: Any) -> None:
     """Give a model its own head back, whoever put another behind it; that one scores nothing any more.
 
+    Of a copy that goes for the forward that its original was given (TRL's fused head is one): it would compute with the
+    original's weights.
+
     Args:
         model: a module, or anything else, which is left alone.
     """
     for module in model.modules() if isinstance(model, nn.Module) else ():
+        if _calls_another(module.__dict__.get("forward"), module):
+            del module.forward
         for slot in ("forward", "_old_forward"):
             stand_in = module.__dict__.get(slot)
             if isinstance(stand_in, StandIn):
                 stand_in.remove()
+
+
+def _calls_another(forward: Any, module: nn.Module) -> bool:
+    """Whether what was put in place of a module's forward goes on to a method that is bound to another of its kind."""
+    closure = getattr(getattr(forward, "__func__", forward), "__closure__", None) or ()
+    owners = (getattr(cell.cell_contents, "__self__", module) for cell in closure)
+    return any(type(owner) is type(module) and owner is not module for owner in owners)
 
 
 def output_layers(model: nn.Module) -> list[nn.Module]:

@@ -4,6 +4,7 @@ Each script is a function of the two classes that its import gives. With the los
 gradient norms and every metric must agree over ten steps: same model, data, order and seed.
 """
 
+import copy
 import inspect
 import json
 import re
@@ -19,8 +20,9 @@ from dpop_trainer.settings.arguments import DataArguments, ModelArguments
 from dpop_trainer.settings.trl_fields import ALTERNATIVES
 from peft import LoraConfig, get_peft_model
 from tiny import text_pairs, tiny_llama, word_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, extract_prompt
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer, LogCompletionsCallback, ModelConfig, ScriptArguments, extract_prompt
+from trl.trainer.utils import add_fused_lm_head
 
 NUM_STEPS = 10
 TRL_CLASSES, OUR_CLASSES = (DPOConfig, DPOTrainer), (DPOPConfig, DPOPTrainer)
@@ -314,6 +316,44 @@ WHOLE_TEXTS = [("w1 w2 w3", "w1 w2 w4"), ("w1 w2 w30", "w1 w2 w31"), ("w1 w2", "
 def test_a_text_begins_with_the_prompt_that_trl_finds(chosen, rejected):
     record = {"chosen": chosen, "rejected": rejected}
     assert whole_text_pair(record)._asdict() == extract_prompt(record)
+
+
+def test_completions_of_the_evaluation_set_can_be_logged(model_path, tmp_path):
+    trainer = full_by_name(*OUR_CLASSES, model_path, tmp_path)
+    trainer.eval_dataset = trainer.eval_dataset["short"]
+    trainer.args.max_steps = 1
+    callback = LogCompletionsCallback(trainer, GenerationConfig(max_new_tokens=2), num_prompts=2, freq=1)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert [(step, prompt) for step, prompt, _ in callback.table] == [("1", "w0 w1"), ("1", "w1 w2")]
+
+
+def other_owner(model_path, patch):
+    """A model that TRL's trainer had before: as it is, as its copy, or as the copy that is its reference."""
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    if patch is None:
+        return model, None
+    add_fused_lm_head(model)
+    return {
+        "same": (model, None),
+        "copied": (copy.deepcopy(model), None),
+        "reference": (model, copy.deepcopy(model)),
+    }[patch]
+
+
+def test_a_model_that_trls_trainer_had_before(model_path, tmp_path):
+    logs = []
+    for patch in (None, "same", "copied", "reference"):
+        model, ref_model = other_owner(model_path, patch)
+        args = OUR_CLASSES[0](**settings(tmp_path / str(patch), max_steps=2))
+        data = Dataset.from_list(text_pairs(4))
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        trainer = DPOPTrainer(model, ref_model, args, train_dataset=data, processing_class=tokenizer)
+        trainer.train()
+        logs.append([line["rewards/chosen"] for line in trainer.state.log_history if "loss" in line])
+    assert logs[0][0] == 0.0
+    assert logs[0][1] != 0.0
+    assert logs[1:] == [logs[0]] * 3
 
 
 def test_evaluate_takes_raw_data(model_path, tmp_path):

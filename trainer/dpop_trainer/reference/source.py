@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.losses.pair_loss import segment_sums
+from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.batches import Batch
 from dpop_trainer.batches.scoring import ScoredModel
 
@@ -81,7 +82,9 @@ class FrozenModel:
 
 def frozen_copy(model: Any) -> Any:
     """An independent copy in eval mode whose parameters take no gradient."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    copied = copy.deepcopy(model)
+    take_off_heads(copied)
+    return copied.eval().requires_grad_(False)
 
 
 @contextmanager

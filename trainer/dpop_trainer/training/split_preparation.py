@@ -122,7 +122,17 @@ class Preparation:
                 raise ValueError(f"{shown}: {str(error).removeprefix('dataset: ')}") from error
         logger.warning("%s data: %s", name, counts.summary())
         self.counts.update({f"{name}_{key}": value for key, value in counts.as_metrics().items()})
-        return self._with_lengths(tokenised)
+        return self._with_lengths(tokenised) if name == "train" else self._with_prompts(tokenised)
+
+    def _with_prompts(self, dataset: Dataset) -> Dataset:
+        """Pairs that are evaluated keep their prompts as text, for callbacks that have them completed (TRL has one)."""
+        tokenizer: Any = self.policy.tokenizer
+
+        def text(ids: list[int]) -> str:
+            begin = int(ids[:1] == [tokenizer.bos_token_id])  # which the tokenizer will put there again
+            return tokenizer.decode(ids[begin:])
+
+        return dataset.add_column("prompt", [text(ids) for ids in dataset["prompt_ids"]])  # type: ignore[call-arg]
 
     def _with_lengths(self, dataset: Dataset) -> Dataset:
         """Pairs that are batched by length bring it along, in the column that transformers' samplers read."""
