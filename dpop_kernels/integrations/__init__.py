@@ -1,1 +1,1 @@
-"""DPOP inside other libraries' trainers. Nothing here is imported unless asked for: each file needs its library."""
+"""This package inside other libraries' trainers. Nothing here is imported unless asked for: each needs its library."""
