@@ -23,6 +23,8 @@ def test_tree_rows_by_hand():
         "position_ids": [[0, 1, 2, 3, 4, 3], [0, 1, 2, 0, 0, 0]],
         # 31 and 32 are seen up to the column of 41, which does not follow from them
         "trie_ends": [[6, 6, 6, 5, 5, 6], [3, 3, 3, 6, 6, 6]],
+        # 22 is the end of one answer, and within the other
+        "num_sequences": [[2, 2, 2, 1, 1, 1], [2, 2, 1, 0, 0, 0]],
         # rows begin at 0 and 6. 21 is predicted by 12; 31 and 32 by 21 and 31; 41 by 21 again. 22 by 13, 42 by 22
         "score_positions": [1, 2, 3, 2, 6, 7],
         "target_ids": [21, 31, 32, 41, 22, 42],
@@ -69,6 +71,7 @@ def test_flat_row_by_hand():
         "attention_mask": [[1] * 9 + [0] * 3],
         "position_ids": [[0, 1, 2, 3, 4, 3, 0, 1, 1, 0, 0, 0]],
         "trie_ends": [[6, 6, 6, 5, 5, 6, 9, 8, 9, 12, 12, 12]],
+        "num_sequences": [[4, 4, 4, 3, 1, 1, 2, 1, 1, 0, 0, 0]],
         # 21 by 12, 31 by 21, 41 by 21; 21 by 12 and 31 by 21 once more, 51 by 31; 22 and 23 by 13
         "score_positions": [1, 2, 2, 1, 2, 3, 6, 6],
         "target_ids": [21, 31, 41, 21, 31, 51, 22, 23],

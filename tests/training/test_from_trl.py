@@ -18,6 +18,7 @@ from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.data.forms import whole_text_pair
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
 from dpop_trainer.settings.trl_fields import ALTERNATIVES
+from experts import experts
 from peft import LoraConfig, get_peft_model
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback, TrainingArguments
@@ -210,6 +211,18 @@ def weighed(field, peft_config, more_of_ours):
     return script
 
 
+def mixture(DPOConfig, DPOTrainer, model_path, output_dir):
+    model = experts()
+    model.save_pretrained(f"{output_dir}-model")
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(f"{output_dir}-model")
+    return DPOTrainer(
+        model=f"{output_dir}-model",
+        args=DPOConfig(**settings(output_dir, eval_strategy="steps", eval_steps=5)),
+        train_dataset=Dataset.from_list(text_pairs(8)),
+        eval_dataset=Dataset.from_list(text_pairs(4)),
+    )
+
+
 def synced(DPOConfig, DPOTrainer, model_path, output_dir):
     args = settings(output_dir, sync_ref_model=True, ref_model_mixup_alpha=0.4, ref_model_sync_steps=3)
     return DPOTrainer(model=model_path, args=DPOConfig(**args), train_dataset=Dataset.from_list(text_pairs(8)))
@@ -225,6 +238,7 @@ SCRIPTS = [
     reference_given,
     truncated,
     synced,
+    mixture,
 ]
 
 

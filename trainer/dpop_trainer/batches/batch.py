@@ -9,7 +9,13 @@ from torch import Tensor
 FILLER_KEY = "is_filler"
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-_ABSENT: dict[str, Any] = {"position_ids": None, "trie_ends": None, "ref_segment_logps": None, FILLER_KEY: False}
+_ABSENT: dict[str, Any] = {
+    "position_ids": None,
+    "trie_ends": None,
+    "num_sequences": None,
+    "ref_segment_logps": None,
+    FILLER_KEY: False,
+}
 
 
 class Batch(dict[str, Any]):
@@ -38,6 +44,8 @@ class Batch(dict[str, Any]):
     """[R, T] int64; None where a row's tokens are at the positions 0, 1, 2, ..."""
     trie_ends: Tensor | None
     """[R, T] int64: the first column after each from which on it is not seen; None where a row is one sequence."""
+    num_sequences: Tensor | None
+    """[R, T] int64, how many of the pairs' sequences go through each position, 0 for padding; beside `trie_ends`."""
     ref_segment_logps: Tensor | None
     """[B, 3] fp32, in nats, where the data bring the reference's log-probs."""
     is_filler: bool

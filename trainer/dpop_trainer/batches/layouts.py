@@ -95,6 +95,7 @@ def tree_rows(trees: list[PairTree], *, pad_token_id: int, pad_to_multiple_of: i
         position_ids: [R, T] int64; 0 for padding.
         trie_ends: [R, T] int64: the first column after each from which on it is not seen, for `trie_mask`. T for
             padding.
+        num_sequences: [R, T] int64: how many of the pairs' sequences go through each position; 0 for padding.
         score_positions: [N] int64, as in `padded_rows`, into hidden states [R, T, H] flattened to [R * T, H].
         token_counts: see `token_counts`.
         target_ids, cu_seqlens: see `scored_tokens`.
@@ -316,10 +317,16 @@ def _trie_rows(
         attention_mask=_padded([[1] * len(row.input_ids) for row in rows], length, 0),
         position_ids=_padded([row.position_ids for row in rows], length, 0),
         trie_ends=_padded([row.ends for row in rows], length, length),
+        num_sequences=_padded([_num_sequences(row) for row in rows], length, 0),
         score_positions=torch.tensor(score_positions, dtype=torch.int64),
         token_counts=token_counts(trees, [row.input_ids for row in rows]),
         **scored_tokens(trees),
     )
+
+
+def _num_sequences(row: TrieRow) -> list[int]:
+    taken = torch.tensor([column for path in row.columns for column in path], dtype=torch.int64)
+    return taken.bincount(minlength=len(row.input_ids)).tolist()
 
 
 def _padded(rows: list[list[int]], length: int, fill: int) -> Tensor:

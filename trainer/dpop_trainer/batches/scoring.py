@@ -47,10 +47,14 @@ def forward_inputs(batch: Batch, model: nn.Module) -> dict[str, Any]:
     """
     ends = batch.trie_ends
     if ends is None:
-        return batch.model_inputs()
-    # a single row is flat wherever the attention can leave out what is not seen, which is never dearer
-    is_flat = attention_of(model) == FLAT_ATTENTION and ends.shape[0] == 1
-    return batch.model_inputs(flat_mask(ends) if is_flat else trie_mask(ends, mask_dtype(model)))
+        inputs = batch.model_inputs()
+    else:
+        # a single row is flat wherever the attention can leave out what is not seen, which is never dearer
+        is_flat = attention_of(model) == FLAT_ATTENTION and ends.shape[0] == 1
+        inputs = batch.model_inputs(flat_mask(ends) if is_flat else trie_mask(ends, mask_dtype(model)))
+    if getattr(base_model(model).config.get_text_config(), "output_router_logits", False):
+        inputs["output_router_logits"] = False  # of which the model would make a loss by its mask; `RouterLoss` does
+    return inputs
 
 
 @contextmanager

@@ -312,6 +312,13 @@ class DPOPConfig(TRLFields, HeadConfig):
             "would write itself."
         },
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of a mixture of experts' load-balancing loss. Unset: what the model's own config says. 0: "
+            "not added."
+        },
+    )
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={"help": "Compute the reference's log-probs once before training instead of at every step."},

@@ -67,6 +67,11 @@ def check_preference_fields(args: "DPOPConfig") -> None:
         raise ValueError(
             f"precompute_ref_batch_size: expected None or at least 1 pair, got {args.precompute_ref_batch_size}."
         )
+    if args.router_aux_loss_coef is not None and not 0 <= args.router_aux_loss_coef < math.inf:
+        raise ValueError(
+            f"router_aux_loss_coef: expected None or a finite number >= 0, got {args.router_aux_loss_coef}. None takes "
+            "the model's own."
+        )
     _check_moving_reference(args)
 
 

@@ -13,10 +13,6 @@ from dpop_trainer.settings.hints import closest
 
 # field -> what does here what it does in TRL
 ALTERNATIVES = {
-    "router_aux_loss_coef": (
-        "The load-balancing loss of a mixture of experts is not added here; with LoRA the router is frozen as long as "
-        "lora_target_modules leaves it out."
-    ),
     "padding_free": "TRL 1.16 ignores it too. Use layout='auto': what the two answers have in common is computed once.",
     "ld_alpha": "Length-desensitised log-probs are not offered. loss_type='ipo' bounds the margin, and so verbosity.",
     "f_divergence_type": "Only the reverse KL is offered, which is what DPO and DPOP are derived from.",
@@ -26,9 +22,6 @@ ALTERNATIVES = {
         "use model_init_kwargs={'use_kernels': True}."
     ),
 }
-
-# what asks for nothing, besides the default
-_ALSO_ACCEPTED: dict[str, tuple[Any, ...]] = {"router_aux_loss_coef": (0.0,)}
 
 # names that older scripts use -> what to write today
 FORMER_NAMES = {
@@ -61,7 +54,6 @@ NOT_OFFERED = {
 class TRLFields:
     """Fields that may be mentioned, but not changed: see `ALTERNATIVES`."""
 
-    router_aux_loss_coef: float | None = field(default=None, metadata={"help": SUPPRESS})
     padding_free: bool = field(default=False, metadata={"help": SUPPRESS})
     ld_alpha: float | None = field(default=None, metadata={"help": SUPPRESS})
     f_divergence_type: str = field(default="reverse_kl", metadata={"help": SUPPRESS})
@@ -81,7 +73,7 @@ def check_trl_fields(config: Any) -> None:
         if item.name not in ALTERNATIVES:
             continue
         value = getattr(config, item.name)
-        if value != item.default and value not in _ALSO_ACCEPTED.get(item.name, ()):
+        if value != item.default:
             refused.append(f"{item.name}: expected {item.default!r}, got {value!r}. {ALTERNATIVES[item.name]}")
     if refused:
         raise ValueError("\n".join(refused))

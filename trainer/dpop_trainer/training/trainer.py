@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.choose_layout import choose_layout, laid_out
 from dpop_trainer.batches.flat_attention import use_flat_attention
+from dpop_trainer.batches.routers import RouterLoss, router_coefficient
 from dpop_trainer.batches.scoring import ScoredModel, forward_inputs
 from dpop_trainer.data import SkippedRecords
 from dpop_trainer.data.stream import first_records
@@ -33,7 +35,7 @@ from dpop_trainer.training.budget_batches import BudgetTrainer
 from dpop_trainer.training.metrics import evaluation_names, metrics_of
 from dpop_trainer.training.split_preparation import Preparation
 from dpop_trainer.training.trainable import check_trainable
-from dpop_trainer.training.trainer_checks import check_arguments, check_form, warn_of_router_loss
+from dpop_trainer.training.trainer_checks import check_arguments, check_form
 from dpop_trainer.training.watch import ChosenWatch
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ class DPOPTrainer(BudgetTrainer):
             model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
         )
         check_trainable(policy.model, optimizers, trains=train_dataset is not None)
-        warn_of_router_loss(policy.model)
+        self.router_aux_loss_coef = router_coefficient(policy.model, args.router_aux_loss_coef)
         self._preparation = Preparation(
             policy=policy,
             args=args,
@@ -147,6 +149,7 @@ class DPOPTrainer(BudgetTrainer):
         self.reference = PairReference(self, plan, reference)
         if plan.is_precomputed:
             self._precompute_reference()
+        self._router_loss = RouterLoss(policy.model) if self.router_aux_loss_coef else None
         self._pair_values: dict[str, Tensor] = {}
         self.add_callback(
             ChosenWatch(
@@ -195,7 +198,8 @@ class DPOPTrainer(BudgetTrainer):
         model_inputs = forward_inputs(batch, self.accelerator.unwrap_model(self.model))
         # the reference first: nothing of its forward stays, and so none of the policy's activations lie beside it
         options, ref_logps = self._loss_options(mode), self._reference_logps(batch, model_inputs)
-        logps, stats = ScoredModel(model, self.head).token_logps(batch, model_inputs, return_stats=True)
+        with self._router_loss.recording() if self._router_loss is not None else nullcontext():
+            logps, stats = ScoredModel(model, self.head).token_logps(batch, model_inputs, return_stats=True)
         wpo = self._wpo_weights(logps, stats, batch) if self.args.use_weighting else None
         pairs, terms = pair_loss_terms(
             logps,
@@ -226,7 +230,13 @@ class DPOPTrainer(BudgetTrainer):
             max_positions=self.args.max_tokens_per_batch if mode == "train" else None,
         )
         is_bad = ~torch.isfinite(pairs.losses.detach() + pairs.margins + pairs.chosen_logratios)
-        return pairs.losses.sum(), is_bad, metrics
+        loss_sum = pairs.losses.sum()
+        if self._router_loss is not None:
+            # of the micro-batch as a whole, as in TRL: in the step's mean it weighs as much as its pairs
+            aux_loss, num_pairs = self._router_loss.take(batch), self.num_items(batch)
+            loss_sum = loss_sum + self.router_aux_loss_coef * aux_loss * num_pairs
+            metrics["aux_loss"] = (aux_loss.detach() * num_pairs, num_pairs)
+        return loss_sum, is_bad, metrics
 
     def pair_values(self):
         return self._pair_values

@@ -1,6 +1,5 @@
 """What a DPOPTrainer is given, checked before anything is loaded or computed."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,6 @@ from dpop_trainer.data.vision import refuse_vision
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.model_paths import check_model_path
 from dpop_trainer.training.split_preparation import check_streams
-
-logger = logging.getLogger(__name__)
 
 
 def check_arguments(
@@ -75,21 +72,3 @@ def check_form(name: str, dataset: Any) -> None:
     parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
     for part in parts:
         refuse_vision(getattr(part, "column_names", None) or (), name)
-
-
-def warn_of_router_loss(model: Any) -> None:
-    """TRL adds a mixture of experts' load-balancing loss where the model's config gives it a weight; here it is not."""
-    config = model.config.get_text_config()
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
-    router_is_trained = any("router" in name or ".gate." in name for name in _trained_names(model))
-    if coefficient and router_is_trained:
-        logger.warning(
-            "%s: its load-balancing loss (router_aux_loss_coef %g) is not added, and its router is trained. Leave the "
-            "router out of the training, as LoRA on the attention's projections does.",
-            config.model_type,
-            coefficient,
-        )
-
-
-def _trained_names(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
