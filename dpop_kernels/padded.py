@@ -11,7 +11,7 @@ from dpop_kernels.logps.linear import as_autocast, check_linear, head_token_logp
 from dpop_kernels.logps.logits import token_logps
 from dpop_kernels.logps.pair_tiles import linear_pair_loss, plan_tiles
 from dpop_kernels.losses.on_sums import Reduction, dpop_loss, reduce_losses
-from dpop_kernels.losses.options import check_hyperparameters
+from dpop_kernels.losses.options import LossOptions, check_hyperparameters
 from dpop_kernels.losses.pair_loss import segment_sums
 from dpop_kernels.validate import check_float, check_same_device
 
@@ -136,7 +136,7 @@ def linear_dpop_loss(
     check_float("hidden_states", hidden_states, "[2B, T, H]")
     _check_labels(labels, "hidden_states", hidden_states)
     _check_references(ref_chosen_logps, ref_rejected_logps, labels)
-    check_hyperparameters(beta, dpop_lambda, dead_zone=dead_zone, label_smoothing=label_smoothing)
+    check_hyperparameters(LossOptions(beta, dpop_lambda, dead_zone, label_smoothing))
     transform = transform_of(logit_scale, softcap)
     tokens = _scored_tokens(labels)
     hidden_rows, lm_head_weight, bias = as_autocast(hidden_states[tokens.rows, tokens.positions], lm_head_weight, bias)

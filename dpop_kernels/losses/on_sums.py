@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dpop_kernels.losses.divergences import DIVERGENCES, is_reverse_kl
 from dpop_kernels.losses.formulas import LOSSES, LossFormula, PairScores, dpo, dpop, ipo, slic
 from dpop_kernels.losses.options import LossOptions, check_hyperparameters
 from dpop_kernels.outputs import PairLosses
@@ -177,13 +178,15 @@ def terms_of_segments(
     The margin comes from the tails alone, so the shared tokens cancel exactly rather than numerically.
     """
     shared, chosen, rejected = (segment_logps - ref_segment_logps).unbind(-1)
+    chosen_logratios, rejected_logratios, margins = shared + chosen, shared + rejected, chosen - rejected
     lengths = segment_lengths.to(segment_logps.dtype)
     scores = PairScores(
         chosen_logps=segment_logps[:, 0] + segment_logps[:, 1],
         rejected_logps=segment_logps[:, 0] + segment_logps[:, 2],
-        chosen_logratios=shared + chosen,
-        rejected_logratios=shared + rejected,
-        margins=chosen - rejected,
+        logp_margins=segment_logps[:, 1] - segment_logps[:, 2],
+        chosen_logratios=chosen_logratios,
+        rejected_logratios=rejected_logratios,
+        **_scores(chosen_logratios, rejected_logratios, margins, options),
         chosen_lengths=(lengths[:, 0] + lengths[:, 1]).clamp(min=1),
         rejected_lengths=(lengths[:, 0] + lengths[:, 2]).clamp(min=1),
     )
@@ -194,9 +197,9 @@ def terms_of_segments(
             losses=losses,
             chosen_logps=scores.chosen_logps.detach(),
             rejected_logps=scores.rejected_logps.detach(),
-            chosen_logratios=scores.chosen_logratios.detach(),
-            rejected_logratios=scores.rejected_logratios.detach(),
-            margins=scores.margins.detach(),
+            chosen_logratios=chosen_logratios.detach(),
+            rejected_logratios=rejected_logratios.detach(),
+            margins=margins.detach(),
             penalties=sum(penalties, start=torch.zeros_like(losses)),
         )
     return pairs, terms
@@ -215,6 +218,17 @@ def reduce_losses(losses: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "none":
         return losses
     raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}.")
+
+
+def _scores(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, margins: Tensor, options: LossOptions
+) -> dict[str, Tensor]:
+    """The fields of `PairScores` that the divergence decides."""
+    if is_reverse_kl(options.f_divergence_type, options.f_alpha_divergence_coef):
+        return {"chosen_scores": chosen_logratios, "rejected_scores": rejected_logratios, "margins": margins}
+    score, alpha = DIVERGENCES[options.f_divergence_type], options.f_alpha_divergence_coef
+    chosen, rejected = score(chosen_logratios, alpha), score(rejected_logratios, alpha)
+    return {"chosen_scores": chosen, "rejected_scores": rejected, "margins": chosen - rejected}
 
 
 def _weighted_sum(
@@ -239,7 +253,7 @@ def _loss_of_logps(
     options: LossOptions,
     reduction: Reduction,
 ) -> Tensor:
-    check_hyperparameters(**options._asdict())
+    check_hyperparameters(options)
     _check_logps(*logps)
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps = map(at_least_fp32, logps)
     chosen_logratios = chosen_logps - ref_chosen_logps
@@ -248,9 +262,10 @@ def _loss_of_logps(
     scores = PairScores(
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
+        logp_margins=chosen_logps - rejected_logps,
         chosen_logratios=chosen_logratios,
         rejected_logratios=rejected_logratios,
-        margins=chosen_logratios - rejected_logratios,
+        **_scores(chosen_logratios, rejected_logratios, chosen_logratios - rejected_logratios, options),
         chosen_lengths=unknown,
         rejected_lengths=unknown,
     )

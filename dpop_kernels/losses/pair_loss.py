@@ -5,16 +5,18 @@ One pair is three segments of scored tokens: *shared* (completion tokens that bo
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpop_kernels.backends import select_backend
+from dpop_kernels.losses.divergences import is_reverse_kl
 from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES
 from dpop_kernels.losses.on_sums import terms_of_segments
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.weighing import check_pair_weights, weighted_pairs
-from dpop_kernels.losses.weights import check_options, resolve_losses
+from dpop_kernels.losses.weights import check_options, losses_of_batch, resolve_losses
 from dpop_kernels.outputs import PairLosses
 from dpop_kernels.validate import check_float, check_same_device
 
@@ -26,13 +28,9 @@ def pair_loss(
     *,
     loss_type: str | Sequence[str] = DEFAULT_LOSS,
     loss_weights: Sequence[float] | None = None,
-    beta: float = 0.3,
-    dpop_lambda: float = 50.0,
-    dead_zone: float = 0.0,
-    label_smoothing: float = 0.0,
-    discopop_tau: float = 0.05,
     pair_weights: Tensor | None = None,
     backend: str = "auto",
+    **options: Any,
 ) -> PairLosses:
     """Loss and metrics of every pair from packed token log-probs.
 
@@ -50,21 +48,19 @@ def pair_loss(
             ("sft" alone): log-ratios and margins of the result are then those of the log-probs themselves.
         loss_type: a name of `formulas.LOSSES` or TRL's name for it, or several: their weighted sum.
         loss_weights: one weight ≥ 0 for each loss; 1 each by default.
-        beta: β > 0.
-        dpop_lambda: λ ≥ 0; used by losses with a penalty ("dpop").
-        dead_zone: τ ≥ 0, in nats; likewise.
-        label_smoothing: ε in [0, 0.5); refused where no loss reads it.
-        discopop_tau: > 0; used by "discopop" alone.
         pair_weights: [B] finite numbers >= 0 that multiply the pairs' losses, without gradient: the mean over a batch
             is then losses.sum() / pair_weights.sum(). None: 1 each. Checked on the CPU; on a GPU it would cost a sync.
         backend: "auto", "reference", "chunked" or "fused" (Triton).
+        options: the hyper-parameters, by the names and with the defaults of `losses.options.LossOptions`: beta,
+            dpop_lambda, dead_zone, label_smoothing, f_divergence_type, ... One that no chosen loss reads is refused.
 
     Returns:
         `PairLosses`, all [B]; only `losses` carries gradient (to token_logps), and only it is weighted.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, the bounds do not fit, a hyper-parameter is out of range, a
-            loss is unknown or refused, weights do not fit, or a loss needs the reference that is None.
+            loss is unknown, weights do not fit, or a loss needs the reference that is None.
+        TypeError: a hyper-parameter that there is not.
     """
     if pair_weights is not None:
         check_pair_weights(pair_weights, (cu_seqlens.shape[0] - 1) // 3, token_logps)
@@ -73,7 +69,7 @@ def pair_loss(
         cu_seqlens,
         ref_segment_logps,
         loss_weights=resolve_losses(loss_type, loss_weights),
-        options=LossOptions(beta, dpop_lambda, dead_zone, label_smoothing, discopop_tau),
+        options=LossOptions(**options),
         pair_weights=pair_weights,
         backend=backend,
     )[0]
@@ -104,6 +100,11 @@ def pair_loss_terms(
         ValueError: as `pair_loss`.
     """
     check_options(options, list(loss_weights))
+    if pair_weights is not None and (of_batch := losses_of_batch(list(loss_weights))):
+        raise ValueError(
+            f"pair_weights: expected None with {of_batch[0]!r}, whose values belong to no single pair, got "
+            "some. Choose a loss of single pairs."
+        )
     if ref_segment_logps is None:
         needing = [name for name in loss_weights if LOSSES[name].needs_reference]
         if needing:
@@ -137,7 +138,8 @@ def _terms(
     backend: str,
 ) -> tuple[PairLosses, dict[str, Tensor]]:
     implementation = select_backend(backend, token_logps.device, token_logps.dtype)
-    if len(loss_weights) == 1 and implementation.RUNS_TRITON:
+    has_kernels = is_reverse_kl(options.f_divergence_type, options.f_alpha_divergence_coef)
+    if len(loss_weights) == 1 and implementation.RUNS_TRITON and has_kernels:
         ((name, weight),) = loss_weights.items()
         if (kernel := LOSSES[name].kernel) is not None:
             pairs = kernel(token_logps, cu_seqlens, ref_segment_logps, options)

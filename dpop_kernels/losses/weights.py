@@ -4,14 +4,9 @@ import difflib
 import math
 from collections.abc import Sequence
 
+from dpop_kernels.losses.divergences import REVERSE_KL
 from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES, TRL_NAMES
 from dpop_kernels.losses.options import LossOptions, check_hyperparameters
-
-REFUSED_LOSSES = {
-    "aot": "it sorts the log-ratios of the batch, so its value depends on how pairs fall into micro-batches. Use 'dpo'",
-    "aot_unpaired": "it sorts the log-ratios of the batch, so its value depends on how pairs fall into micro-batches. "
-    "Use 'nca_pair' or 'bco_pair', which also judge each answer by itself",
-}
 
 
 def resolve_losses(
@@ -24,8 +19,7 @@ def resolve_losses(
         loss_weights: one for each name; None is 1 for each. A loss of weight 0 is computed and not trained on.
 
     Raises:
-        ValueError: a name that is unknown, refused (with the reason and an alternative) or there twice; weights that
-            are not as many, negative, not finite or all 0.
+        ValueError: a name that is unknown or there twice; weights that are not as many, negative, not finite or all 0.
     """
     names = [_resolve_name(name) for name in ([loss_type] if isinstance(loss_type, str) else loss_type)]
     if not names:
@@ -47,10 +41,10 @@ def resolve_losses(
 
 
 def needs_reference(loss_type: str | Sequence[str]) -> bool:
-    """Whether any of the named losses reads the reference model's log-probs. "sft" alone does not.
+    """Whether any of the named losses reads the reference model's log-probs. "sft" and "simpo", say, do not.
 
     Raises:
-        ValueError: a name is unknown or refused.
+        ValueError: a name is unknown.
     """
     return any(LOSSES[name].needs_reference for name in resolve_losses(loss_type))
 
@@ -59,9 +53,28 @@ def has_penalty(loss_type: str | Sequence[str]) -> bool:
     """Whether any of the named losses penalises chosen answers that become less probable, with λ and τ.
 
     Raises:
-        ValueError: a name is unknown or refused.
+        ValueError: a name is unknown.
     """
     return any(LOSSES[name].penalty is not None for name in resolve_losses(loss_type))
+
+
+def losses_of_batch(loss_type: str | Sequence[str]) -> list[str]:
+    """Those of the named losses that compare the pairs of a batch with each other, by our names.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    return [name for name in resolve_losses(loss_type) if LOSSES[name].is_of_batch]
+
+
+def reads_option(loss_type: str | Sequence[str], option: str) -> bool:
+    """Whether a field of `LossOptions` has an effect on any of the named losses, or on what is logged of them.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    names = resolve_losses(loss_type)
+    return option == "beta" or any(option in LOSSES[name].reads for name in names)  # rewards are logged times β
 
 
 def check_options(options: LossOptions, loss_types: Sequence[str]) -> None:
@@ -72,28 +85,37 @@ def check_options(options: LossOptions, loss_types: Sequence[str]) -> None:
         loss_types: our names of the losses, as `resolve_losses` gives them.
 
     Raises:
-        ValueError: a value outside its range; label smoothing that no loss reads; none where one is defined by it.
+        ValueError: a value outside its range; one other than the default that no loss reads; no label smoothing where
+            a loss is defined by it; a divergence with a loss that is derived from the reverse KL alone.
     """
-    check_hyperparameters(**options._asdict())
-    if options.label_smoothing and not any(LOSSES[name].uses_label_smoothing for name in loss_types):
-        readers = [name for name, loss in LOSSES.items() if loss.uses_label_smoothing]
-        raise ValueError(
-            f"label_smoothing: expected 0 with loss_type {list(loss_types)}, which does not read it, got "
-            f"{options.label_smoothing}. These do: {', '.join(readers)}."
-        )
+    check_hyperparameters(options)
     for name in loss_types:
         if LOSSES[name].needs_label_smoothing and not options.label_smoothing:
             raise ValueError(
                 f"label_smoothing: expected a value > 0 with {name!r}, whose target distribution is (1-ε, ε), got 0. "
                 "Take 1e-3 where labels are trusted."
             )
+        is_of_reverse_kl = LOSSES[name].needs_reference and not LOSSES[name].takes_divergence
+        if is_of_reverse_kl and options.f_divergence_type != REVERSE_KL:
+            takers = [taker for taker, loss in LOSSES.items() if loss.takes_divergence]
+            raise ValueError(
+                f"f_divergence_type: expected {REVERSE_KL!r} with {name!r}, which is not one of the difference of two "
+                f"scores, in which what depends on the prompt cancels, got {options.f_divergence_type!r}. These are: "
+                f"{', '.join(takers)}."
+            )
+    for name, usual in LossOptions._field_defaults.items():
+        value = getattr(options, name)
+        if value != usual and not reads_option(loss_types, name):
+            readers = [loss for loss in LOSSES if reads_option(loss, name)]
+            raise ValueError(
+                f"{name}: expected {usual!r} with loss_type {list(loss_types)}, which does not read it, got {value!r}. "
+                f"These do: {', '.join(readers)}."
+            )
 
 
 def _resolve_name(name: str) -> str:
     if not isinstance(name, str):
         raise ValueError(f"loss_type: expected names, got {name!r}. Known are {sorted(LOSSES)}.")
-    if name in REFUSED_LOSSES:
-        raise ValueError(f"loss_type: expected a loss of single pairs, got {name!r}: {REFUSED_LOSSES[name]}.")
     resolved = TRL_NAMES.get(name, name)
     if resolved not in LOSSES:
         close = difflib.get_close_matches(name, [*LOSSES, *TRL_NAMES], n=1)

@@ -12,13 +12,15 @@ import torch
 
 import dpop_kernels.losses.formulas
 from dpop_kernels import dpo_loss, dpop_loss, needs_reference, pair_loss
+from dpop_kernels.losses.divergences import DIVERGENCES
 from dpop_kernels.losses.formulas import LOSSES, TRL_NAMES, PairScores, register_loss
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.pair_loss import pair_loss_terms, segment_sums
-from dpop_kernels.losses.weights import REFUSED_LOSSES, resolve_losses
+from dpop_kernels.losses.weights import losses_of_batch, resolve_losses
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "losses.md"
-SMOOTHED = {"exo_pair": 0.1, "robust": 0.1}
+SMOOTHED = {"exo_pair": 0.1, "robust": 0.1, "aot": 0.1}
+BY_PAIR = [name for name, loss in LOSSES.items() if not loss.is_of_batch]
 
 # TRL's name -> ours, where the two are the same function of the pair
 TRL_LOSSES = {
@@ -30,7 +32,13 @@ TRL_LOSSES = {
         name: name
         for name in ("exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop")
     },
+    **{name: name for name in ("aot", "aot_unpaired")},
 }
+
+
+def read_by(loss_type, **options):
+    """Those of the options that the loss reads: the others would be refused."""
+    return {name: value for name, value in options.items() if name == "beta" or name in LOSSES[loss_type].reads}
 
 
 class Pairs:
@@ -81,7 +89,8 @@ def trl_loss(pairs, loss_types, loss_weights, **options):
         aux_loss_enabled=False,
         ld_alpha=None,
         precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
+        f_divergence_type=options.get("f_divergence_type", "reverse_kl"),
+        f_alpha_divergence_coef=options.get("f_alpha_divergence_coef", 0.5),
         use_weighting=False,
         beta=options["beta"],
         label_smoothing=options.get("label_smoothing", 0.0),
@@ -116,7 +125,7 @@ def our_loss(pairs, loss_types, loss_weights, **options):
 @pytest.mark.parametrize("trl_name", TRL_LOSSES)
 def test_equals_trls_own_code(trl_name):
     pairs = Pairs([3, 5, 2, 7], [4, 1, 6, 5])
-    options = {"beta": 0.4, "discopop_tau": 0.7}
+    options = read_by(TRL_LOSSES[trl_name], beta=0.4, discopop_tau=0.7)
     if trl_name in SMOOTHED:
         options["label_smoothing"] = SMOOTHED[trl_name]
     theirs, their_grad = trl_loss(pairs, [trl_name], [1.0], **options)
@@ -126,6 +135,98 @@ def test_equals_trls_own_code(trl_name):
     tolerance = 1e-7 if trl_name == "exo_pair" else 1e-12
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(our_grad, their_grad, rtol=tolerance, atol=tolerance)
+
+
+TAKERS = {trl_name: ours for trl_name, ours in TRL_LOSSES.items() if LOSSES[ours].takes_divergence}
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence"])  # TRL's alpha refuses fp64: see ten steps below
+@pytest.mark.parametrize("trl_name", TAKERS)
+def test_divergences_equal_trls_own_code(trl_name, divergence):
+    pairs = Pairs([3, 5, 2, 7], [4, 1, 6, 5])
+    options = {"beta": 0.4, "f_divergence_type": divergence}
+    if trl_name in SMOOTHED:
+        options["label_smoothing"] = SMOOTHED[trl_name]
+    theirs, their_grad = trl_loss(pairs, [trl_name], [1.0], **options)
+    ours, our_grad = our_loss(pairs, [TAKERS[trl_name]], [1.0], **options)
+    tolerance = 1e-7 if trl_name == "exo_pair" else 1e-12
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(our_grad, their_grad, rtol=tolerance, atol=tolerance)
+
+
+def test_a_divergence_is_taken_by_trls_losses_and_kin_alone():
+    """TRL 1.16 lists those of TAKERS, and its sft, which reads none."""
+    assert set(TAKERS) == {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"}
+    takers = {name for name, loss in LOSSES.items() if loss.takes_divergence}
+    assert takers - set(TAKERS.values()) == {"dpop", "dpop_norm", "ipo", "rdpo", "beta_dpo"}
+    pairs = pair_loss(*one_pair(1.0, 0.0), loss_type=["dpo", "sft"], f_divergence_type="forward_kl")
+    assert pairs.losses.item() == pytest.approx(nll(0.3 * (1 - math.exp(-1))) + 3.0, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "alpha", "margin"),
+    [
+        # Δw = log 2, Δl = -log 2: probabilities twice and half the reference's
+        ("reverse_kl", 0.5, 2 * math.log(2)),
+        ("forward_kl", 0.5, (1 - 1 / 2) - (1 - 2)),
+        ("js_divergence", 0.5, math.log(4 / 3) - math.log(1 / 1.5)),
+        ("alpha_divergence", 0.5, ((2**-0.5 - 1) - (2**0.5 - 1)) / -0.5),
+        ("alpha_divergence", 2.0, (2 - 1) - (1 / 2 - 1)),
+        ("alpha_divergence", 0.0, (1 - 1 / 2) - (1 - 2)),  # the forward KL
+        ("alpha_divergence", 1.0, 2 * math.log(2)),  # the reverse KL
+        ("alpha_divergence", 1 + 1e-12, 2 * math.log(2)),  # near which (t^a - 1) / a would lose its digits
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_divergences_by_hand(divergence, alpha, margin, backend):
+    """The margin is of f', the penalty and what is logged are of nats."""
+    options = {"f_divergence_type": divergence, "f_alpha_divergence_coef": alpha, "beta": 0.5, "backend": backend}
+    arguments = one_pair(math.log(2), -math.log(2))
+    dpo = pair_loss(*arguments, loss_type="dpo", **options)
+    assert dpo.losses.item() == pytest.approx(nll(0.5 * margin), rel=1e-11)
+    assert dpo.margins.item() == pytest.approx(2 * math.log(2), rel=1e-12)
+    swapped = pair_loss(*one_pair(-math.log(2), math.log(2)), loss_type="dpop", dpop_lambda=3.0, **options)
+    assert swapped.losses.item() == pytest.approx(nll(0.5 * (-margin - 3 * math.log(2))), rel=1e-11)
+    assert swapped.penalties.item() == pytest.approx(3 * math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("loss_type", ["dpop", "ipo_norm"])
+def test_gradcheck_of_divergences(loss_type, divergence):
+    token_logps, lengths, ref = batch_of(3, torch.Generator().manual_seed(5))
+    options = read_by(loss_type, f_divergence_type=divergence, dpop_lambda=3.0)
+
+    def function(token_logps):
+        return pair_loss(token_logps, bounds(lengths), ref, loss_type=loss_type, **options).losses
+
+    assert torch.autograd.gradcheck(function, token_logps.requires_grad_())
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("options", [{"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, {}])
+def test_the_reverse_kl_by_another_name_is_the_same_to_the_bit(backend, options):
+    """Also where kernels compute it: the margin is then of the tails alone."""
+    token_logps, lengths, ref = batch_of(6, torch.Generator().manual_seed(7))
+    leaf = token_logps.float().requires_grad_()
+    results = []
+    for given in ({"f_divergence_type": "reverse_kl"}, options):
+        losses = pair_loss(leaf, bounds(lengths), ref.float(), backend=backend, **given).losses
+        results.append((losses, torch.autograd.grad(losses.sum(), leaf)[0]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha_divergence"])
+def test_a_far_pair_is_still_pulled_back(divergence):
+    """A chosen answer 200 nats below the reference, where TRL's fp32 is infinite or has slope 0: beyond an exponent of
+    30 the score goes on along its tangent, e^30 (1 + x - 30) - 1 for an exponent x of 200 (and of 100 with α = 0.5)."""
+    exponent, rate = (200, 1.0) if divergence == "forward_kl" else (100, 0.5)
+    token_logps, *rest = one_pair(-200.0, 0.0)
+    pairs = pair_loss(token_logps, *rest, loss_type="slic", beta=0.5, f_divergence_type=divergence)
+    score = -(math.exp(30) * (1 + exponent - 30) - 1) / rate
+    assert pairs.losses.item() == pytest.approx(1 - 0.5 * score, rel=1e-12)
+    pairs.losses.sum().backward()
+    assert token_logps.grad[0].item() == pytest.approx(-0.5 * math.exp(30), rel=1e-12)
 
 
 def test_names_that_both_have_mean_the_same_but_for_ipo():
@@ -154,17 +255,18 @@ def test_sft_is_each_answers_mean():
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize(
+    "loss_type", [name for name in LOSSES if name != "beta_dpo"]
+)  # whose β is no part of the slope
 def test_gradcheck(backend, loss_type):
     generator = torch.Generator().manual_seed(5)
     token_logps = -torch.rand(16, dtype=torch.float64, generator=generator).requires_grad_()
     # the first token and the last belong to no segment
     cu_seqlens = 1 + torch.tensor([0, 2, 3, 4, 1, 0, 4]).cumsum(0)
     ref = -torch.rand(2, 3, dtype=torch.float64, generator=generator) * 3
-    smoothing = 0.2 if LOSSES[loss_type].uses_label_smoothing else 0.0
+    options = read_by(loss_type, beta=0.7, dpop_lambda=3.0, dead_zone=0.05, label_smoothing=0.2)
 
     def function(token_logps):
-        options = {"beta": 0.7, "dpop_lambda": 3.0, "dead_zone": 0.05, "label_smoothing": smoothing}
         return pair_loss(token_logps, cu_seqlens, ref, loss_type=loss_type, backend=backend, **options).losses
 
     assert torch.autograd.gradcheck(function, token_logps)
@@ -176,6 +278,9 @@ def slopes(pair, beta, noise, temperature, penalty_slope, penalty):
     s = torch.sigmoid
     m, m_norm, target, z = dw - dl, dw / lw - dl / ll, 1 / (2 * beta), beta * (dw - dl)
     z_dpop, z_norm, rw, rl = beta * (m - penalty), beta * m_norm, beta * dw, beta * dl
+    z_dpop_norm, z_rdpo = beta * (m_norm - penalty / lw), z + 0.1 * (lw - ll)
+    aw, al = pair.chosen_logps / lw, pair.rejected_logps / ll
+    z_simpo, odds = beta * (aw - al) - 0.5, (aw.exp() / (1 - aw.exp())) / (al.exp() / (1 - al.exp()))
 
     def bell(x):
         return s(x) * s(-x)
@@ -188,11 +293,13 @@ def slopes(pair, beta, noise, temperature, penalty_slope, penalty):
     blend = (1 - share) * s(-z) + share * exp + share * (1 - share) * (nlls - exp) / temperature
     return {
         "dpop": (-beta * s(-z_dpop) * (1 + penalty_slope), beta * s(-z_dpop)),
+        "dpop_norm": (-beta * s(-z_dpop_norm) * (1 + penalty_slope) / lw, beta * s(-z_dpop_norm) / ll),
         "dpo": opposite(-beta * s(-z)),
         "dpo_norm": (-beta * s(-z_norm) / lw, beta * s(-z_norm) / ll),
         "ipo": opposite(2 * (m - target)),
         "ipo_norm": (2 * (m_norm - target) / lw, -2 * (m_norm - target) / ll),
         "slic": opposite(-beta * (z < 1).double()),
+        "rdpo": opposite(-beta * s(-z_rdpo)),
         "robust": opposite(-beta * (s(-z) + noise / (1 - 2 * noise))),
         "exo_pair": opposite(beta * bell(z) * (z - logit)),
         "nca_pair": (beta * (s(rw) / 2 - s(-rw)), beta * s(rl) / 2),
@@ -201,17 +308,24 @@ def slopes(pair, beta, noise, temperature, penalty_slope, penalty):
         "apo_zero": (-beta * bell(rw), beta * bell(rl)),
         "apo_down": (beta * (bell(rw) - bell(z)), beta * bell(z)),
         "discopop": opposite(-beta * blend),
+        "simpo": (-beta * s(-z_simpo) / lw, beta * s(-z_simpo) / ll),
+        "cpo": (-beta * s(-z) - 0.5 / lw, beta * s(-z)),
+        "orpo": (
+            -beta / (1 + odds) / (1 - aw.exp()) / lw - 1 / lw,
+            beta / (1 + odds) / (1 - al.exp()) / ll,
+        ),
         "sft": (-1 / lw, torch.zeros_like(dl)),
     }
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", BY_PAIR)
 def test_slopes_are_the_documented_ones(loss_type):
-    options = LossOptions(0.7, 3.0, 0.1, 0.2 if loss_type in SMOOTHED else 0.0, discopop_tau=0.5)
+    noise = 0.2 if loss_type in SMOOTHED else 0.0
+    options = LossOptions(0.7, 3.0, 0.1, noise, discopop_tau=0.5, rdpo_alpha=0.1, cpo_alpha=0.5)
     dw, dl = torch.randn(2, 9, dtype=torch.float64).mul_(2).requires_grad_().unbind(0)
     lengths = torch.randint(1, 9, (2, 9)).double()
-    # log-probs are the log-ratios here: their difference is the reference's, a constant
-    pair = PairScores(dw, dl, dw, dl, dw - dl, *lengths)
+    # log-probs are the log-ratios here, but for a constant, the reference's
+    pair = PairScores(dw - 20, dl - 20, dw - dl, dw, dl, dw, dl, dw - dl, *lengths)
     ours = torch.autograd.grad(LOSSES[loss_type].formula(pair, options).sum(), [dw, dl], materialize_grads=True)
     excess = torch.relu(-dw - 0.1)
     assert 0 < int((excess > 0).sum()) < 9
@@ -235,6 +349,11 @@ def nll(z):
     return math.log1p(math.exp(-z))
 
 
+def log_odds(logp):
+    probability = math.exp(logp)
+    return math.log(probability / (1 - probability))
+
+
 @pytest.mark.parametrize(
     ("loss_type", "expected"),
     {
@@ -251,11 +370,20 @@ def nll(z):
         "apo_zero": sigmoid(0.5) + sigmoid(-1.0),
         "apo_down": sigmoid(-0.5) + sigmoid(-0.5),
         "discopop": sigmoid(-10) * nll(0.5) + sigmoid(10) * math.exp(-0.5),  # τ = 0.05
+        "dpop_norm": nll(0.5 * (1 - 4)),
+        "rdpo": nll(0.5),  # answers of one length
+        "simpo": nll(0.5 * (-3 + 4) - 0.5),  # γ = 0.5
+        "cpo": nll(0.5 * (-3 + 4)) + 0.5 * 3,  # α = 0.5
+        "orpo": 0.5 * nll(log_odds(-3) - log_odds(-4)) + 3,
         "sft": 3.0,
+        "aot": nll(0.5),  # of one pair alone
+        "aot_unpaired": nll(0.5),
+        "beta_dpo": nll(0.5 * (1 + 0.6 * (1 - 0.5))),  # M₀ = 0.5
     }.items(),
 )
 def test_by_hand(loss_type, expected):
-    losses = pair_loss(*one_pair(-1.0, -2.0), loss_type=loss_type, beta=0.5, dpop_lambda=4.0).losses
+    options = read_by(loss_type, beta=0.5, dpop_lambda=4.0, rdpo_alpha=0.25, cpo_alpha=0.5, beta_dpo_threshold=0.5)
+    losses = pair_loss(*one_pair(-1.0, -2.0), loss_type=loss_type, **options).losses
     assert losses.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
@@ -264,14 +392,91 @@ def test_by_hand(loss_type, expected):
     {
         "dpo": 0.9 * nll(0.5) + 0.1 * nll(-0.5),
         "dpop": 0.9 * nll(-1.5) + 0.1 * nll(-2.5),  # β (m - p) = 0.5 · (1 - 4), β (-m - p) = 0.5 · (-1 - 4)
+        "dpop_norm": 0.9 * nll(-1.5) + 0.1 * nll(-2.5),
+        "simpo": 0.9 * nll(0) + 0.1 * nll(0),  # β · (-3 + 4) - γ
+        "cpo": 0.9 * nll(0.5) + 0.1 * nll(-0.5) + 3,
+        "aot": 0.9 * nll(0.5) + 0.1 * nll(-0.5),
+        "aot_unpaired": 0.9 * nll(0.5) + 0.1 * nll(-0.5),
         "robust": (0.9 * nll(0.5) - 0.1 * nll(-0.5)) / 0.8,
         "exo_pair": sigmoid(0.5) * math.log(sigmoid(0.5) / 0.9) + sigmoid(-0.5) * math.log(sigmoid(-0.5) / 0.1),
     }.items(),
 )
 def test_smoothed_by_hand(loss_type, expected):
-    options = {"beta": 0.5, "dpop_lambda": 4.0, "label_smoothing": 0.1}
+    options = read_by(loss_type, beta=0.5, dpop_lambda=4.0, label_smoothing=0.1)
     losses = pair_loss(*one_pair(-1.0, -2.0), loss_type=loss_type, **options).losses
     assert losses.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    {
+        # Δw = 0.5, Δl = -1, so m = 1.5; β = 2; log π is -1 over one token and -6 over two
+        "simpo": nll(2 * (-1 + 3) - 1),  # γ = 1
+        "cpo": nll(2 * (-1 + 6)) + 0.5 * 1,  # α = 0.5
+        "orpo": 2 * nll(log_odds(-1) - log_odds(-3)) + 1,
+        "rdpo": nll(2 * 1.5 + 0.25 * (1 - 2)),  # α = 0.25
+        "dpo_norm": nll(2 * (0.5 + 0.5)),
+    }.items(),
+)
+def test_of_unequal_lengths_by_hand(loss_type, expected):
+    token_logps, cu_seqlens = torch.tensor([-1.0, -4.0, -2.0], dtype=torch.float64), torch.tensor([0, 0, 1, 3])
+    ref = torch.tensor([[0.0, -1.5, -5.0]], dtype=torch.float64)
+    options = read_by(loss_type, beta=2.0, simpo_gamma=1.0, cpo_alpha=0.5, rdpo_alpha=0.25)
+    losses = pair_loss(token_logps, cu_seqlens, ref, loss_type=loss_type, **options).losses
+    assert losses.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_dpop_norm_s_penalty_is_per_token_too():
+    """Δw = -1 over two tokens, Δl = -2 over one, τ = 0.5: m' = -0.5 + 2 and p = 4 · 0.5 nats, so 1 a token."""
+    token_logps, cu_seqlens = torch.tensor([-1.0, -4.0, -2.0], dtype=torch.float64), torch.tensor([0, 0, 2, 3])
+    ref = torch.tensor([[0.0, -4.0, 0.0]], dtype=torch.float64)
+    options = {"beta": 0.5, "dpop_lambda": 4.0, "dead_zone": 0.5}
+    pairs = pair_loss(token_logps, cu_seqlens, ref, loss_type="dpop_norm", **options)
+    assert pairs.losses.item() == pytest.approx(nll(0.5 * (1.5 - 1)), rel=1e-12)
+    assert pairs.penalties.item() == 1.0
+
+
+def three_pairs():
+    """One token each; Δw = 1, -2, 0.5 and Δl = -1, 3, 0; log π(y_w) - log π(y_l) = 4, 1, 2 -> as `one_pair`."""
+    chosen, rejected = torch.tensor([-1.0, -3.0, -2.0]).double(), torch.tensor([-5.0, -4.0, -4.0]).double()
+    ref = torch.stack([torch.zeros(3), chosen - torch.tensor([1, -2, 0.5]), rejected - torch.tensor([-1, 3, 0])], dim=1)
+    token_logps = torch.stack([chosen, rejected], dim=1).flatten().requires_grad_()
+    return token_logps, torch.tensor([0, 0, 1, 2, 2, 3, 4, 4, 5, 6]), ref
+
+
+def test_aot_compares_the_sorted_margins_of_policy_and_reference():
+    """Policy: 1, 2, 4. Reference: 4 - 2, 1 + 5, 2 - 0.5, so 1.5, 2, 6."""
+    token_logps, *rest = three_pairs()
+    losses = pair_loss(token_logps, *rest, loss_type="aot", beta=0.5).losses
+    assert losses.tolist() == pytest.approx([nll(0.5 * (1 - 1.5)), nll(0.0), nll(0.5 * (4 - 6))], rel=1e-12)
+    losses.sum().backward()
+    slopes = [-0.5 * sigmoid(1.0), -0.5 * sigmoid(0.25), -0.5 * sigmoid(0.0)]  # of the pairs, whose ranks are 3, 1, 2
+    assert token_logps.grad.tolist() == pytest.approx([part for slope in slopes for part in (slope, -slope)], rel=1e-12)
+
+
+def test_aot_unpaired_compares_the_sorted_log_ratios_of_both_answers():
+    """Chosen: -2, 0.5, 1. Rejected: -1, 0, 3."""
+    losses = pair_loss(*three_pairs(), loss_type="aot_unpaired", beta=0.5).losses
+    assert losses.tolist() == pytest.approx([nll(0.5 * -1), nll(0.5 * 0.5), nll(0.5 * -2)], rel=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", losses_of_batch(list(LOSSES)))
+def test_a_loss_of_a_batch_has_no_pairs_to_weigh(loss_type):
+    with pytest.raises(ValueError, match=f"pair_weights: expected None with '{loss_type}', whose values"):
+        pair_loss(*three_pairs(), loss_type=["dpo", loss_type], pair_weights=torch.ones(3))
+
+
+def test_beta_dpo_is_dpo_with_a_beta_of_the_batch_s_mean_margin():
+    """Margins 2, -5, 0.5: on average -2.5 / 3, so β' = 0.5 (1 + 0.6 (-2.5 / 3 + 1)), and a constant to the gradient."""
+    token_logps, *rest = three_pairs()
+    losses = pair_loss(token_logps, *rest, loss_type="beta_dpo", beta=0.5, beta_dpo_threshold=-1.0).losses
+    (grad,) = torch.autograd.grad(losses.sum(), token_logps)
+    dpo = pair_loss(token_logps, *rest, loss_type="dpo", beta=0.5 * (1 + 0.6 * (1 - 2.5 / 3))).losses
+    torch.testing.assert_close(losses, dpo, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, torch.autograd.grad(dpo.sum(), token_logps)[0], rtol=1e-12, atol=0)
+    # and never below 1e-3, however bad the batch
+    least = pair_loss(*three_pairs(), loss_type="beta_dpo", beta=0.5, beta_dpo_threshold=99.0).losses
+    torch.testing.assert_close(least, pair_loss(*three_pairs(), loss_type="dpo", beta=1e-3).losses)
 
 
 @pytest.mark.parametrize("loss_type", sorted(LOSSES))
@@ -279,8 +484,25 @@ def test_smoothed_by_hand(loss_type, expected):
 def test_far_margins_are_finite_in_fp32(loss_type, margin):
     """z = ±150 at β = 0.5: past where exp overflows fp32."""
     token_logps, *rest = one_pair(margin / 2, -margin / 2, dtype=torch.float32)
-    smoothing = 0.1 if LOSSES[loss_type].uses_label_smoothing else 0.0
-    losses = pair_loss(token_logps, *rest, loss_type=loss_type, beta=0.5, label_smoothing=smoothing).losses
+    options = read_by(loss_type, beta=0.5, label_smoothing=0.1)
+    losses = pair_loss(token_logps, *rest, loss_type=loss_type, **options).losses
+    losses.sum().backward()
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(token_logps.grad).all()
+
+
+@pytest.mark.parametrize("loss_type", sorted(LOSSES))
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_extremes_are_finite_in_fp32(loss_type, divergence):
+    """Log-probs of 0 and -10000, each under a reference of 0 and of -10000."""
+    if divergence != "reverse_kl" and not LOSSES[loss_type].takes_divergence:
+        return
+    far = -1e4
+    token_logps = torch.tensor([far, 0, 0, far, far, far, 0, 0], requires_grad=True)
+    ref = torch.tensor([[0, 0, far], [0, far, 0], [0, 0, 0], [0, far, far]])
+    options = read_by(loss_type, label_smoothing=0.1, f_divergence_type=divergence)
+    cu_seqlens = bounds(torch.tensor([0, 1, 1]).repeat(4))
+    losses = pair_loss(token_logps, cu_seqlens, ref, loss_type=loss_type, **options).losses
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(token_logps.grad).all()
@@ -401,7 +623,9 @@ def test_terms_are_each_loss_by_itself():
     )
     assert list(terms) == ["dpop", "sft", "ipo"]
     for name, losses in terms.items():
-        alone = pair_loss(token_logps, bounds(lengths), ref, loss_type=name, beta=0.3, dpop_lambda=5.0).losses
+        alone = pair_loss(
+            token_logps, bounds(lengths), ref, loss_type=name, **read_by(name, beta=0.3, dpop_lambda=5.0)
+        ).losses
         torch.testing.assert_close(losses, alone.detach())
         assert not losses.requires_grad
     torch.testing.assert_close(pairs.losses, terms["dpop"] + 0.1 * terms["sft"])
@@ -418,11 +642,11 @@ def test_a_loss_of_weight_zero_may_be_infinite():
     assert token_logps.grad.tolist() == [-1.0, 0.0]
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", BY_PAIR)
 def test_gradient_is_the_same_whatever_the_micro_batches(loss_type):
     """Four pairs at once or in two halves of unequal tokens: sums over pairs, divided by the four."""
     token_logps, lengths, ref = batch_of(4, torch.Generator().manual_seed(4))
-    options = {"loss_type": loss_type, "label_smoothing": 0.1 if LOSSES[loss_type].uses_label_smoothing else 0.0}
+    options = {"loss_type": loss_type, **read_by(loss_type, label_smoothing=0.1)}
     leaf = token_logps.clone().requires_grad_()
     (pair_loss(leaf, bounds(lengths), ref, **options).losses.sum() / 4).backward()
     halves = token_logps.clone().requires_grad_()
@@ -457,9 +681,11 @@ def test_losses_with_reference_refuse_none_and_depend_on_it(loss_type):
     assert not torch.equal(*losses)
 
 
-def test_sft_alone_needs_no_reference():
-    assert not needs_reference("sft")
-    assert not needs_reference(["sft"])
+def test_what_needs_no_reference_and_what_is_of_a_batch():
+    assert {name for name in LOSSES if not needs_reference(name)} == {"simpo", "cpo", "orpo", "sft"}
+    assert not needs_reference(["sft", "simpo"])
+    assert losses_of_batch(["aot", "dpo", "beta_dpo"]) == ["aot", "beta_dpo"]
+    assert set(losses_of_batch(list(LOSSES))) == {"aot", "aot_unpaired", "beta_dpo"}
 
 
 def test_a_loss_is_one_function():
@@ -471,27 +697,28 @@ def test_a_loss_is_one_function():
         assert pair_loss(*one_pair(-1.0, -3.0), loss_type="test_alias", beta=0.5).losses.item() == pytest.approx(1.0)
         with pytest.raises(ValueError, match="name: expected a name that no loss has, got 'test_only'"):
             register_loss("test_only")(squared_margin)
+        with pytest.raises(ValueError, match=r"reads: expected fields of LossOptions, got \['gama'\]"):
+            register_loss("test_too", reads=["gama"])
     finally:
         del LOSSES["test_only"], TRL_NAMES["test_alias"]
 
 
 def test_the_documents_examples():
-    """The docstring's, and docs/losses.md's: SimPO by hand on answers of one and two tokens."""
+    """The docstring's, and docs/losses.md's by hand: m = 1.5 and β = 0.5, so (1 - 0.75)²."""
     assert doctest.testmod(dpop_kernels.losses.formulas).attempted > 0
     assert doctest.testmod(dpop_kernels.losses.formulas).failed == 0
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     (block,) = [block for block in blocks if "@register_loss" in block]
     try:
         exec(block, {})
-        token_logps = torch.tensor([-1.0, -4.0, -2.0], dtype=torch.float64)
-        losses = pair_loss(token_logps, torch.tensor([0, 0, 1, 3]), None, loss_type="simpo", beta=2.0).losses
-        assert losses.item() == pytest.approx(nll(2 * (-1 + 3) - 1), rel=1e-12)  # γ = β / 2
+        losses = pair_loss(*one_pair(0.5, -1.0), loss_type="squared_hinge", beta=0.5).losses
+        assert losses.item() == pytest.approx(0.25**2, rel=1e-12)
     finally:
-        LOSSES.pop("simpo", None)
+        LOSSES.pop("squared_hinge", None)
 
 
 def test_every_loss_is_documented():
-    table = DOCUMENT.read_text().partition("## Which one")[0]
+    table = DOCUMENT.read_text().partition("## Which for what")[0]
     rows = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
     assert set(rows) == set(LOSSES)
     assert all(f"    {name} " in dpop_kernels.losses.formulas.__doc__ for name in LOSSES)
@@ -515,8 +742,6 @@ def test_names_and_weights_are_resolved():
         (("dpo", [math.nan]), "loss_weights: expected finite numbers >= 0, got nan"),
         (("dpo", "much"), "loss_weights: expected finite numbers >= 0, got 'much'"),
         ((["dpo", "sft"], [0, 0]), "loss_weights: expected at least one above 0"),
-        (("aot",), "loss_type: expected a loss of single pairs, got 'aot': it sorts .* Use 'dpo'"),
-        (("aot_unpaired",), "got 'aot_unpaired': it sorts .* Use 'nca_pair' or 'bco_pair'"),
     ],
 )
 def test_bad_names_and_weights_are_named(arguments, message):
@@ -524,19 +749,19 @@ def test_bad_names_and_weights_are_named(arguments, message):
         resolve_losses(*arguments)
 
 
-def test_refused_and_registered_names_are_all_of_trls():
+def test_registered_names_are_all_of_trls():
     from trl import DPOConfig
 
     text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
     named = {word.strip("`',. ") for word in text.split() if word.startswith("`'")}
     assert len(named) >= 15
-    assert named <= set(LOSSES) | set(TRL_NAMES) | set(REFUSED_LOSSES)
+    assert named <= set(LOSSES) | set(TRL_NAMES)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dead_zone": -0.1}, "dead_zone: expected a finite value >= 0, in nats, got -0.1"),
+        ({"dead_zone": -0.1}, "dead_zone: expected a finite value >= 0, got -0.1. In nats"),
         ({"dead_zone": math.inf}, "dead_zone: expected"),
         ({"label_smoothing": 0.5}, r"label_smoothing: expected a value in \[0, 0.5\), got 0.5"),
         ({"label_smoothing": -0.1}, "label_smoothing: expected"),
@@ -544,9 +769,23 @@ def test_refused_and_registered_names_are_all_of_trls():
         ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau: expected a finite value > 0, got 0.0"),
         (
             {"loss_type": ["ipo", "sft"], "label_smoothing": 0.1},
-            r"label_smoothing: expected 0 with loss_type \['ipo', 'sft'\], which does not read it, got 0.1. These do:",
+            r"label_smoothing: expected 0.0 with loss_type \['ipo', 'sft'\], which does not read it, got 0.1. These",
         ),
         ({"loss_type": "exo_pair"}, "label_smoothing: expected a value > 0 with 'exo_pair'"),
+        ({"simpo_gamma": 1.0}, r"simpo_gamma: expected 0.5 with loss_type \['dpop'\], .* got 1.0. These do: simpo."),
+        ({"loss_type": "dpo", "dpop_lambda": 5.0}, "dpop_lambda: expected 50.0 .* got 5.0. These do: dpop, dpop_norm."),
+        ({"loss_type": "simpo", "simpo_gamma": -1.0}, "simpo_gamma: expected a finite value >= 0, got -1.0"),
+        ({"loss_type": "beta_dpo", "beta_dpo_threshold": -math.inf}, "beta_dpo_threshold: expected a finite number"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type: expected one of reverse_kl, .* got 'kl'"),
+        ({"f_alpha_divergence_coef": 0.7}, "f_alpha_divergence_coef: expected 0.5 with f_divergence_type 'reverse_kl'"),
+        (
+            {"loss_type": ["dpo", "nca_pair"], "f_divergence_type": "forward_kl"},
+            "f_divergence_type: expected 'reverse_kl' with 'nca_pair', .* got 'forward_kl'. These are: dpop, ",
+        ),
+        (
+            {"loss_type": "simpo", "f_divergence_type": "forward_kl"},
+            r"f_divergence_type: expected 'reverse_kl' with loss_type \['simpo'\], which does not read it",
+        ),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -160,17 +160,35 @@ def test_what_a_loss_declares_is_what_its_formula_reads(loss_type):
     known = {name: torch.tensor([-2.0]) for name in PairScores._fields if not name.endswith("lengths")}
     known |= {name: torch.tensor([3.0]) for name in PairScores._fields if name.endswith("lengths")}
     options = LossOptions(label_smoothing=0.1)
+    scores, logratios = ("chosen_scores", "rejected_scores", "margins"), ("chosen_logratios", "rejected_logratios")
 
     def reads(*names, options=options):
-        scores = PairScores(**known | dict.fromkeys(names, torch.tensor([torch.nan])))
-        return loss.formula(scores, options).isnan().item()
+        pair = PairScores(**known | dict.fromkeys(names, torch.tensor([torch.nan])))
+        return loss.formula(pair, options).isnan().item()
 
     assert not reads()
     assert reads("chosen_lengths", "rejected_lengths") == loss.reads_lengths
-    assert reads("chosen_logratios", "rejected_logratios", "margins") == loss.needs_reference
-    assert reads(options=options._replace(label_smoothing=torch.nan)) == loss.uses_label_smoothing
+    assert reads(*scores, *logratios) == loss.needs_reference
+    if loss.takes_divergence:
+        assert reads(*scores)
+        assert reads(*logratios) == (loss.penalty is not None)
     assert (not loss.formula(PairScores(**known), LossOptions()).isfinite().item()) == loss.needs_label_smoothing
-    assert reads(options=options._replace(dpop_lambda=torch.nan)) == (loss.penalty is not None)
+    numbers = {name for name, usual in LossOptions._field_defaults.items() if isinstance(usual, float)}
+    read = {name for name in numbers if reads(options=options._replace(**{name: torch.nan}))}
+    assert read - {"beta"} == loss.reads & numbers - {"f_alpha_divergence_coef"}  # which scores are made with
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_loss_is_of_the_batch_if_another_pair_changes_it(loss_type):
+    """The loss of the first two of three pairs, with one third and with another."""
+    random = torch.Generator().manual_seed(0)
+    names = [name for name in PairScores._fields if not name.endswith("lengths")]
+    values = {name: -torch.rand(3, generator=random) for name in names}
+    values |= {name: torch.tensor([2.0, 3.0, 4.0]) for name in PairScores._fields if name.endswith("lengths")}
+    other = {name: value * torch.tensor([1.0, 1.0, 7.0]) for name, value in values.items()}
+    formula, options = LOSSES[loss_type].formula, LossOptions(label_smoothing=0.1)
+    first, second = (formula(PairScores(**given), options)[:2] for given in (values, other))
+    assert torch.equal(first, second) != LOSSES[loss_type].is_of_batch
 
 
 def test_the_flag_for_a_backend_offers_the_registry():

@@ -41,6 +41,7 @@ LAYERS = [
     "logps/linear.py",
     "logps/lora.py",
     "logps/vocab_parallel.py",
+    "losses/divergences.py",
     "losses/options.py",
     "losses/formulas.py",
     "losses/weights.py",

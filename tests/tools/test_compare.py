@@ -52,6 +52,18 @@ def test_methods(text, name, slug, overrides):
         assert parse_method(text) == (name, slug, overrides)
 
 
+def test_a_shared_option_goes_to_the_methods_whose_losses_read_it():
+    shared = {"max_steps": 7, "beta": 0.2, "dpop_lambda": 5.0, "dpop_dead_zone": 0.1, "dpop_lambda_warmup_steps": 3}
+    shared |= {"simpo_gamma": 1.0}
+    given = {text: parse_method(text).run_values(shared) for text in ("dpo", "dpop", "simpo+sft", "dpo:dpop_lambda=9")}
+    assert given["dpo"] == {"max_steps": 7, "beta": 0.2, "loss_type": "dpo"}
+    assert given["dpop"] == {name: value for name, value in shared.items() if name != "simpo_gamma"} | {
+        "loss_type": "dpop"
+    }
+    assert given["simpo+sft"].keys() == {"max_steps", "beta", "simpo_gamma", "loss_type"}
+    assert given["dpo:dpop_lambda=9"]["dpop_lambda"] == 9  # its own, to be refused by name
+
+
 def test_a_list_is_one_value():
     assert parse_method("dpop+ipo:max_length=[1,2],beta=0.1").overrides == {
         "loss_type": ["dpop", "ipo"],

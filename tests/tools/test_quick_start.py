@@ -17,7 +17,13 @@ import transformers
 from dpop_trainer.cli import COMMANDS, main
 from dpop_trainer.run_folder.versions import versions
 from dpop_trainer.settings import source_classes
-from dpop_trainer.settings.arguments import ComparisonArguments, DataArguments, ModelArguments, parse_arguments
+from dpop_trainer.settings.arguments import (
+    ComparisonArguments,
+    DataArguments,
+    ModelArguments,
+    check_arguments,
+    parse_arguments,
+)
 from dpop_trainer.settings.run_parser import RunParser
 from dpop_trainer.settings.source_classes import class_from_source, function_from_source
 from dpop_trainer.tools.pairs.recipes import RECIPES
@@ -206,6 +212,34 @@ def test_losses_are_resolved_from_the_source_as_by_the_kernels():
         assert read(names) == resolve_losses(names)
     with pytest.raises(ValueError, match=r"loss_weights: expected one for each loss, 1 for \['dpo'\], got 2"):
         read("dpo", [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--loss_type dpo --dpop_lambda 5",
+            r"dpop_lambda: expected 50.0 with loss_type \['dpo'\], which",
+        ),
+        ("--loss_type dpo --dpop_dead_zone 0.1", "dpop_dead_zone: expected 0 with loss_type"),
+        ("--loss_type aot --gradient_accumulation_steps 2", "gradient_accumulation_steps: expected 1 with 'aot'"),
+        ("--loss_type nca_pair --f_divergence_type forward_kl", "f_divergence_type: expected 'reverse_kl' with"),
+        ("--loss_type simpo --simpo_gamma -1", "simpo_gamma: expected a finite value >= 0, got -1.0"),
+        ("--loss_type simpo --simpo_gamma 1", None),
+        ("--f_divergence_type alpha_divergence --f_alpha_divergence_coef 0.7", None),
+    ],
+)
+def test_losses_and_their_options_are_checked_by_the_source_as_by_the_configuration(flags, message):
+    argv = ["--output_dir", "out", "--use_cpu", "true", *flags.split()]
+    for check in (
+        lambda: check_arguments("dpop_trainer.settings.config", "DPOPConfig", argv, "dpop train"),
+        lambda: parse_arguments(dpop_trainer.DPOPConfig, argv, "dpop train"),
+    ):
+        if message is None:
+            assert check() is not None
+        else:
+            with pytest.raises(ValueError, match=message):
+                check()
 
 
 @pytest.fixture

@@ -212,13 +212,35 @@ def test_a_run_s_configuration_file_holds_its_losses(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"loss_type": ["dpop", "aot"]}, "loss_type: expected a loss of single pairs, got 'aot'"),
+        (
+            {"loss_type": ["dpop", "aot"]},
+            "gradient_accumulation_steps: expected 1 with 'aot', which compares the pairs of a batch .* got 2: a step",
+        ),
+        (
+            {"loss_type": "beta_dpo", "gradient_accumulation_steps": 1, "max_tokens_per_batch": 64},
+            "max_tokens_per_batch: expected None with 'beta_dpo', which compares .* got 64",
+        ),
+        (
+            {"loss_type": "aot", "gradient_accumulation_steps": 1, "auto_find_batch_size": True},
+            "auto_find_batch_size: expected False with 'aot', .* got True: a smaller batch is another loss",
+        ),
+        (
+            {"loss_type": "dpo", "dpop_dead_zone": 0.1},
+            r"dpop_dead_zone: expected 0 with loss_type \['dpo'\], which has",
+        ),
+        ({"loss_type": "ipo", "dpop_lambda_warmup_steps": 3}, "dpop_lambda_warmup_steps: expected 0 with loss_type"),
+        ({"loss_type": "sigmoid", "simpo_gamma": 1.0}, r"simpo_gamma: expected 0.5 with loss_type \['dpo'\], which"),
+        (
+            {"loss_type": "apo_zero", "f_divergence_type": "forward_kl"},
+            "f_divergence_type: expected 'reverse_kl' with 'apo_zero'",
+        ),
+        ({"f_alpha_divergence_coef": 0.2}, "f_alpha_divergence_coef: expected 0.5 with f_divergence_type 'reverse_kl'"),
         ({"loss_type": ["dpop", "sft"], "loss_weights": [1.0]}, "loss_weights: expected one for each loss, 2 for"),
         ({"dpop_dead_zone": -1.0}, "dpop_dead_zone: expected a finite value >= 0, in nats, got -1.0"),
         ({"dpop_lambda_warmup_steps": -1}, "dpop_lambda_warmup_steps: expected a whole number of steps, or a fraction"),
         ({"dpop_lambda_warmup_steps": 2.5}, "dpop_lambda_warmup_steps: expected .* got 2.5"),
         ({"label_smoothing": 0.7}, r"label_smoothing: expected a value in \[0, 0.5\), got 0.7"),
-        ({"loss_type": "slic", "label_smoothing": 0.1}, "label_smoothing: expected 0 with loss_type"),
+        ({"loss_type": "slic", "label_smoothing": 0.1}, "label_smoothing: expected 0.0 with loss_type"),
         ({"loss_type": "exo_pair"}, "label_smoothing: expected a value > 0 with 'exo_pair'"),
     ],
 )

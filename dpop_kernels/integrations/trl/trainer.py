@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dpop_kernels.losses.formulas import dpop_penalties
 from dpop_kernels.losses.on_sums import dpop_loss
-from dpop_kernels.losses.options import check_hyperparameters
+from dpop_kernels.losses.options import LossOptions, check_hyperparameters
 
 
 @dataclass
@@ -44,7 +44,7 @@ class TRLDPOPConfig(DPOConfig):
         super().__post_init__()
         if "dpop" not in self.loss_type:
             return
-        check_hyperparameters(self.beta, self.dpop_lambda)
+        check_hyperparameters(LossOptions(self.beta, self.dpop_lambda))
         for name, needed in (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl")):
             value = getattr(self, name)
             if value != needed:

@@ -10,6 +10,7 @@ import yaml
 from dpop_trainer.run_folder.private import SecretFreeRepr
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
 from dpop_trainer.settings.errors import UsageError
+from dpop_trainer.settings.loss_fields import check_with_losses, option_values
 from dpop_trainer.settings.ranges import check_ranges
 from dpop_trainer.settings.recipes import run_recipe
 from dpop_trainer.settings.run_parser import RunParser, check_yaml_value, sections, training_arguments
@@ -216,17 +217,15 @@ def check_arguments(
 
 def _check_losses(config: Any) -> None:
     """Names, weights and numbers of losses, by the kernels' own functions, which need no torch for it."""
-    resolve_losses = function_from_source("dpop_kernels.losses.weights", "resolve_losses")
-    check_numbers = function_from_source("dpop_kernels.losses.options", "check_hyperparameters")
-    if resolve_losses is not None and check_numbers is not None:
-        resolve_losses(config.loss_type, config.loss_weights)
-        check_numbers(
-            config.beta,
-            config.dpop_lambda,
-            dead_zone=config.dpop_dead_zone,
-            label_smoothing=config.label_smoothing,
-            discopop_tau=config.discopop_tau,
-        )
+    names = ("resolve_losses", "losses_of_batch", "has_penalty", "check_options")
+    functions = [function_from_source("dpop_kernels.losses.weights", name) for name in names]
+    options_class = class_from_source("dpop_kernels.losses.options", "LossOptions")
+    if options_class is None or None in functions:
+        return
+    resolve_losses, losses_of_batch, has_penalty, check_options = functions
+    losses = list(resolve_losses(config.loss_type, config.loss_weights))
+    check_with_losses(config, of_batch=losses_of_batch(losses), has_penalty=has_penalty(losses))
+    check_options(options_class(**option_values(config, options_class._fields)), losses)
 
 
 def arguments_of(values: dict[str, Any], config_class: type[Config]) -> tuple[ModelArguments, DataArguments, Config]:

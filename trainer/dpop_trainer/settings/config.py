@@ -12,11 +12,13 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from dpop_kernels.backends import BACKENDS, select_backend
+from dpop_kernels.losses.divergences import DIVERGENCES, REVERSE_KL
 from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES, TRL_NAMES
 from dpop_kernels.losses.options import LossOptions
-from dpop_kernels.losses.weights import check_options, needs_reference, resolve_losses
+from dpop_kernels.losses.weights import check_options, has_penalty, losses_of_batch, needs_reference, resolve_losses
 from dpop_trainer.run_folder.private import SecretFreeRepr, without_secrets
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
+from dpop_trainer.settings.loss_fields import check_with_losses, option_values
 from dpop_trainer.settings.ranges import check_ranges
 from dpop_trainer.settings.renamed import (
     can_offload_activations,
@@ -301,10 +303,37 @@ class DPOPConfig(TRLFields, HeadConfig):
         default=0.0,
         metadata={
             "help": "ε in [0, 0.5): the share of pairs believed to be labelled the wrong way round. Read by "
-            f"{', '.join(name for name, loss in LOSSES.items() if loss.uses_label_smoothing)}."
+            f"{', '.join(name for name, loss in LOSSES.items() if 'label_smoothing' in loss.reads)}."
         },
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the blend in loss_type discopop."})
+    f_divergence_type: str = field(
+        default=REVERSE_KL,
+        metadata={
+            "help": "What keeps the policy at the reference. Others than the default with "
+            f"{', '.join(name for name, loss in LOSSES.items() if loss.takes_divergence)}.",
+            "choices": [*DIVERGENCES],
+        },
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata={"help": "α of alpha_divergence: 0 is the forward KL, 1 the reverse."}
+    )
+    simpo_gamma: float = field(
+        default=0.5, metadata={"help": "γ >= 0: the margin between rewards that loss_type simpo asks for."}
+    )
+    cpo_alpha: float = field(
+        default=1.0, metadata={"help": "Weight >= 0 of the likelihood of chosen answers in loss_type cpo."}
+    )
+    rdpo_alpha: float = field(
+        default=0.01, metadata={"help": "α >= 0: what loss_type rdpo takes off a reward for each token."}
+    )
+    beta_dpo_alpha: float = field(
+        default=0.6,
+        metadata={"help": "α >= 0, 1/nat: how far loss_type beta_dpo lets β follow the batch's mean margin."},
+    )
+    beta_dpo_threshold: float = field(
+        default=0.0, metadata={"help": "M₀, in nats: the mean margin at which loss_type beta_dpo has β as given."}
+    )
     use_weighting: bool = field(
         default=False,
         metadata={
@@ -367,6 +396,7 @@ class DPOPConfig(TRLFields, HeadConfig):
         check_preference_fields(self)
         losses = resolve_losses(self.loss_type, self.loss_weights)
         self.loss_type = list(losses)
+        check_with_losses(self, of_batch=losses_of_batch(self.loss_type), has_penalty=has_penalty(self.loss_type))
         if self.loss_weights is not None:
             self.loss_weights = list(losses.values())
         check_options(self.loss_options(), list(losses))
@@ -385,13 +415,8 @@ class DPOPConfig(TRLFields, HeadConfig):
 
     def loss_options(self, dpop_lambda: float | None = None) -> LossOptions:
         """The hyper-parameters as the losses take them, with another λ where one is given."""
-        return LossOptions(
-            beta=self.beta,
-            dpop_lambda=self.dpop_lambda if dpop_lambda is None else dpop_lambda,
-            dead_zone=self.dpop_dead_zone,
-            label_smoothing=self.label_smoothing,
-            discopop_tau=self.discopop_tau,
-        )
+        options = LossOptions(**option_values(self, LossOptions._fields))
+        return options if dpop_lambda is None else options._replace(dpop_lambda=dpop_lambda)
 
     def lambda_at(self, step: int, num_steps: int) -> float:
         """λ in training while `step` optimizer steps of `num_steps` are done: a ramp from 0, then `dpop_lambda`.

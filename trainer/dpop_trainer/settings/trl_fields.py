@@ -15,8 +15,6 @@ from dpop_trainer.settings.hints import closest
 ALTERNATIVES = {
     "padding_free": "TRL 1.16 ignores it too. Use layout='auto': what the two answers have in common is computed once.",
     "ld_alpha": "Length-desensitised log-probs are not offered. loss_type='ipo' bounds the margin, and so verbosity.",
-    "f_divergence_type": "Only the reverse KL is offered, which is what DPO and DPOP are derived from.",
-    "f_alpha_divergence_coef": "It belongs to f_divergence_type='alpha_divergence'; only the reverse KL is offered.",
     "use_liger_kernel": (
         "It replaces the model's forward, which the kernels here stand behind; they are on already. For the layers, "
         "use model_init_kwargs={'use_kernels': True}."
@@ -56,8 +54,6 @@ class TRLFields:
 
     padding_free: bool = field(default=False, metadata={"help": SUPPRESS})
     ld_alpha: float | None = field(default=None, metadata={"help": SUPPRESS})
-    f_divergence_type: str = field(default="reverse_kl", metadata={"help": SUPPRESS})
-    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": SUPPRESS})
 
 
 def check_trl_fields(config: Any) -> None:

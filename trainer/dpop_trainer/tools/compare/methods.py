@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dpop_kernels.losses.options import LossOptions
+from dpop_kernels.losses.weights import has_penalty, reads_option
 from dpop_trainer.settings.command_parser import did_you_mean
 from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.loss_fields import field_of
 
 _SYMBOLS = {"dpop_lambda": "λ", "beta": "β", "learning_rate": "lr", "loss_weights": "weights"}
 
@@ -28,6 +31,14 @@ class Method(NamedTuple):
     """For folders: "dpop-dpop_lambda=5"."""
     overrides: dict[str, Any]
     """Fields of DPOPConfig that differ from the run's configuration."""
+
+    def run_values(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What all methods share, of the hyper-parameters those that this one's losses read, with its own fields: so λ
+        can be set beside a DPO that has none."""
+        unread = {field_of(name) for name in LossOptions._fields if not reads_option(self.overrides["loss_type"], name)}
+        if not has_penalty(self.overrides["loss_type"]):
+            unread.add("dpop_lambda_warmup_steps")
+        return {name: value for name, value in values.items() if name not in unread} | self.overrides
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:

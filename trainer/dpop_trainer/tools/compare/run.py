@@ -107,7 +107,7 @@ def plan_runs(
     for method in parse_methods(comparison.methods):
         for seed in comparison.seeds:
             folder = Path(values["output_dir"]) / method.slug / f"seed-{seed}"
-            run = {**values, **method.overrides, "seed": seed, "output_dir": str(folder), "run_name": None}
+            run = {**method.run_values(values), "seed": seed, "output_dir": str(folder), "run_name": None}
             arguments_of(run, DPOPConfig)  # refuses what cannot be, before anything is trained
             plan.append(PlannedRun(method, seed, run))
     return plan

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from dpop_kernels.losses.options import LossOptions
 from dpop_trainer.data.mixture import DatasetSource, parse_sources
 from dpop_trainer.data.source_path import looks_local
 from dpop_trainer.models.trained import read_run_config, run_file
@@ -39,6 +40,8 @@ SETTINGS = (
     "bf16",
     "seed",
 )
+# shown where they are not the default
+_OTHER_OPTIONS = {name: usual for name, usual in LossOptions._field_defaults.items() if name not in SETTINGS}
 FIGURES = {
     "loss": "loss",
     "rewards/accuracies": "reward accuracy",
@@ -189,7 +192,8 @@ def _training(config: dict[str, Any], run: Path) -> str:
         return "No config.yaml was found with the run."
     # of the two that end a run, the one that did
     idle = "num_train_epochs" if (config.get("max_steps") or -1) > 0 else "max_steps"
-    rows = [(name, _plain(config[name])) for name in SETTINGS if config.get(name) is not None and name != idle]
+    names = [*SETTINGS, *(name for name, usual in _OTHER_OPTIONS.items() if config.get(name, usual) != usual)]
+    rows = [(name, _plain(config[name])) for name in names if config.get(name) is not None and name != idle]
     text = "Every setting is in `training_config.yaml`. The main ones:\n\n" + _table(("setting", "value"), rows)
     logged = [line for line in _metrics(run) if "loss" in line]
     if logged:

@@ -17,6 +17,7 @@ import transformers
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
 
+from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.measure.pairs_under_model import (
     PairEvaluation,
@@ -194,7 +195,7 @@ def _preference(
         **_common(folder, seed),
         loss_type=loss_type,
         beta=settings.beta,
-        dpop_lambda=settings.dpop_lambda,
+        dpop_lambda=settings.dpop_lambda if has_penalty(loss_type) else DPOPConfig.dpop_lambda,
         max_steps=settings.preference_steps,
         per_device_train_batch_size=settings.preference_batch_size,
         learning_rate=settings.preference_learning_rate,
