@@ -8,7 +8,7 @@ Needs bitsandbytes. The weights are random and made on the device (random_base.p
 user runs it: DPOPTrainer, its reference by switching the adapter off, its layouts, the head behind lm_head, AdamW,
 gradient checkpointing. One pair of two answers of 1024 tokens each, prompt included, which differ in one token. Each
 candidate has a process of its own; one JSON record per candidate goes to OUT/gpu_large.jsonl as soon as it is there:
-seconds per step, tokens per second, peak memory of each phase, and beside it what dpop_trainer.tools.plan.scale says.
+seconds per step, tokens per second, peak memory of each phase, and beside it what benchmarks.scale says.
 
 Running out of memory is a result, and is recorded as one. What there is no time for is recorded as skipped. Where the
 first loss is not log 2, or log-probs are not those of the first candidate, no time is reported and the command exits
@@ -32,21 +32,22 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from dpop_trainer.tools.plan import scale
 from transformers import TrainerCallback
 
+from benchmarks import scale
 from benchmarks.gpu_head import environment
 from benchmarks.gpu_step import word_tokenizer
 from benchmarks.random_base import linear_bytes, random_base
+from benchmarks.shapes import model_size
 
 SHAPES = {
-    "qwen-72b": scale.ModelSize(152064, 8192, 24576, 80, 64, 64),
-    "qwen2.5-72b": scale.MODELS["Qwen2.5-72B"],
-    "yi-34b": scale.ModelSize(64000, 7168, 20480, 60, 56, 8),
-    "llama-3-8b": scale.MODELS["Llama-3-8B"],
+    "qwen-72b": model_size("Qwen-72B"),
+    "qwen2.5-72b": model_size("Qwen2.5-72B"),
+    "yi-34b": model_size("Yi-34B"),
+    "llama-3-8b": model_size("Llama-3-8B"),
     "tiny": scale.ModelSize(320, 64, 128, 3, 4, 2),
 }
-"""From the models' config.json: what Smaug-72B, today's 72B, Smaug-34B and an 8B are made of; for rehearsals."""
+"""What Smaug-72B, today's 72B, Smaug-34B and an 8B are made of; for rehearsals."""
 
 CANDIDATES = ("rows", "trl", "tree")
 """Two rows per pair, TRL, and the pair as one tree: the most telling first."""

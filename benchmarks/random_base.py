@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from dpop_trainer.models.quantised import make_trainable
-from dpop_trainer.tools.plan.scale import ModelSize
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
+
+from benchmarks.scale import ModelSize
 
 # of every weight: GPT-2's and Llama's initializer_range
 DEVIATION = 0.02

@@ -28,10 +28,10 @@ from typing import Any
 
 from dpop_trainer.report.plots import plot_logratios
 from dpop_trainer.tools.evaluation.compare import as_markdown
-from dpop_trainer.tools.plan import scale
 
-from benchmarks import gpu_large, levels, paper, plots
+from benchmarks import gpu_large, levels, paper, plots, scale
 from benchmarks.levels import table
+from benchmarks.shapes import KNOWN, model_size
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -113,7 +113,7 @@ def pictures() -> str:
 
 
 def longest() -> str:
-    """docs/benchmarks.md: the longest pair in 80 GB by `plan.scale`, and most tokens a head has run with."""
+    """docs/benchmarks.md: the longest pair in 80 GB by `scale`, and most tokens a head has run with."""
     budget = 80e9
     ways = {
         "LoRA": (scale.Training(), scale.Training(head="logits")),
@@ -121,7 +121,8 @@ def longest() -> str:
     }
     measured = levels.most_tokens()
     rows = []
-    for name, model in scale.MODELS.items():
+    for name, known in KNOWN.items():
+        model = model_size(known)
         cells = [scale.longest_pair(model, training, budget) for both in ways.values() for training in both]
         row = [
             name,

@@ -2,6 +2,7 @@
 
 head_shape("Llama-3-8B")       V, H and softcap of the published model
 head_shape("Llama-3-8B/8")     V and H divided by 8: for a CPU
+model_size("Llama-3-8B")       all that arithmetic and memory depend on, for `scale`
 make_pairs(METAMATH, ...)      token ids of pairs with a data set's lengths
 """
 
@@ -9,6 +10,10 @@ import dataclasses
 import random
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from dpop_trainer.tools.plan.known_models import SHAPES
+
+from benchmarks.scale import ModelSize
 
 
 @dataclass(frozen=True)
@@ -22,15 +27,37 @@ class HeadShape:
     """Gemma's final_logit_softcapping."""
 
 
-HEADS = (
-    HeadShape("Llama-3.2-1B", 128256, 2048),
-    HeadShape("Llama-3-8B", 128256, 4096),
-    HeadShape("Mistral-7B", 32000, 4096),
-    HeadShape("Qwen2.5-7B", 152064, 3584),
-    HeadShape("Qwen2.5-72B", 152064, 8192),
-    HeadShape("Gemma-2-9B", 256000, 3584, softcap=30.0),
+KNOWN = {
+    "Llama-3.2-1B": "Llama-3.2-1B",
+    "Llama-3-8B": "Llama-3-8B",
+    "Mistral-7B": "Mistral-7B-v0.1",
+    "Qwen2.5-7B": "Qwen2.5-7B",
+    "Gemma-2-9B": "gemma-2-9b",
+    "Qwen2.5-72B": "Qwen2.5-72B",
+}
+"""What is measured -> its name in the table of published models."""
+
+HEADS = tuple(
+    HeadShape(
+        name, SHAPES[known]["vocab_size"], SHAPES[known]["hidden_size"], SHAPES[known].get("final_logit_softcapping")
+    )
+    for name, known in KNOWN.items()
 )
-"""From the models' published config.json: vocab_size (with its padding rows), hidden_size."""
+
+
+def model_size(known: str) -> ModelSize:
+    """The sizes of a published model, by its name in `SHAPES`."""
+    shape = SHAPES[known]
+    return ModelSize(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_layers=shape["num_hidden_layers"],
+        num_heads=shape["num_attention_heads"],
+        num_kv_heads=shape["num_key_value_heads"],
+        head_dim=shape.get("head_dim"),
+        tied_embeddings=shape["tie_word_embeddings"],
+    )
 
 
 def head_shape(name: str) -> HeadShape:

@@ -137,7 +137,7 @@ def test_pictures_are_drawn_with_and_without_gaps(write, tmp_path, lonely):
 
 def test_every_model_has_a_longest_pair(write):
     lines = report.longest().splitlines()
-    assert len(lines) == 2 + len(report.scale.MODELS)
+    assert len(lines) == 2 + len(report.KNOWN)
     assert "| Llama-3-8B | 8.03 billion |" in report.longest()
     # 72 billion weights in bf16 are 145 GB
     assert "| Qwen2.5-72B | 72.71 billion | – | – |" in report.longest()

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from dpop_trainer.settings.renamed import enable_checkpointing
-from dpop_trainer.tools.plan import scale
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import scale, shapes
 from benchmarks.measure import peak_bytes
 from benchmarks.peers import eager
 from dpop_kernels import linear_token_logps
@@ -86,7 +86,7 @@ def test_number_of_parameters_is_the_models():
     trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
     assert scale.num_trained(SIZES["grouped"], scale.Training()) == trained
     # 8.03 billion, as published
-    assert scale.MODELS["Llama-3-8B"].num_parameters == pytest.approx(8.03e9, rel=1e-3)
+    assert shapes.model_size("Llama-3-8B").num_parameters == pytest.approx(8.03e9, rel=1e-3)
 
 
 # a CPU widens the fused head's 16-bit tiles, a GPU does not: there the formula is a GPU's
@@ -166,7 +166,7 @@ def test_longest_pair_by_hand():
 
 def test_a_fused_head_and_checkpointing_lengthen_pairs():
     budget = 80 * 2**30
-    for size in (scale.MODELS["Llama-3-8B"], scale.MODELS["Gemma-2-9B"]):
+    for size in (shapes.model_size("Llama-3-8B"), shapes.model_size("gemma-2-9b")):
         fused, logits, kept = (
             scale.longest_pair(size, training, budget)
             for training in (

@@ -144,7 +144,6 @@ def test_triton_is_imported_by_kernels_and_fused_alone():
 # where a name of a loss or a backend is written out, beside the registries: what is of that one loss by purpose
 NAMED_ON_PURPOSE = {
     "dpop_kernels/integrations/trl/trainer.py": "it brings DPOP, and no other, into TRL",
-    "trainer/dpop_trainer/tools/plan/scale.py": "a paper model's head, with kernels or with logits",
     "trainer/dpop_trainer/tools/demo/run.py": "the demo shows DPO beside DPOP",
     "trainer/dpop_trainer/tools/demo/report.py": "the demo shows DPO beside DPOP",
 }
@@ -243,7 +242,7 @@ def test_data_knows_no_model_and_no_kernel():
 
 
 def test_the_scale_model_is_arithmetic_alone():
-    modules = imported_modules(ROOT / "trainer" / "dpop_trainer" / "tools" / "plan" / "scale.py")
+    modules = imported_modules(ROOT / "benchmarks" / "scale.py")
     assert modules == {"dataclasses", "typing"}
 
 

@@ -10,7 +10,6 @@ from dpop_trainer.cli import main
 from dpop_trainer.settings.arguments import parse_arguments
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.recipes import FOLDER, recipe_file
-from dpop_trainer.tools.plan import scale
 from dpop_trainer.tools.plan.batches import (
     BatchSetting,
     Pairs,
@@ -30,6 +29,8 @@ from dpop_trainer.tools.plan.source import find_config
 from peft import LoraConfig
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import LlamaConfig
+
+from benchmarks import scale
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(FOLDER.glob("*.yaml"))

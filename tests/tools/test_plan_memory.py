@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.batches import PairCollator
-from dpop_trainer.tools.plan import scale
 from dpop_trainer.tools.plan.devices import Device
 from dpop_trainer.tools.plan.known_models import SHAPES, known_config
 from dpop_trainer.tools.plan.memory import Optimizer, device_memory, optimizer_named
@@ -28,6 +27,8 @@ from transformers import (
     Qwen2Config,
     TrainerCallback,
 )
+
+from benchmarks import scale
 
 VOCAB_SIZE = 1000
 SIZES = {

@@ -1,8 +1,9 @@
 """Shapes of published models, for plans without a network: of their config.json what cost depends on."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def _shape(
@@ -22,7 +23,7 @@ def _shape(
 
 
 _TIED = {"tie_word_embeddings": True}
-_GEMMA_2 = {"tie_word_embeddings": True, "sliding_window": 4096}
+_GEMMA_2 = {"tie_word_embeddings": True, "sliding_window": 4096, "final_logit_softcapping": 30.0}
 
 SHAPES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": _shape("llama", 49152, 576, 1536, 30, 9, 3, **_TIED),
@@ -99,6 +100,8 @@ def known_name(name: str) -> str | None:
     return None
 
 
-def known_config(name: str) -> PreTrainedConfig:
+def known_config(name: str) -> "PreTrainedConfig":
     """The configuration of a shape, by its name in `SHAPES`."""
+    from transformers import AutoConfig
+
     return AutoConfig.for_model(**SHAPES[name])

@@ -59,17 +59,6 @@ class ModelSize:
         return self.num_layers * (self.layer_weights + 2 * self.hidden_size) + self.hidden_size + embeddings
 
 
-MODELS = {
-    "Llama-3.2-1B": ModelSize(128256, 2048, 8192, 16, 32, 8, tied_embeddings=True),
-    "Llama-3-8B": ModelSize(128256, 4096, 14336, 32, 32, 8),
-    "Mistral-7B": ModelSize(32000, 4096, 14336, 32, 32, 8),
-    "Qwen2.5-7B": ModelSize(152064, 3584, 18944, 28, 28, 4),
-    "Gemma-2-9B": ModelSize(256000, 3584, 14336, 42, 16, 8, head_dim=256, tied_embeddings=True),
-    "Qwen2.5-72B": ModelSize(152064, 8192, 29568, 80, 64, 8),
-}
-"""From the models' published config.json."""
-
-
 @dataclass(frozen=True)
 class Training:
     """What of the model is trained, and how."""
