@@ -44,6 +44,18 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def on_its_device(request):
+    """A test of a `backend` has its tensors where that runs: on a GPU what needs one, everything else on the CPU."""
+    from backends import device_of  # here: most tests need no kernels
+
+    callspec = getattr(request.node, "callspec", None)
+    backend = callspec.params.get("backend") if callspec else None
+    torch.set_default_device(device_of(backend) if backend else None)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(autouse=True)
 def _no_pictures(request, monkeypatch):
     """A run of ten steps takes half a second, its picture a whole one: drawn where a test is marked to look at it."""

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from backends import IN_FP64, ON_CPU, WITH_TILES, module_of
 from counted import CountedProducts
 from rounding import GRADIENT, stored
 from truth import head_inputs, relative_error, set_tiles, value_and_grads
@@ -14,8 +15,6 @@ from truth import head_inputs, relative_error, set_tiles, value_and_grads
 from dpop_kernels.logps.head import PLAIN, Adapter, Head, LogitTransform
 from dpop_kernels.logps.linear import head_token_logps
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors take interpreted kernels, set once")
-BACKENDS = ["chunked", pytest.param("fused", marks=interpreted)]
 N, V, H = 9, 130, 24  # the interpreter's time goes by rows times tiles of columns, so both are few
 CAPPED = LogitTransform(1.5, softcap=12.0)
 WANTED = {"both": (True, True), "entropy": (False, True), "log_probs": (True, False)}
@@ -86,14 +85,14 @@ def test_equals_fp64(kind, wanted, transform):
         check_against_fp64(kind, wanted, transform=transform, trains_entropy=trains_entropy, backend="chunked")
 
 
-@interpreted
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("kind", ["frozen", "trainable"])
-def test_kernels_equal_fp64(kind):
-    check_against_fp64(kind, "both", transform=CAPPED, trains_entropy="perhaps", backend="fused")
+def test_every_backend_equals_fp64(backend, kind):
+    check_against_fp64(kind, "both", transform=CAPPED, trains_entropy="perhaps", backend=backend)
 
 
 @pytest.mark.parametrize("kind", ["frozen", "trainable", "lora"])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", IN_FP64)
 def test_gradcheck(backend, kind):
     inputs, target_ids, trained = head_of(kind, torch.float64, (6, 11, 5))
     leaves = [inputs[i].requires_grad_() for i in trained]
@@ -119,7 +118,7 @@ def test_two_columns_by_hand():
     assert float(hidden_states.grad) == pytest.approx(-a * p * (1 - p), rel=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_columns_without_mass_have_none_of_the_gradient(backend):
     """A bias of -inf, as masks make it: p log p is 0 there, and so is its slope."""
     inputs, target_ids, trained = head_of("frozen")
@@ -153,7 +152,7 @@ def test_products():
         assert products("trainable", wanted, "perhaps") == 4
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TILES)
 def test_a_weight_in_fp32_behind_16_bit_states_keeps_its_gradient_in_fp32(backend):
     """Its values are rounded to the states' dtype, as autocast does; the gradient is that of the rounded one."""
     (hidden_states, weight, _), target_ids, _ = head_of("trainable")
@@ -173,5 +172,5 @@ def test_a_weight_in_fp32_behind_16_bit_states_keeps_its_gradient_in_fp32(backen
     assert (grad_states.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
     # torch's products take the tile's gradient as it is; Triton's interpreter has them in bf16, as a GPU
     assert relative_error(grad_weight, expected_grad) <= (
-        GRADIENT if backend == "chunked" else stored(torch.bfloat16, cut=True)
+        stored(torch.bfloat16, cut=True) if module_of(backend).RUNS_TRITON else GRADIENT
     )

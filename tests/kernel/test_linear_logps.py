@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from backends import CANDIDATES, EVERY, IN_FP64
 from rounding import CONTRACT_NATS, GRADIENT, SUM, UNIT, HeadBounds, stored, worst
 from truth import assert_statistics, head_inputs, relative_error, set_tiles, true_head_logps, value_and_grads
 
 from dpop_kernels import linear_dpop_loss, linear_token_logps, logits_dpop_loss
 
-CANDIDATES = ["chunked", "fused"]
+pytestmark = pytest.mark.usefixtures("on_its_device")
+
 SHAPES = {  # N, V, H; the interpreter's time goes by rows times tiles of columns, so both are few
     "ragged": (23, 307, 48),  # nothing divides anything
     "one_token": (1, 257, 16),
@@ -22,16 +24,6 @@ TRANSFORMS = {
     "softcapped": {"softcap": 12.0},
     "both": {"logit_scale": 1.5, "softcap": 30.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def _on_the_backends_device(request):
-    """The fused backend is tested on a GPU where there is one, everything else on the CPU."""
-    callspec = getattr(request.node, "callspec", None)
-    if torch.cuda.is_available() and callspec is not None and callspec.params.get("backend") == "fused":
-        torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 @pytest.fixture(params=["one_tile", "many_tiles"])
@@ -128,7 +120,7 @@ def test_confident_tokens_keep_relative_accuracy(backend, trainable):
     assert row_errors.max() <= 3e-5
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", IN_FP64)
 def test_gradcheck(backend):
     hidden_states, weight, target_ids = head_inputs(6, 11, 5, torch.float64)
     bias = torch.randn(11, dtype=torch.float64)
@@ -255,7 +247,7 @@ def test_bounded_memory(monkeypatch):
     assert max(sizes) == 8 << 20
 
 
-@pytest.mark.parametrize("backend", ["reference", *CANDIDATES])
+@pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("active", [True, False], ids=["hinge_active", "hinge_inactive"])
 def test_padded_losses_agree_with_segment_sums_by_hand(backend, active):
     num_pairs, length, vocab_size, hidden_size = 3, 9, 31, 6
@@ -284,7 +276,7 @@ def test_padded_losses_agree_with_segment_sums_by_hand(backend, active):
     assert (of_states - expected).abs().max() <= 15 * SUM
 
 
-@pytest.mark.parametrize("backend", ["reference", *CANDIDATES])
+@pytest.mark.parametrize("backend", EVERY)
 def test_padded_losses_pass_dead_zone_and_smoothing_on(backend):
     hidden_states, weight = torch.randn(4, 6, 5), torch.randn(11, 5)
     labels = torch.randint(11, (4, 6))

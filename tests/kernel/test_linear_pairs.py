@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from backends import TILED, WITH_TILES, module_of
 from counted import CountedProducts
 from rounding import GRADIENT, SUM, stored
 from truth import head_inputs, relative_error, set_tiles, value_and_grads
@@ -19,10 +20,6 @@ from dpop_kernels.logps import pair_tiles, tiling
 from dpop_kernels.logps.pair_tiles import PairTile, pack_pairs
 
 HAS_GPU = torch.cuda.is_available()
-BACKENDS = [
-    "chunked",
-    pytest.param("fused", marks=pytest.mark.skipif(HAS_GPU, reason="CPU tensors take interpreted kernels, set once")),
-]
 VOCAB, HIDDEN = 203, 48
 LENGTHS = [(9, 5), (1, 1), (3, 14), (6, 6), (2, 7)]  # tokens of the chosen and the rejected answer; 54 in all
 PADDED = 16
@@ -99,7 +96,7 @@ def count_products(inputs, labels, refs, *, trained=(True, True, True), backend=
 
 
 @pytest.mark.usefixtures("_tiling")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TILES)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("hinge", GAINS)
 def test_equals_fp64(backend, transform, hinge):
@@ -117,7 +114,7 @@ def test_equals_fp64(backend, transform, hinge):
 
 
 @pytest.mark.usefixtures("_tiling")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TILES)
 def test_dead_zone_and_smoothed_labels_take_three_products_too(backend):
     inputs, labels = batch()
     refs = references(inputs, labels, GAINS["mixed"])  # of -1 nat, 0.6 lie below the dead zone
@@ -132,7 +129,7 @@ def test_dead_zone_and_smoothed_labels_take_three_products_too(backend):
 
 
 @pytest.mark.usefixtures("_tiling")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TILES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_any_reduction_and_any_incoming_gradient(backend, reduction):
     inputs, labels = batch()
@@ -146,7 +143,7 @@ def test_any_reduction_and_any_incoming_gradient(backend, reduction):
         assert relative_error(grad, expected_grad) <= GRADIENT
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TILES)
 def test_bf16(backend):
     inputs, labels = batch(torch.bfloat16)
     refs = references(inputs, labels, GAINS["mixed"])
@@ -160,7 +157,7 @@ def test_bf16(backend):
         assert relative_error(grad, expected_grad) <= stored(torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TILES)
 def test_16_bit_products_as_a_gpu_makes_them(backend, monkeypatch):
     # a CPU widens 16-bit factors; here they stay, so that the gradient of the logits is rounded block by block
     sixteen_bit = []
@@ -185,7 +182,9 @@ def test_16_bit_products_as_a_gpu_makes_them(backend, monkeypatch):
     num_blocks = 2  # 203 columns in blocks of 136, or of 128: three products each
     assert sixteen_bit == [True] * 3 * num_blocks
     assert (loss - expected).abs() <= 15 * SUM
-    bound = stored(torch.bfloat16, times=2, cut=backend == "fused")  # the gradient of the logits, and the sum
+    bound = stored(
+        torch.bfloat16, times=2, cut=module_of(backend).RUNS_TRITON
+    )  # the gradient of the logits, and the sum
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert relative_error(grad, expected_grad) <= bound
 
@@ -211,7 +210,7 @@ def test_fp64_and_gradcheck(monkeypatch):
     assert torch.autograd.gradcheck(lambda bias: function(*frozen[:2], bias), leaves[2:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TILES)
 def test_the_tie_has_slope_zero(backend, monkeypatch):
     # with its own sums as references Δw is exactly 0, z too, and the slopes are ∓β σ(0) = ∓0.15 without any λ
     seen = []
@@ -232,7 +231,7 @@ def test_the_tie_has_slope_zero(backend, monkeypatch):
     assert slopes == pytest.approx(torch.tensor([[-0.15, 0.15]]).expand(5, 2))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TILES)
 def test_products(backend):
     inputs, labels = batch()
     refs = references(inputs, labels, GAINS["mixed"])
@@ -248,7 +247,7 @@ def test_products(backend):
         assert count() == 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TILES)
 @pytest.mark.parametrize(
     ("dtype", "tile_rows", "expected"),
     [
@@ -334,7 +333,7 @@ def test_positions_without_a_label_get_no_gradient():
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, GRADIENT), (torch.bfloat16, stored(torch.bfloat16, times=2))]
 )
-@pytest.mark.parametrize("backend", ["chunked", "fused"])
+@pytest.mark.parametrize("backend", TILED)
 def test_on_a_gpu(backend, dtype, bound):
     inputs, labels = batch(dtype)
     refs = references(inputs, labels, GAINS["mixed"])

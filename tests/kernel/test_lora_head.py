@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from backends import EVERY, IN_FP64, ON_CPU, device_of
 from families import batch, build, grads_of
 from peft import LoraConfig, get_peft_model
 from rounding import CONTRACT_NATS, GRADIENT, TWO_ROADS_NATS, stored
-from truth import head_inputs, relative_error, set_tiles, true_head_logps, value_and_grads
+from truth import assert_statistics, head_inputs, relative_error, set_tiles, true_head_logps, value_and_grads
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.backends import reference
@@ -27,10 +28,10 @@ def truth(hidden_states, weight, states, low_rank_weight, bias, target_ids, opti
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("backend", ["chunked", "reference", "fused"])
+@pytest.mark.parametrize("backend", EVERY)
 def test_values_and_all_gradients_against_fp64(backend, options, monkeypatch):
     set_tiles(monkeypatch, rows=4, columns=32)
-    device = "cuda" if backend == "fused" and torch.cuda.is_available() else "cpu"
+    device = device_of(backend)
     *inputs, target_ids = (tensor.to(device) for tensor in lora_inputs(13, 101, 24, 3))
     inputs, grad = [*inputs, torch.randn(101, device=device)], torch.randn(13, device=device)
 
@@ -48,11 +49,12 @@ def test_values_and_all_gradients_against_fp64(backend, options, monkeypatch):
         assert relative_error(candidate_grad, expected_grad) <= GRADIENT
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("backend", IN_FP64)
+def test_gradcheck(backend):
     *inputs, target_ids = lora_inputs(5, 11, 6, 2, torch.float64)
     leaves = [tensor.requires_grad_() for tensor in [*inputs, torch.randn(11, dtype=torch.float64)]]
     torch.autograd.gradcheck(
-        lambda h, w, a, b, bias: lora_token_logps(h, w, a, b, target_ids, bias=bias, softcap=5.0, backend="chunked")[0],
+        lambda h, w, a, b, bias: lora_token_logps(h, w, a, b, target_ids, bias=bias, softcap=5.0, backend=backend)[0],
         leaves,
     )
 
@@ -98,12 +100,13 @@ def test_no_tokens():
     assert all(float(grad.abs().sum()) == 0 for grad in grads)
 
 
-def test_statistics_are_those_of_the_extended_head():
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_statistics_are_those_of_the_extended_head(backend):
     *inputs, target_ids = lora_inputs(9, 31, 8, 2)
-    stats = lora_token_logps(*inputs, target_ids, return_stats=True, backend="chunked")[1]
-    expected = lora_token_logps(*inputs, target_ids, return_stats=True, backend="reference")[1]
-    for candidate, value in zip(stats, expected, strict=True):
-        torch.testing.assert_close(candidate, value, rtol=GRADIENT, atol=CONTRACT_NATS)
+    stats = lora_token_logps(*inputs, target_ids, return_stats=True, backend=backend)[1]
+    hidden_states, weight, states, low_rank_weight = (tensor.double() for tensor in inputs)
+    extended = torch.cat([hidden_states, states], 1), torch.cat([weight, low_rank_weight], 1)
+    assert_statistics(stats, true_head_logps(*extended, target_ids, with_stats=True)[1])
 
 
 def test_shapes_are_checked():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from backends import IN_FP64, ON_CPU
 
 import dpop_kernels.losses.formulas
 from dpop_kernels import dpo_loss, dpop_loss, needs_reference, pair_loss
@@ -177,7 +178,7 @@ def test_a_divergence_is_taken_by_trls_losses_and_kin_alone():
         ("alpha_divergence", 1 + 1e-12, 2 * math.log(2)),  # near which (t^a - 1) / a would lose its digits
     ],
 )
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", IN_FP64)
 def test_divergences_by_hand(divergence, alpha, margin, backend):
     """The margin is of f', the penalty and what is logged are of nats."""
     options = {"f_divergence_type": divergence, "f_alpha_divergence_coef": alpha, "beta": 0.5, "backend": backend}
@@ -202,7 +203,7 @@ def test_gradcheck_of_divergences(loss_type, divergence):
     assert torch.autograd.gradcheck(function, token_logps.requires_grad_())
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("options", [{"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, {}])
 def test_the_reverse_kl_by_another_name_is_the_same_to_the_bit(backend, options):
     """Also where kernels compute it: the margin is then of the tails alone."""
@@ -254,7 +255,7 @@ def test_sft_is_each_answers_mean():
     assert token_logps.grad.tolist() == pytest.approx([-1 / 3, -1 / 3, -1 / 3, 0, -1, 0])
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", IN_FP64)
 @pytest.mark.parametrize(
     "loss_type", [name for name in LOSSES if name != "beta_dpo"]
 )  # whose β is no part of the slope
@@ -550,7 +551,7 @@ def test_robust_is_unbiased():
     assert 0.7 * right + 0.3 * wrong == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("noise", [1e-7, -1e-7])
 def test_dead_zone_keeps_rounding_from_deciding_the_first_gradient(backend, noise):
     token_logps = torch.tensor([-1e-4, -2e-4, -1.0], dtype=torch.float32, requires_grad=True)
@@ -595,10 +596,10 @@ def bounds(lengths):
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_weighted_sum_is_linear_in_its_terms(backend):
     token_logps, lengths, ref = batch_of(6, torch.Generator().manual_seed(1))
-    dtype = torch.float32 if backend == "fused" else torch.float64
+    dtype = torch.float64 if backend in IN_FP64 else torch.float32
     leaf = token_logps.to(dtype).requires_grad_()
     names, weights = ["dpop", "ipo_norm", "sft"], [0.8, 2.0, 0.25]
 

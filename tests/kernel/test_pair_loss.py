@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from backends import IN_FP64
 
 from dpop_kernels import dpo_loss, dpop_loss, ipo_loss, pair_loss, slic_loss
 from dpop_kernels.losses.pair_loss import segment_sums
 from dpop_kernels.losses.weighing import wpo_weights
 
-BACKENDS = ["reference", "chunked"]
 LOSSES = {"dpop": dpop_loss, "dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
 
 
@@ -17,7 +17,7 @@ def pack(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FP64)
 def test_by_hand(backend):
     # one pair: shared [-1, -2], chosen tail [-3], rejected tail [-4, -5]
     token_logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0], requires_grad=True)
@@ -39,7 +39,7 @@ def test_by_hand(backend):
     torch.testing.assert_close(token_logps.grad, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FP64)
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_equals_the_losses_of_whole_answers(backend, loss_type):
     lengths = [3, 2, 4, 0, 5, 1, 2, 0, 3, 4, 6, 0]  # without shared tokens, without a chosen, without a rejected tail
@@ -53,7 +53,7 @@ def test_equals_the_losses_of_whole_answers(backend, loss_type):
     torch.testing.assert_close(out.rejected_logratios, whole[1] - whole[3])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FP64)
 def test_weights_by_hand(backend):
     """Three pairs with plain DPO: log-ratios 1 and 0, 0 and 2, -1 and -1; weights 1, 2, 0.5."""
     token_logps = torch.tensor([-1.0, -2.0, -3.0, -1.0, -4.0, -2.0], dtype=torch.float64, requires_grad=True)
@@ -97,7 +97,7 @@ def test_wpo_weights_by_hand():
     assert not weights.requires_grad
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FP64)
 def test_whole_reference_sums_give_the_same_losses(backend):
     token_logps, ref = -torch.rand(9, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
     whole = torch.stack([torch.zeros(1), ref[:, 0] + ref[:, 1], ref[:, 0] + ref[:, 2]], dim=-1).double()
@@ -108,7 +108,7 @@ def test_whole_reference_sums_give_the_same_losses(backend):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FP64)
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_gradcheck(backend, loss_type):
     token_logps = torch.randn(14, dtype=torch.float64, requires_grad=True)
@@ -122,7 +122,7 @@ def test_gradcheck(backend, loss_type):
     assert torch.autograd.gradcheck(function, token_logps)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FP64)
 def test_shared_tokens_cancel_exactly(backend):
     # log-probs of a size where fp32 sums of whole answers would lose the difference of the tails
     shared = torch.full((2000,), -7.3)
@@ -131,7 +131,7 @@ def test_shared_tokens_cancel_exactly(backend):
     assert out.margins.item() == (tails[0] - tails[1]).item()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FP64)
 def test_step_zero_is_exactly_the_tie(backend):
     token_logps = (-torch.rand(300) * 5).requires_grad_()
     cu_seqlens = pack([100, 90, 110])
@@ -144,7 +144,7 @@ def test_step_zero_is_exactly_the_tie(backend):
     assert torch.equal(token_logps.grad[100:190], torch.full((90,), -0.15))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FP64)
 def test_no_pairs(backend):
     out = pair_loss(torch.zeros(0), torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3), backend=backend)
     assert all(value.shape == (0,) for value in out)
