@@ -43,16 +43,7 @@ def head_token_logps(
     with_stats: bool = False,
     trains_entropy: TrainsEntropy = "never",
 ) -> tuple[Tensor, TokenStats | None]:
-    """`token_logps` of the head's logits: z = softcap · tanh(scale · (h Wᵀ + a Bᵀ + bias) / softcap).
-
-    Raises:
-        ValueError: the head is spread over ranks, of which this definition knows nothing.
-    """
-    if head.shard is not None:
-        raise ValueError(
-            "backend: expected 'auto' or one with tiles for a sliced head, got 'reference'. "
-            "The definition is linear_token_logps on the slices put together."
-        )
+    """`token_logps` of the head's logits: z = softcap · tanh(scale · (h Wᵀ + a Bᵀ + bias) / softcap)."""
     logits = at_least_fp32(hidden_states) @ at_least_fp32(head.weight).T
     if head.adapter is not None:
         logits = logits + head.adapter.states.to(logits.dtype) @ head.adapter.weight.to(logits.dtype).T

@@ -90,9 +90,14 @@ def head_token_logps(
     """The way that all public functions on a head take, with what they have checked: tiles, where the backend has them.
 
     Raises:
-        ValueError: the backend cannot run here, or not with such a head.
+        ValueError: the backend cannot run here, or has no tiles and the head is sliced.
     """
     implementation: Any = select_backend(backend, hidden_states.device, hidden_states.dtype)
+    if implementation.TILES is None and head.shard is not None:
+        raise ValueError(
+            f"backend: expected 'auto' or one with tiles for a sliced head, got {backend!r}. "
+            "Name another, or call linear_token_logps on the slices put together."
+        )
     stats: Any = {"with_stats": with_stats, "trains_entropy": trains_entropy}
     with torch.autocast(hidden_states.device.type, enabled=False):
         if implementation.TILES is None:

@@ -143,10 +143,3 @@ def test_combination_keeps_confident_tokens_and_unlikely_slices(monkeypatch):
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(logps, expected, rtol=1e-8, atol=0)
     torch.testing.assert_close(lse, expected.neg() + owner[1], rtol=1e-8, atol=0)
-
-
-def test_reference_backend_is_refused():
-    with pytest.raises(ValueError, match="linear_token_logps on the slices put together"):
-        vocab_parallel_token_logps(
-            torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2, dtype=torch.long), vocab_start=0, backend="reference"
-        )
