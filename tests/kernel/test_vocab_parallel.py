@@ -1,16 +1,16 @@
 """A head whose vocabulary is spread over two gloo ranks, held against the whole head in one process and in fp64."""
 
 import math
-import os
 
 import pytest
 import torch
+from backends import CPU, TILED
 from rounding import GRADIENT, stored
 from sharded import run_ranks
 from torch import distributed as dist
 from truth import head_inputs, relative_error, true_head_logps, value_and_grads
 
-from dpop_kernels.backends import bounds, chunked_tiles
+from dpop_kernels.backends import BACKENDS, bounds, chunked_tiles
 from dpop_kernels.logps.head import Adapter, Head, Shard
 from dpop_kernels.logps.slices import combine_slices
 from dpop_kernels.logps.tiling import tiled_token_logps
@@ -115,8 +115,10 @@ def check_all(rank):
         check_against_whole_head(rank, "uneven", options, torch.float64, "chunked", frozen=False)
         check_against_whole_head(rank, "even", options, torch.float32, "chunked", frozen=True)
     check_against_whole_head(rank, "uneven", {}, torch.bfloat16, "auto", frozen=True)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        check_against_whole_head(rank, "uneven", OPTIONS["scale_and_softcap"], torch.float32, "fused", frozen=False)
+    for backend in TILED:
+        if BACKENDS[backend].why_not(CPU, torch.float32) is None:
+            options = OPTIONS["scale_and_softcap"]
+            check_against_whole_head(rank, "uneven", options, torch.float32, backend, frozen=False)
     check_own_part_of_the_gradient(rank)
     check_low_rank_slice(rank)
     check_wrong_slices(rank)
