@@ -47,6 +47,7 @@ LAYERS = [
     "losses/weights.py",
     "losses/weighing.py",
     "losses/on_sums.py",
+    "losses/unpaired.py",
     "losses/fused.py",
     "losses/pair_loss.py",
     "padded.py",

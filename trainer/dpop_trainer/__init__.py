@@ -3,15 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpop_trainer.settings.config import DPOPConfig, SFTConfig
+    from dpop_trainer.settings.config import DPOPConfig, KTOConfig, SFTConfig
+    from dpop_trainer.training.kto import KTOTrainer
     from dpop_trainer.training.sft import SFTTrainer
     from dpop_trainer.training.trainer import DPOPTrainer
 
-__all__ = ["DPOPConfig", "DPOPTrainer", "SFTConfig", "SFTTrainer"]
+__all__ = ["DPOPConfig", "DPOPTrainer", "KTOConfig", "KTOTrainer", "SFTConfig", "SFTTrainer"]
 
 _MODULES = {
     "DPOPConfig": "settings.config",
     "DPOPTrainer": "training.trainer",
+    "KTOConfig": "settings.config",
+    "KTOTrainer": "training.kto",
     "SFTConfig": "settings.config",
     "SFTTrainer": "training.sft",
 }

@@ -64,7 +64,7 @@ class Batch(dict[str, Any]):
         """The batch with its tensors on a device."""
         return Batch(
             {
-                key: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+                key: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor | Batch) else value
                 for key, value in self.items()
             }
         )

@@ -28,8 +28,8 @@ class Reference(Protocol):
     """What it is, in words for a log line."""
 
     def segment_logps(self, batch: Batch, model_inputs: dict[str, Any]) -> Tensor:
-        """The log-prob sums of a collated batch's segments, in nats, without gradient -> [B, 3] (shared, chosen tail,
-        rejected tail)."""
+        """The log-prob sums of a collated batch's segments, in nats, without gradient: of pairs [B, 3] (shared, chosen
+        tail, rejected tail), of completions [B, 1]."""
         ...
 
 
@@ -110,6 +110,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def reference_segment_logps(
     head: ScoringHead, model: nn.Module, batch: Batch, model_inputs: dict[str, Any], backend: str
 ) -> Tensor:
-    """A model's log-prob sums of a batch's segments, as the model is -> [B, 3] (shared, chosen tail, rejected tail)."""
+    """A model's log-prob sums of a batch's segments, as the model is -> [B, 3] or [B, 1], see `Reference`."""
     logps = ScoredModel(model, head).token_logps(batch, model_inputs)
-    return segment_sums(logps, batch.cu_seqlens, backend=backend).view(-1, 3)
+    return segment_sums(logps, batch.cu_seqlens, backend=backend).view(batch.pair_ids.shape[0], -1)

@@ -15,6 +15,7 @@ from dpop_kernels.backends import BACKENDS, select_backend
 from dpop_kernels.losses.divergences import DIVERGENCES, REVERSE_KL
 from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES, TRL_NAMES
 from dpop_kernels.losses.options import LossOptions
+from dpop_kernels.losses.unpaired import UNPAIRED_LOSSES, check_kto_options
 from dpop_kernels.losses.weights import check_options, has_penalty, losses_of_batch, needs_reference, resolve_losses
 from dpop_trainer.run_folder.private import SecretFreeRepr, without_secrets
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
@@ -225,6 +226,38 @@ class SFTConfig(HeadConfig):
     """Configuration of `SFTTrainer`: the fields of `HeadConfig`, with a learning rate for supervised fine-tuning."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate for AdamW."})
+
+
+@dataclass(repr=False)
+class KTOConfig(HeadConfig):
+    """Configuration of `KTOTrainer`: the fields of `HeadConfig`, and those of its loss, as TRL names them.
+
+    Raises:
+        ValueError: a value outside its range, named with the remedy.
+    """
+
+    train_sampling_strategy: str = field(
+        default="sequential",
+        metadata={"help": "TRL's default. Answers change places within a batch here, so that random serves as well."},
+    )
+    loss_type: str = field(
+        default="kto",
+        metadata={"help": "kto, or apo_zero_unpaired, which has no KL term.", "choices": list(UNPAIRED_LOSSES)},
+    )
+    beta: float = field(default=0.1, metadata={"help": "β > 0: strength of the log-ratios, 1/nat."})
+    desirable_weight: float = field(default=1.0, metadata={"help": "What the loss of a desirable answer is times."})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "What that of an undesirable one is times."})
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in UNPAIRED_LOSSES:
+            raise ValueError(f"loss_type: expected one of {', '.join(UNPAIRED_LOSSES)}, got {self.loss_type!r}.")
+        check_kto_options(self.beta, self.desirable_weight, self.undesirable_weight)
+        if UNPAIRED_LOSSES[self.loss_type] and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                f"per_device_train_batch_size: expected at least 2 with the loss {self.loss_type!r}, whose KL term is "
+                f"of prompts with another prompt's answer, got {self.per_device_train_batch_size}."
+            )
+        super().__post_init__()
 
 
 @dataclass(repr=False)
