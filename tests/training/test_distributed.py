@@ -27,7 +27,7 @@ CASES = {
     "idle_rank": {"layout": "rows", "num_pairs": 9},
     "checkpointed": {"layout": "rows", "lora": True, "gradient_checkpointing": True},
     "moving": {"layout": "rows", "sync_ref_model": True, "ref_model_sync_steps": 3},
-    "precomputed": {"layout": "rows", "precompute_ref_log_probs": True, "loss_type": "dpo"},
+    "precomputed": {"layout": "rows", "precompute_ref_log_probs": True, "loss_type": "dpo", "dpop_lambda": 50.0},
 }
 
 
