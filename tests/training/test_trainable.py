@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from dpop_trainer import DPOPTrainer
-from dpop_trainer.models.adapters import check_inits
+from dpop_trainer.models.adapters import check_adapters
 from dpop_trainer.training.trainable import check_trainable
 from peft import (
     AdaLoraConfig,
@@ -14,7 +14,7 @@ from peft import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
-    PromptTuningConfig,
+    PrefixTuningConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -116,9 +116,9 @@ def test_trained_weights_that_the_adapter_s_file_leaves_out_are_refused(tmp_path
         lambda: LoKrConfig(r=2, **TARGETS),
         lambda: AdaLoraConfig(init_r=2, target_r=1, total_step=4, **TARGETS),
         lambda: VeraConfig(r=2, **{**TARGETS, "target_modules": ["q_proj"]}),
-        lambda: PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        lambda: PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
     ],
-    ids=["bias", "dora_head", "tokens", "ia3", "loha", "lokr", "adalora", "vera", "prompt"],
+    ids=["bias", "dora_head", "tokens", "ia3", "loha", "lokr", "adalora", "vera", "prefix"],
 )
 def test_what_peft_saves_is_taken(kind):
     check_trainable(get_peft_model(tiny_llama(), kind()))
@@ -132,7 +132,7 @@ def test_an_init_that_loading_does_not_repeat_is_refused(tmp_path, init):
         build(tmp_path, tiny_llama(), peft_config=lora)
     for repeated in (True, False, "gaussian", "pissa", "olora", "orthogonal", "eva"):
         lora.init_lora_weights = repeated
-        check_inits({"default": lora})
+        check_adapters({"default": lora})
 
 
 class ScheduleFreeSGD(torch.optim.Optimizer):

@@ -22,6 +22,23 @@ _UNREPEATED_INITS = {
     "loftq": "it replaces the base by a rounded one; load the base in 4 bits (load_in_4bit) and use the default",
 }
 
+_VIRTUAL_TOKENS = (
+    "its virtual tokens stand before the text, and log-probs are looked up by place; use PrefixTuningConfig, whose "
+    "stand in the attention's cache, or LoRA"
+)
+_TASKS = "each batch would have to name its task; use LoRA, one adapter per task"
+
+# peft's kinds of adapters that are not trained here -> why, and what to use instead
+REFUSED_KINDS = {
+    "PROMPT_TUNING": _VIRTUAL_TOKENS,
+    "P_TUNING": _VIRTUAL_TOKENS,
+    "CPT": _VIRTUAL_TOKENS,
+    "MULTITASK_PROMPT_TUNING": _TASKS,
+    "POLY": _TASKS,
+    "LILY": "it routes by a mean over all tokens of a batch, so that log-probs depend on the other pairs; use LoRA",
+    "XLORA": "it runs the model twice in each forward; use LoRA",
+}
+
 # of from_pretrained's arguments: what finds a file on the hub
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -39,12 +56,19 @@ def has_adapter_inside(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
 
 
-def check_inits(configs: Mapping[str, Any]) -> None:
+def check_adapters(configs: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: an adapter begins in a way that is not repeated when it is loaded on its base.
+        ValueError: an adapter is of a kind that is not trained here, or begins in a way that is not repeated when it is
+            loaded on its base.
     """
     for config in configs.values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind in REFUSED_KINDS:
+            raise ValueError(
+                f"peft_config: expected an adapter that is trained here, got {type(config).__name__}: "
+                f"{REFUSED_KINDS[kind]}."
+            )
         init = getattr(config, "init_lora_weights", None)
         for name, why in _UNREPEATED_INITS.items():
             if isinstance(init, str) and init.startswith(name):

@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpop_trainer.models.adapters import WHERE, check_inits, find_adapter_base, has_adapter_inside
+from dpop_trainer.models.adapters import WHERE, check_adapters, find_adapter_base, has_adapter_inside
 from dpop_trainer.models.auto_class import auto_class
 from dpop_trainer.models.quantised import make_trainable, widened
 from dpop_trainer.models.tokenizer_loading import (
@@ -60,7 +60,7 @@ def prepare_policy(
             f"peft_config: expected a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}."
         )
     if peft_config is not None:
-        check_inits({"default": peft_config})
+        check_adapters({"default": peft_config})
     if isinstance(model, str):
         kwargs.setdefault("dtype", torch.float32)
         kwargs.setdefault("trust_remote_code", args.trust_remote_code)

@@ -45,9 +45,12 @@ def adapter_parameters(module: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _outer_factors(layer: Any) -> Iterator[Tensor]:
-    """B of every active adapter of a LoRA layer, and its bias: the factor that the output is linear in."""
+    """B of every active adapter of a LoRA layer, and its bias: the factor that the output is linear in. Of AdaLoRA's
+    three factors it is the one in the middle that begins at zero."""
     for adapter in layer.active_adapters:
-        if adapter in layer.lora_B:
+        if adapter in getattr(layer, "lora_E", ()):
+            yield layer.lora_E[adapter]
+        elif adapter in layer.lora_B:
             yield from layer.lora_B[adapter].parameters()
         if adapter in layer.lora_embedding_B:
             yield layer.lora_embedding_B[adapter]

@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from dpop_trainer.models.adapters import check_inits
+from dpop_trainer.models.adapters import check_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def check_trainable(model: Any, optimizers: tuple[Any, Any] = (None, None), *, t
             "PeftModel.from_pretrained(..., is_trainable=True)."
         )
     if isinstance(model, PeftModel):
-        check_inits(model.peft_config)
+        check_adapters(model.peft_config)
         _check_saved(model, trained)
     _check_optimizer(trained, *optimizers)
 
