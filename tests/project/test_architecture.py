@@ -70,6 +70,7 @@ TRAINER_ROOMS = [
     "run_folder",
     "settings",
     "models",
+    "inputs",
     "batches",
     "reference",
     "measure",

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from dpop_trainer.cli import main
-from dpop_trainer.models.model_setup import lora_config
+from dpop_trainer.inputs.model_setup import lora_config
 from dpop_trainer.settings.arguments import parse_arguments, run_config
 from dpop_trainer.settings.config import DPOPConfig
 from peft import AutoPeftModelForCausalLM

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from dpop_trainer import cli
 from dpop_trainer.cli import COMMANDS, main
-from dpop_trainer.models.model_setup import init_kwargs, lora_config, quantization_config
+from dpop_trainer.inputs.model_setup import init_kwargs, lora_config, quantization_config
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments, parse_arguments, run_config
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.errors import UsageError

@@ -202,6 +202,9 @@ def test_lengths_are_those_of_the_data(tmp_path, capsys):
     assert not result["pairs"]["assumed"]
     # two words of prompt, three of answer and its end, in eight rows; the answers share one word
     assert result["asked"]["batch"] == {"pairs": 4, "positions": 48, "padding": 0, "scored": 4 * (1 + 3 + 3)}
+    assert plan(capsys, *argv, "--no_search", "--max_train_pairs", "25")[1]["pairs"]["num_pairs"] == 25
+    assert main(["plan", *argv, "--max_train_pairs", "0"]) == 1  # as in training, whose reading it is
+    assert "max_train_pairs: expected at least 1, got 0" in capsys.readouterr().err
     assert main(["plan", *argv, "--no_search"]) == 0
     text = capsys.readouterr().out
     assert "epoch" in text

@@ -10,13 +10,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpop_trainer.models.adapters import WHERE, check_adapters, find_adapter_base, has_adapter_inside
 from dpop_trainer.models.auto_class import auto_class
+from dpop_trainer.models.dtypes import named_dtype
 from dpop_trainer.models.quantised import make_trainable, widened
-from dpop_trainer.models.tokenizer_loading import (
-    load_chat_template,
-    load_tokenizer,
-    load_trained_tokenizer,
-    prepare_tokenizer,
-)
+from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.settings.config import HeadConfig
 from dpop_trainer.settings.model_paths import adapter_on_adapter, check_model_path
 from dpop_trainer.settings.renamed import without_renaming_warnings
@@ -74,10 +70,8 @@ def prepare_policy(
     if tokenizer is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         options: Any = {"revision": kwargs.get("revision"), "trust_remote_code": args.trust_remote_code}
-        tokenizer = load_tokenizer(name, **options) if base is None else load_trained_tokenizer(name, base, **options)
-    prepare_tokenizer(tokenizer, args.pad_token)
-    if args.chat_template_path is not None:
-        tokenizer.chat_template = load_chat_template(args.chat_template_path)
+        tokenizer = load_tokenizer(name, base, **options)
+    prepare_tokenizer(tokenizer, args.pad_token, args.chat_template_path)
     loaded: Any = model
     if isinstance(model, str) and base is not None:
         loaded = load_adapter(model, base, kwargs, quantization_config, is_trainable=True)
@@ -102,9 +96,8 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, qua
         ValueError: nothing can be loaded from there (says what was tried), or an argument is of no use.
     """
     kwargs = dict(init_kwargs or {})
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype: expected 'float32', 'bfloat16', 'float16' or 'auto', got {dtype!r}.")
+    if isinstance(kwargs.get("dtype"), str):
+        kwargs["dtype"] = named_dtype(kwargs["dtype"])
     if quantization_config is not None:
         if "quantization_config" in kwargs:
             raise ValueError(

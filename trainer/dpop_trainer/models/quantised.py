@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpop_trainer.models.dtypes import autocast_dtype, named_dtype
+
 
 def check_bitsandbytes(name: str) -> None:
     """
@@ -94,11 +96,11 @@ def compute_dtype(dtype: str | None, run: Any = None) -> torch.dtype:
         dtype: of the weights, as an argument of the run; "auto", which is the checkpoint's, is taken for bfloat16.
         run: its configuration, with `bf16` and `fp16`; None: without autocast.
     """
-    for name, autocast in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if getattr(run, name, False):
-            return autocast
-    found = getattr(torch, dtype or "float32", None)
-    return found if isinstance(found, torch.dtype) else torch.bfloat16
+    autocast = autocast_dtype(getattr(run, "bf16", False), getattr(run, "fp16", False))
+    if autocast is not None:
+        return autocast
+    named = named_dtype(dtype or "float32")
+    return torch.bfloat16 if named == "auto" else named
 
 
 def computed_in(model: nn.Module) -> set[torch.dtype]:

@@ -32,9 +32,19 @@ def transformers_without_torch() -> None:
 
 
 def load_tokenizer(
-    name_or_path: str | None, *, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str | None,
+    base: str | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer that belongs to a model.
+    """The tokenizer that belongs to a model; of an adapter without one, its base's.
+
+    Args:
+        name_or_path: folder or hub id.
+        base: of the model that the adapter there goes on; None: it is a whole model.
+        revision: on the hub.
+        trust_remote_code: run code that comes with it.
 
     Raises:
         ValueError: none is found there.
@@ -44,6 +54,9 @@ def load_tokenizer(
             "processing_class: expected a tokenizer, got None, and the model does not say where it came from. Pass the "
             "tokenizer that the model was trained with."
         )
+    path = Path(name_or_path).expanduser()
+    if base is not None and path.is_dir() and not (path / "tokenizer_config.json").exists():
+        name_or_path, revision = base, None
     check_local_path(name_or_path, "")
     from transformers import AutoTokenizer
 
@@ -63,10 +76,7 @@ def load_trained_tokenizer(
     Raises:
         ValueError: no tokenizer is found.
     """
-    path = Path(name_or_path).expanduser()
-    without_own = base is not None and path.is_dir() and not (path / "tokenizer_config.json").exists()
-    name, revision = (base, None) if without_own else (name_or_path, revision)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name_or_path, base, revision=revision, trust_remote_code=trust_remote_code)
     prepare_tokenizer(tokenizer)
     return tokenizer
 
@@ -109,16 +119,22 @@ def load_chat_template(path_or_text: str) -> str:
     return template
 
 
-def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase", pad_token: str | None = None) -> None:
+def prepare_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", pad_token: str | None = None, chat_template: str | None = None
+) -> None:
     """Give it a padding token where it has none (the end of sequence: padding is masked, so any token will do).
 
     Args:
         tokenizer: changed in place.
         pad_token: the token to pad with, whatever the tokenizer has.
+        chat_template: what `load_chat_template` takes, in place of the tokenizer's own.
 
     Raises:
-        ValueError: the tokenizer does not know `pad_token`, or has neither a padding nor an end-of-sequence token.
+        ValueError: the tokenizer does not know `pad_token`, or has neither a padding nor an end-of-sequence token, or
+            there is no such template.
     """
+    if chat_template is not None:
+        tokenizer.chat_template = load_chat_template(chat_template)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ValueError(

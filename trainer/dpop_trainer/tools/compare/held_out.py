@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.inputs.data_sets import first_pairs, load_eval_data
 from dpop_trainer.measure.pairs_under_model import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
 from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained
@@ -14,7 +15,6 @@ from dpop_trainer.reference.of_run import reference_name
 from dpop_trainer.settings.arguments import arguments_of
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.tools.compare.answers import Answers, Grading, Problem, grade_answers, problems_of
-from dpop_trainer.training.runs import first_pairs, load_eval_data
 
 
 class Measured(NamedTuple):

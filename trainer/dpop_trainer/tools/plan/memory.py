@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from dpop_trainer.tools.plan.devices import GIB, Device, Sharding
 from dpop_trainer.tools.plan.paper_model import ModelSetting, Sizes
 from dpop_trainer.tools.plan.step import StepCost
@@ -164,8 +162,3 @@ def _gathered(sizes: Sizes, model: ModelSetting, sharding: Sharding) -> list[Par
         gradients += outside
     parts.append(Part("whole gradients", 2 * bucket if sharding == "zero3" else gradients, is_assumed=True))
     return parts
-
-
-def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype | None:
-    """Of autocast; None where a run computes in its weights' dtype."""
-    return torch.bfloat16 if bf16 else torch.float16 if fp16 else None

@@ -1,5 +1,6 @@
 """From the arguments of a run to what is planned: its model, its pairs, and the setting that was asked for."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,22 +8,19 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from dpop_kernels import needs_reference
-from dpop_trainer.data import read_pairs, tokenise_pairs
-from dpop_trainer.data.mixture import mix_pairs, parse_sources
+from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.data.mixture import parse_sources
+from dpop_trainer.inputs.data_sets import load_train_data
+from dpop_trainer.inputs.model_setup import check_bits, init_kwargs, lora_config
 from dpop_trainer.models.adapters import find_adapter_base
-from dpop_trainer.models.model_setup import check_bits, lora_config
-from dpop_trainer.models.tokenizer_loading import (
-    load_chat_template,
-    load_tokenizer,
-    load_trained_tokenizer,
-    prepare_tokenizer,
-)
+from dpop_trainer.models.dtypes import autocast_dtype, named_dtype
+from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
 from dpop_trainer.settings.model_paths import adapter_on_adapter, is_adapter_folder
 from dpop_trainer.tools.plan.arguments import PlanArguments
 from dpop_trainer.tools.plan.batches import Pairs, of_statistics, worst_case
 from dpop_trainer.tools.plan.devices import find_device
-from dpop_trainer.tools.plan.memory import compute_dtype, optimizer_named
+from dpop_trainer.tools.plan.memory import optimizer_named
 from dpop_trainer.tools.plan.options import PlanConfig
 from dpop_trainer.tools.plan.paper_model import ModelSetting
 from dpop_trainer.tools.plan.planner import Choice, Planner, Run
@@ -76,7 +74,7 @@ def make_planner(
         model=setting,
         pairs=pairs,
         device=device,
-        autocast=compute_dtype(bool(bf16), bool(fp16)),
+        autocast=autocast_dtype(bf16, fp16),
         optimizer=optimizer,
         reference=_reference(config, has_adapter=lora is not None, has_second=reference_name is not None),
         reference_config=reference_config,
@@ -132,14 +130,8 @@ def _sharding(plan: PlanArguments) -> Any:
 
 
 def _dtype(model: ModelArguments, config: PlanConfig, source: Any) -> torch.dtype:
-    init_kwargs: Any = config.model_init_kwargs or {}
-    name = init_kwargs.get("dtype", model.dtype) or "float32"
-    if name == "auto":
-        return getattr(source, "dtype", None) or torch.float32
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype: expected 'float32', 'bfloat16', 'float16' or 'auto', got {name!r}.")
-    return dtype
+    dtype = named_dtype(init_kwargs(model, config).get("dtype", torch.float32))
+    return (getattr(source, "dtype", None) or torch.float32) if dtype == "auto" else dtype
 
 
 def _reference(config: PlanConfig, *, has_adapter: bool, has_second: bool) -> str:
@@ -159,28 +151,18 @@ def _pairs(model: ModelArguments, data: DataArguments, config: PlanConfig, plan:
             max_length=config.max_length,
             num_pairs=plan.num_pairs,
         )
-    name = data.dataset_name
-    is_local = name is not None and Path(name).expanduser().exists()
-    mixture = data.dataset_mixture if data.dataset_mixture and plan.data is None else None
-    if mixture and all(Path(source.path).expanduser().exists() for source in parse_sources(mixture, "dataset_mixture")):
-        dataset = mix_pairs(parse_sources(mixture, "dataset_mixture"), seed=config.seed, num_proc=None)
-    elif name is not None and (is_local or plan.data is not None):
-        dataset = read_pairs(name, data.dataset_train_split, name=data.dataset_config)
-    else:
+    if not _is_at_hand(data) and plan.data is None:
         return worst_case(config.max_length or DEFAULT_LENGTH, num_pairs=plan.num_pairs)
-    if data.max_train_pairs is not None:
-        dataset = dataset.select(range(min(data.max_train_pairs, len(dataset))))
+    dataset = load_train_data(replace(data, streaming=False), config)
     num_pairs = len(dataset)
-    own: Any = {"trust_remote_code": config.trust_remote_code}
-    if plan.tokenizer is None and is_adapter_folder(str(model.model_name_or_path)):
-        adapter = str(model.model_name_or_path)
-        tokenizer = load_trained_tokenizer(adapter, find_adapter_base(adapter), **own)
-    else:
-        revision = None if plan.tokenizer else model.model_revision
-        tokenizer = load_tokenizer(plan.tokenizer or model.model_name_or_path, revision=revision, **own)
-    prepare_tokenizer(tokenizer, config.pad_token)
-    if config.chat_template_path is not None:
-        tokenizer.chat_template = load_chat_template(config.chat_template_path)
+    tokenizer_name = plan.tokenizer or str(model.model_name_or_path)
+    tokenizer = load_tokenizer(
+        tokenizer_name,
+        find_adapter_base(tokenizer_name) if is_adapter_folder(tokenizer_name) else None,
+        revision=None if plan.tokenizer else model.model_revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    prepare_tokenizer(tokenizer, config.pad_token, config.chat_template_path)
     tokenised, counts = tokenise_pairs(
         dataset.select(range(min(NUM_READ, num_pairs))),
         tokenizer,
@@ -194,8 +176,17 @@ def _pairs(model: ModelArguments, data: DataArguments, config: PlanConfig, plan:
     read = min(NUM_READ, num_pairs)
     left = round(num_pairs * len(tokenised) / read)
     some = "" if read == num_pairs else f"the first {read} of "
-    origin = f"{some}{num_pairs} pairs of {name or 'the mixture'} ({' '.join(counts.summary().split()).rstrip('.')})"
+    became = " ".join(counts.summary().split()).rstrip(".")
+    origin = f"{some}{num_pairs} pairs of {data.dataset_name or 'the mixture'} ({became})"
     return Pairs([dict(record) for record in tokenised], plan.num_pairs or left, origin, is_assumed=False)
+
+
+def _is_at_hand(data: DataArguments) -> bool:
+    """Whether pairs are named, all of them on this machine: from the hub they are fetched where --data asks for it."""
+    names: list[str] = [data.dataset_name] if data.dataset_name else []
+    if data.dataset_mixture:
+        names += [source.path for source in parse_sources(data.dataset_mixture, "dataset_mixture")]
+    return bool(names) and all(Path(name).expanduser().exists() for name in names)
 
 
 def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArguments) -> list[str]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.models.adapters import find_adapter_base
 from dpop_trainer.models.quantised import check_bitsandbytes, compute_dtype, four_bit_config
-from dpop_trainer.models.tokenizer_loading import load_tokenizer, load_trained_tokenizer
+from dpop_trainer.models.tokenizer_loading import load_tokenizer
 from dpop_trainer.settings.arguments import ModelArguments
 from dpop_trainer.settings.config import HeadConfig
 from dpop_trainer.settings.run_inputs import model_name
@@ -28,7 +28,7 @@ def tokenizer_of(arguments: ModelArguments, config: HeadConfig) -> PreTrainedTok
     name = model_name(arguments)
     base = find_adapter_base(name, {"revision": arguments.model_revision})
     options: Any = {"revision": arguments.model_revision, "trust_remote_code": config.trust_remote_code}
-    return load_tokenizer(name, **options) if base is None else load_trained_tokenizer(name, base, **options)
+    return load_tokenizer(name, base, **options)
 
 
 def init_kwargs(arguments: ModelArguments, config: HeadConfig) -> dict[str, Any]:
