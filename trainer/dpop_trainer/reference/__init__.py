@@ -11,6 +11,7 @@ second_model      a reference by name, quantised or offloaded
 precompute        one pass over a data set, sharded, resumable -> columns
 cache             log-probs by pair on disk
 keys              what a pair and a reference are known by
+recall            the model of a pass, loaded anew for pairs that come after
 of_run            which it was, from what a run left, loaded anew
 step_zero         how far policy and reference are apart before the first update, and why
 """

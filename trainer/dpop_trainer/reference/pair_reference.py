@@ -1,7 +1,8 @@
 """The reference of a run at work: asked batch by batch, or once for whole data sets before training."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,22 @@ from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from dpop_kernels import ScoringHead
 from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.batch import as_batch
 from dpop_trainer.batches.scoring import ScoredModel, attention_of, forward_inputs
 from dpop_trainer.reference.cache import ReferenceCache, cache_root
 from dpop_trainer.reference.choose import Kind, ReferencePlan, has_reference_columns
-from dpop_trainer.reference.keys import describe_reference, weights_digest
+from dpop_trainer.reference.keys import describe_reference
 from dpop_trainer.reference.moving import MovingReference
 from dpop_trainer.reference.precompute import precompute_reference
+from dpop_trainer.reference.recall import Origin
 from dpop_trainer.reference.second_model import offload_reference
 from dpop_trainer.reference.source import FrozenModel, PolicyAsReference, Reference, adapter_off, eval_mode
 from dpop_trainer.reference.start_weights import ReferenceRecord, StartWeights
@@ -34,9 +39,6 @@ if TYPE_CHECKING:
     from dpop_trainer.training.trainer import DPOPTrainer
 
 logger = logging.getLogger(__name__)
-
-# of each end of a weight: enough to tell a model from the same model trained further
-_FINGERPRINT_BYTES = 1 << 14
 
 
 class PairReference:
@@ -57,27 +59,27 @@ class PairReference:
         self._moving: MovingReference | None = None
         self._source: Reference | None = None
         self._cache: ReferenceCache | None = None
+        self._origin: Origin | None = None
         self.step_zero = StepZero(self._accelerator, self._setting)
         trainer.add_callback(self.step_zero)
         if not plan.is_a_model:
             return
+        described: Any = trainer.model if model is None else model.model
+        with_adapter = plan.kind is not Kind.ADAPTER_OFF
+        self._origin = Origin.of(described, with_adapter=with_adapter)
         if model is None:
             self._source = self._policy_as_reference()
-            described: tuple[Any, bool] = trainer.model, plan.kind is not Kind.ADAPTER_OFF
-        else:
-            kind, backend = plan.kind.value, trainer.args.kernel_backend
-            self._source = FrozenModel(model.model, model.head, self._accelerator, backend, kind)
-            described = model.model, True
         recorded = self._start_weights if plan.kind is Kind.START_WEIGHTS else None
-        trainer.add_callback(ReferenceRecord(plan.kind.value, _fingerprint(*described), recorded))
+        trainer.add_callback(ReferenceRecord(plan.kind.value, self._origin.fingerprint, recorded))
         if plan.moves:
             self._moving = self._follow(model)
             trainer.add_callback(self._moving)  # after the record, which puts a resumed run's start weights back
         if plan.is_precomputed and self._accelerator.is_main_process:
-            self._cache = self._open_cache(*described)
+            self._cache = self._open_cache(described, with_adapter)
         if model is not None:
-            self._home = _device(model.model)
-            self._place(model.model)
+            self._take(model)
+        elif plan.kind is Kind.BEFORE_TRAINING and self._start_weights is None:
+            trainer.add_callback(_AtTrainBegin(self._forget))
 
     @property
     def has_model(self) -> bool:
@@ -97,8 +99,7 @@ class PairReference:
         if self._source is None:
             raise ValueError(
                 "ref_chosen_logps: expected pairs with reference log-probs, got pairs without, and no reference model "
-                "is kept: this run takes its reference from columns. Give these pairs to the trainer's constructor, or "
-                "pass a ref_model without precompute_ref_log_probs."
+                "is kept: this run takes its reference from columns. Give these pairs to the trainer's constructor."
             )
         return self._source.segment_logps(batch, model_inputs)
 
@@ -135,6 +136,38 @@ class PairReference:
             show_progress=not trainer.args.disable_tqdm,
         )
 
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Have the reference of pairs that bring no log-probs, loaded anew where the run has let it go.
+
+        Raises:
+            ValueError: it cannot be had again.
+        """
+        if self._source is not None or not self.plan.is_needed:
+            yield
+            return
+        remedy = "Give these pairs to the trainer's constructor as eval_dataset: what it needs is run there."
+        if self._origin is None:
+            raise ValueError(
+                "eval_dataset: expected the columns ref_chosen_logps and ref_rejected_logps, since all data sets of "
+                f"this run brought them and it has no reference model, got none. {remedy}"
+            )
+        args: Any = self._trainer.args
+        own = args.ref_model_init_kwargs if self.plan.kind is Kind.SECOND_MODEL else args.model_init_kwargs
+        init_kwargs = {"trust_remote_code": True, **(own or {})} if args.trust_remote_code else dict(own or {})
+        try:
+            model = self._origin.load(self._trainer.model, init_kwargs)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"eval_dataset: expected the columns ref_chosen_logps and ref_rejected_logps, or a reference that can "
+                f"be loaded again: precompute_ref_log_probs let {self.plan.kind.value} go, and {error}. {remedy}"
+            ) from error
+        self._take(ScoredModel(model, ScoringHead(model, backend=args.kernel_backend)))
+        try:
+            yield
+        finally:
+            self.release()
+
     def save_place(self, checkpoint: Path) -> None:
         """Put into a checkpoint where a reference that moves has come to; nothing of one that does not."""
         if self._moving is not None:
@@ -150,18 +183,24 @@ class PairReference:
             elif self._home != _device(source.model):
                 source.model.to(self._home)
             clear_device_cache(garbage_collection=True)
-        elif self.plan.kind is Kind.ADAPTER_OFF:
-            self._source = source  # costs nothing, and can tell of pairs that come later
+        else:  # the policy in another state: costs nothing, and can tell of pairs that come later
+            self._source = source
+
+    def _forget(self) -> None:
+        """When training begins: the policy is no longer what it was, and nothing of that was kept."""
+        self._source = None
 
     def _policy_as_reference(self) -> PolicyAsReference:
         trainer = self._trainer
         if self.plan.kind is Kind.ADAPTER_OFF and not self.plan.moves:
             state: Any = adapter_off
-        elif self.plan.kind is Kind.BEFORE_TRAINING:
+        elif self.plan.kind is Kind.BEFORE_TRAINING and not (
+            isinstance(trainer.model, PeftModel) and not _is_sharded(self._accelerator)
+        ):
             state = eval_mode
         else:
-            assert self.plan.kind is Kind.START_WEIGHTS or self.plan.moves, self.plan
-            _check_not_sharded(self._accelerator, self.plan)
+            if self.plan.kind is not Kind.BEFORE_TRAINING:
+                _check_not_sharded(self._accelerator, self.plan)
             self._start_weights = StartWeights(trainer.model)  # type: ignore[arg-type]
             state = self._start_weights.switched_in
         return PolicyAsReference(
@@ -193,6 +232,14 @@ class PairReference:
             sync_steps=trainer.args.ref_model_sync_steps,
             resumed_from=lambda: trainer.resumed_from,
         )
+
+    def _take(self, model: ScoredModel) -> None:
+        """Make a model beside the policy the source of log-probs, where it is to run."""
+        self._source = FrozenModel(
+            model.model, model.head, self._accelerator, self._trainer.args.kernel_backend, self.plan.kind.value
+        )
+        self._home = _device(model.model)
+        self._place(model.model)
 
     def _place(self, model: Any) -> None:
         if self._trainer.args.ref_model_offload:
@@ -242,8 +289,20 @@ class PairReference:
         )
 
 
+class _AtTrainBegin(TrainerCallback):
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._call()
+
+
+def _is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.FSDP or is_deepspeed_zero3_enabled()
+
+
 def _check_not_sharded(accelerator: Accelerator, plan: ReferencePlan) -> None:
-    if accelerator.distributed_type != DistributedType.FSDP and not is_deepspeed_zero3_enabled():
+    if not _is_sharded(accelerator):
         return
     if plan.moves:
         raise ValueError(
@@ -256,13 +315,6 @@ def _check_not_sharded(accelerator: Accelerator, plan: ReferencePlan) -> None:
         "is an adapter that was trained before, whose start cannot be switched in there. Set "
         "precompute_ref_log_probs=True."
     )
-
-
-def _fingerprint(model: Any, with_adapter: bool) -> str | None:
-    try:
-        return weights_digest(model, with_adapter=with_adapter, sample_bytes=_FINGERPRINT_BYTES)
-    except ValueError:
-        return None
 
 
 def _device(model: Any) -> torch.device:

@@ -6,6 +6,7 @@ device, checkpoints that are whole and resume exactly, and a stop before a non-f
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from dpop_trainer.training.non_finite import MicroBatch, NonFiniteError, non_fin
 from dpop_trainer.training.progress import RunProgress
 from dpop_trainer.training.run_progress import Progress, load_progress, save_progress
 from dpop_trainer.training.speed import peak_memory_gib
+from dpop_trainer.training.split_preparation import Preparation, check_streams
+from dpop_trainer.training.trainer_checks import check_form
 from dpop_trainer.training.whole_checkpoints import WholeCheckpoints
 
 
@@ -48,6 +51,8 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
     """
 
     args: HeadConfig  # type: ignore[assignment]
+    preparation: Preparation
+    """How this run makes data ready; set by a subclass before this class's own constructor."""
 
     def __init__(
         self,
@@ -126,6 +131,36 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
             # data parallelism averages gradients over processes, and the divisor already counts all of them
             loss = loss_sum * (self.accelerator.num_processes / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `transformers.Trainer.evaluate`, on data in any form that the constructor takes, streamed or not.
+
+        Args:
+            eval_dataset: by default the constructor's; else a data set, several of them by name, or the name of one of
+                the constructor's.
+            ignore_keys: unused.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Raises:
+            ValueError: the data cannot be used, or need a reference that cannot be had.
+        """
+        if isinstance(eval_dataset, Mapping):
+            metrics: dict[str, float] = {}
+            for name, part in eval_dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+        if not isinstance(eval_dataset, TokenisedStream):
+            check_form("eval_dataset", eval_dataset)
+            check_streams(self.args, None, eval_dataset)
+            eval_dataset = self.preparation.split(eval_dataset, metric_key_prefix)
+        with self.evaluated_on(eval_dataset):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+
+    def evaluated_on(self, dataset: Any) -> AbstractContextManager[None]:
+        """What an evaluation on a prepared data set of its own needs, for as long as it takes."""
+        return nullcontext()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self.placed(inputs)

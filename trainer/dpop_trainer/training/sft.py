@@ -65,19 +65,19 @@ class SFTTrainer(HeadTrainer):
             model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
         )
         check_trainable(policy.model, trains=train_dataset is not None)
-        preparation = Preparation(
+        self.preparation = Preparation(
             policy=policy,
             args=args,
             keep_identical=True,
             skipped=SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0),
             completions=True,
         )
-        train_dataset = preparation.split(train_dataset, "train", repeat=True)
-        eval_dataset = preparation.split(eval_dataset, "eval")
+        train_dataset = self.preparation.split(train_dataset, "train", repeat=True)
+        eval_dataset = self.preparation.split(eval_dataset, "eval")
         super().__init__(
             policy.model,
             args,
-            data_metrics=preparation.counts,
+            data_metrics=self.preparation.counts,
             run_config=run_config,
             losses=["sft"],
             data_collator=CompletionCollator(policy.tokenizer.pad_token_id, args.pad_to_multiple_of),  # type: ignore[arg-type]

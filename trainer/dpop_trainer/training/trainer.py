@@ -35,7 +35,7 @@ from dpop_trainer.training.budget_batches import BudgetTrainer
 from dpop_trainer.training.metrics import evaluation_names, metrics_of
 from dpop_trainer.training.split_preparation import Preparation
 from dpop_trainer.training.trainable import check_trainable
-from dpop_trainer.training.trainer_checks import check_arguments, check_form
+from dpop_trainer.training.trainer_checks import check_arguments
 from dpop_trainer.training.watch import ChosenWatch
 
 logger = logging.getLogger(__name__)
@@ -110,14 +110,14 @@ class DPOPTrainer(BudgetTrainer):
         )
         check_trainable(policy.model, optimizers, trains=train_dataset is not None)
         self.router_aux_loss_coef = router_coefficient(policy.model, args.router_aux_loss_coef)
-        self._preparation = Preparation(
+        self.preparation = Preparation(
             policy=policy,
             args=args,
             keep_identical=args.keep_identical,
             skipped=SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0),
         )
-        train_dataset = self._preparation.split(train_dataset, "train", repeat=True)
-        eval_dataset = self._preparation.split(eval_dataset, "eval")
+        train_dataset = self.preparation.split(train_dataset, "train", repeat=True)
+        eval_dataset = self.preparation.split(eval_dataset, "eval")
         parts = data_parts(train_dataset, eval_dataset)
         plan = plan_reference(
             policy.model,
@@ -131,7 +131,7 @@ class DPOPTrainer(BudgetTrainer):
         super().__init__(
             policy.model,
             args,
-            data_metrics=self._preparation.counts,
+            data_metrics=self.preparation.counts,
             run_config=run_config,
             losses=args.loss_type,
             data_collator=data_collator or _collator(policy, args),
@@ -160,32 +160,8 @@ class DPOPTrainer(BudgetTrainer):
             )
         )
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `transformers.Trainer.evaluate`, on pairs in any form that the constructor takes.
-
-        Args:
-            eval_dataset: by default the constructor's; else pairs, several sets of them by name, or the name of one
-                of the constructor's.
-            ignore_keys: unused.
-            metric_key_prefix: what the metrics' names begin with.
-
-        Raises:
-            ValueError: the data cannot be used, or lacks the reference log-probs that this run takes from the data.
-        """
-        if isinstance(eval_dataset, Mapping):
-            metrics = {}
-            for name, part in eval_dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if isinstance(eval_dataset, Dataset):
-            check_form("eval_dataset", eval_dataset)
-            eval_dataset = self._preparation.split(eval_dataset, metric_key_prefix)
-            if self.reference.plan.is_needed and not (has_reference_columns(eval_dataset) or self.reference.has_model):
-                raise ValueError(
-                    "eval_dataset: expected the columns ref_chosen_logps and ref_rejected_logps, since this run took "
-                    "its reference from such columns and has no reference model, got none. Add them, or pass ref_model."
-                )
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+    def evaluated_on(self, dataset):
+        return nullcontext() if has_reference_columns(dataset) else self.reference.at_hand()
 
     def num_items(self, batch: Batch) -> int:
         return batch.pair_ids.shape[0]
