@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, LogCompletionsCallback, ModelConfig, ScriptArguments, extract_prompt
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 NUM_STEPS = 10
@@ -223,6 +224,15 @@ def mixture(DPOConfig, DPOTrainer, model_path, output_dir):
     )
 
 
+def collated_by_trl(DPOConfig, DPOTrainer, model_path, output_dir):
+    return DPOTrainer(
+        model=model_path,
+        args=DPOConfig(**settings(output_dir), precompute_ref_log_probs=True),
+        data_collator=DataCollatorForPreference(pad_token_id=0, max_length=5, pad_to_multiple_of=4),
+        train_dataset=Dataset.from_list(text_pairs(8)),
+    )
+
+
 def synced(DPOConfig, DPOTrainer, model_path, output_dir):
     args = settings(output_dir, sync_ref_model=True, ref_model_mixup_alpha=0.4, ref_model_sync_steps=3)
     return DPOTrainer(model=model_path, args=DPOConfig(**args), train_dataset=Dataset.from_list(text_pairs(8)))
@@ -238,6 +248,7 @@ SCRIPTS = [
     reference_given,
     truncated,
     synced,
+    collated_by_trl,
     mixture,
 ]
 
@@ -497,7 +508,7 @@ def test_best_checkpoint_can_be_chosen_by_a_metric(model_path, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"compute_metrics": len}, "compute_metrics: expected None"),
+        ({"compute_metrics": 3}, "compute_metrics: expected a function or None, got int"),
         ({"peft_config": {"r": 4}}, r"peft_config: expected a peft\.PeftConfig such as LoraConfig, got dict"),
         ({"quantization_config": object()}, "quantization_config: expected None with a model that is loaded already"),
         (

@@ -108,7 +108,6 @@ def test_smoothing_of_tokens_is_refused_with_our_name():
     "option",
     [
         {"include_for_metrics": ["inputs"]},
-        {"batch_eval_metrics": True},
         {"prediction_loss_only": True},
         {"eval_accumulation_steps": 4},
         {"eval_do_concat_batches": False},

@@ -21,8 +21,7 @@ _NOTHING_TO_GATHER = "no predictions are kept: evaluation computes log-probs and
 _NOTHING_MOVES = "it belongs to sync_ref_model, which is off"
 # what changes nothing here -> why
 _WITHOUT_EFFECT = {
-    "include_for_metrics": "it belongs to compute_metrics, which is not offered",
-    "batch_eval_metrics": "it belongs to compute_metrics, which is not offered",
+    "include_for_metrics": "compute_metrics is given log-probs of pairs, with 'loss' their losses, and no inputs",
     "prediction_loss_only": _NOTHING_TO_GATHER,
     "eval_accumulation_steps": _NOTHING_TO_GATHER,
     "eval_do_concat_batches": _NOTHING_TO_GATHER,
@@ -55,7 +54,7 @@ def tell_of_no_effect(args: Any) -> None:
         value = getattr(args, name)
         if _WITHOUT_EFFECT[name] is _NOTHING_MOVES and args.sync_ref_model:
             continue
-        if value != default and value not in (None, []):
+        if value != default and value not in (None, [], ["loss"]):
             logger.warning("%s=%r has no effect: %s.", name, value, _WITHOUT_EFFECT[name])
     if getattr(args, "dataloader_drop_last", False) and getattr(args, "max_tokens_per_batch", None) is not None:
         logger.warning("dataloader_drop_last=True has no effect: with max_tokens_per_batch no pair is left over.")

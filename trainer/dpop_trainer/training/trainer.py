@@ -19,8 +19,10 @@ from dpop_kernels.losses.pair_loss import pair_loss_terms, segment_sums
 from dpop_kernels.losses.weighing import wpo_weights
 from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.batches import Batch, PairCollator
+from dpop_trainer.batches.batch import as_batch
 from dpop_trainer.batches.choose_layout import choose_layout, laid_out
 from dpop_trainer.batches.flat_attention import use_flat_attention
+from dpop_trainer.batches.own_collator import OwnCollator
 from dpop_trainer.batches.routers import RouterLoss, router_coefficient
 from dpop_trainer.batches.scoring import ScoredModel, forward_inputs
 from dpop_trainer.data import SkippedRecords
@@ -33,9 +35,11 @@ from dpop_trainer.settings.row_options import rows_needed
 from dpop_trainer.training.best_metric import check_best_metric
 from dpop_trainer.training.budget_batches import BudgetTrainer
 from dpop_trainer.training.metrics import evaluation_names, metrics_of
+from dpop_trainer.training.predictions import PairPredictions
 from dpop_trainer.training.split_preparation import Preparation
 from dpop_trainer.training.trainable import check_trainable
 from dpop_trainer.training.trainer_checks import check_arguments
+from dpop_trainer.training.trl_names import TRLNames
 from dpop_trainer.training.watch import ChosenWatch
 
 logger = logging.getLogger(__name__)
@@ -44,7 +48,7 @@ logger = logging.getLogger(__name__)
 NUM_PROBED_PAIRS = 2
 
 
-class DPOPTrainer(BudgetTrainer):
+class DPOPTrainer(TRLNames, BudgetTrainer):
     """Fine-tune a causal LM on (prompt, chosen, rejected) with DPOP, any of its kin, or a weighted sum of them.
 
     The constructor is TRL's `DPOTrainer`'s.
@@ -55,15 +59,15 @@ class DPOPTrainer(BudgetTrainer):
             the model as it is when the trainer is built: the base under an adapter that is new, else an adapter as it
             was at the start, else a frozen copy of the model.
         args: `DPOPConfig`.
-        data_collator: defaults to `PairCollator` with the layout of `args`; returns a `Batch`, or a mapping with its
-            keys.
+        data_collator: defaults to `PairCollator` with the layout of `args`; returns a `Batch`, a mapping with its keys,
+            or the rows of TRL's `DataCollatorForPreference`.
         train_dataset: columns prompt, chosen, rejected, as text or as messages; or token ids in prompt_ids, chosen_ids,
             rejected_ids; or another form of docs/data.md. With columns ref_chosen_logps and ref_rejected_logps no
             reference model is run. An IterableDataset is read, tokenised and counted as training goes on, again and
             again until args.max_steps.
         eval_dataset: the same, or a dict of such data sets by name: metrics are then eval_<name>_...
         processing_class: the tokenizer. By default loaded from the model's name or path.
-        compute_metrics: refused: no logits exist that it could be given.
+        compute_metrics: is given the pairs' log-probs, as there are no logits: see `predictions.PREDICTIONS`.
         callbacks: transformers callbacks.
         optimizers: (optimizer, scheduler), as in transformers.
         quantization_config: used when `model` is a name: QLoRA together with peft_config.
@@ -100,7 +104,7 @@ class DPOPTrainer(BudgetTrainer):
         check_arguments(
             model, args, train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, ref_model
         )
-        may_have_more = bool(callbacks) or type(self) is not DPOPTrainer
+        may_have_more = bool(callbacks) or compute_metrics is not None or type(self) is not DPOPTrainer
         check_best_metric(args, eval_dataset, evaluation_names(args), may_have_more=may_have_more)
         take_off_heads(model)  # another trainer's, whose model this was
         take_off_heads(ref_model)
@@ -134,7 +138,8 @@ class DPOPTrainer(BudgetTrainer):
             data_metrics=self.preparation.counts,
             run_config=run_config,
             losses=args.loss_type,
-            data_collator=data_collator or _collator(policy, args),
+            data_collator=_collator(policy, args) if data_collator is None else _understood(data_collator),
+            compute_metrics=compute_metrics,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=policy.tokenizer,
@@ -151,6 +156,7 @@ class DPOPTrainer(BudgetTrainer):
             self._precompute_reference()
         self._router_loss = RouterLoss(policy.model) if self.router_aux_loss_coef else None
         self._pair_values: dict[str, Tensor] = {}
+        self._predictions = PairPredictions()
         self.add_callback(
             ChosenWatch(
                 args.chosen_logratio_warning,
@@ -159,6 +165,21 @@ class DPOPTrainer(BudgetTrainer):
                 reference_moves=plan.moves,
             )
         )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.compute_metrics is not None:
+            self._predictions.add(as_batch(inputs), self.pair_values())
+        return result
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):  # type: ignore[override]
+        self._predictions = PairPredictions()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.compute_metrics is not None and output.metrics is not None:
+            own = self._predictions.metrics(self.compute_metrics, self.args)
+            prefix = f"{metric_key_prefix}_"
+            output.metrics.update({prefix + key.removeprefix(prefix): value for key, value in own.items()})
+        return output
 
     def evaluated_on(self, dataset):
         return nullcontext() if has_reference_columns(dataset) else self.reference.at_hand()
@@ -292,6 +313,10 @@ def default_output_dir(model: Any) -> str:
     """Where a run goes that has no configuration: "<the model's name>-DPOP"."""
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     return f"{Path(name).name or type(model).__name__}-DPOP"
+
+
+def _understood(collator: Callable[[list[dict[str, Any]]], Any]) -> Any:
+    return collator if isinstance(collator, PairCollator) else OwnCollator(collator)
 
 
 def _collator(policy: Policy, args: DPOPConfig) -> PairCollator:

@@ -53,11 +53,9 @@ def check_arguments(
             "data_collator: expected None with max_tokens_per_batch, which counts the positions of this trainer's own "
             "layouts, got one. Leave one of the two out."
         )
-    if compute_metrics is not None:
-        raise ValueError(
-            "compute_metrics: expected None, got a function. It would be given logits, which this trainer never "
-            "computes; read the logged metrics instead, or use a callback."
-        )
+    for name, function in (("data_collator", data_collator), ("compute_metrics", compute_metrics)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{name}: expected a function or None, got {type(function).__name__}.")
     check_form("train_dataset", train_dataset)
     check_form("eval_dataset", eval_dataset)
     if isinstance(ref_model, str):  # which is loaded last
