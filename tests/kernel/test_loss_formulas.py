@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from backends import IN_FP64, ON_CPU
+from loss_pairs import batch_of, bounds, log_odds, nll, one_pair, read_by, sigmoid
 
 import dpop_kernels.losses.formulas
 from dpop_kernels import dpo_loss, dpop_loss, needs_reference, pair_loss
-from dpop_kernels.losses.divergences import DIVERGENCES
 from dpop_kernels.losses.formulas import LOSSES, TRL_NAMES, PairScores, register_loss
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.pair_loss import pair_loss_terms, segment_sums
@@ -35,11 +35,6 @@ TRL_LOSSES = {
     },
     **{name: name for name in ("aot", "aot_unpaired")},
 }
-
-
-def read_by(loss_type, **options):
-    """Those of the options that the loss reads: the others would be refused."""
-    return {name: value for name, value in options.items() if name == "beta" or name in LOSSES[loss_type].reads}
 
 
 class Pairs:
@@ -164,70 +159,32 @@ def test_a_divergence_is_taken_by_trls_losses_and_kin_alone():
     assert pairs.losses.item() == pytest.approx(nll(0.3 * (1 - math.exp(-1))) + 3.0, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("divergence", "alpha", "margin"),
-    [
-        # Δw = log 2, Δl = -log 2: probabilities twice and half the reference's
-        ("reverse_kl", 0.5, 2 * math.log(2)),
-        ("forward_kl", 0.5, (1 - 1 / 2) - (1 - 2)),
-        ("js_divergence", 0.5, math.log(4 / 3) - math.log(1 / 1.5)),
-        ("alpha_divergence", 0.5, ((2**-0.5 - 1) - (2**0.5 - 1)) / -0.5),
-        ("alpha_divergence", 2.0, (2 - 1) - (1 / 2 - 1)),
-        ("alpha_divergence", 0.0, (1 - 1 / 2) - (1 - 2)),  # the forward KL
-        ("alpha_divergence", 1.0, 2 * math.log(2)),  # the reverse KL
-        ("alpha_divergence", 1 + 1e-12, 2 * math.log(2)),  # near which (t^a - 1) / a would lose its digits
-    ],
-)
-@pytest.mark.parametrize("backend", IN_FP64)
-def test_divergences_by_hand(divergence, alpha, margin, backend):
-    """The margin is of f', the penalty and what is logged are of nats."""
-    options = {"f_divergence_type": divergence, "f_alpha_divergence_coef": alpha, "beta": 0.5, "backend": backend}
-    arguments = one_pair(math.log(2), -math.log(2))
-    dpo = pair_loss(*arguments, loss_type="dpo", **options)
-    assert dpo.losses.item() == pytest.approx(nll(0.5 * margin), rel=1e-11)
-    assert dpo.margins.item() == pytest.approx(2 * math.log(2), rel=1e-12)
-    swapped = pair_loss(*one_pair(-math.log(2), math.log(2)), loss_type="dpop", dpop_lambda=3.0, **options)
-    assert swapped.losses.item() == pytest.approx(nll(0.5 * (-margin - 3 * math.log(2))), rel=1e-11)
-    assert swapped.penalties.item() == pytest.approx(3 * math.log(2), rel=1e-12)
+@pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo"])
+def test_losses_without_a_reference_equal_trls_own_code(loss_type, monkeypatch):
+    """Of its CPO and ORPO trainers, whose likelihood terms are means over a batch's tokens: here over each answer's."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
 
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("loss_type", ["dpop", "ipo_norm"])
-def test_gradcheck_of_divergences(loss_type, divergence):
-    token_logps, lengths, ref = batch_of(3, torch.Generator().manual_seed(5))
-    options = read_by(loss_type, f_divergence_type=divergence, dpop_lambda=3.0)
-
-    def function(token_logps):
-        return pair_loss(token_logps, bounds(lengths), ref, loss_type=loss_type, **options).losses
-
-    assert torch.autograd.gradcheck(function, token_logps.requires_grad_())
-
-
-@pytest.mark.parametrize("backend", ON_CPU)
-@pytest.mark.parametrize("options", [{"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, {}])
-def test_the_reverse_kl_by_another_name_is_the_same_to_the_bit(backend, options):
-    """Also where kernels compute it: the margin is then of the tails alone."""
-    token_logps, lengths, ref = batch_of(6, torch.Generator().manual_seed(7))
-    leaf = token_logps.float().requires_grad_()
-    results = []
-    for given in ({"f_divergence_type": "reverse_kl"}, options):
-        losses = pair_loss(leaf, bounds(lengths), ref.float(), backend=backend, **given).losses
-        results.append((losses, torch.autograd.grad(losses.sum(), leaf)[0]))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-
-
-@pytest.mark.parametrize("divergence", ["forward_kl", "alpha_divergence"])
-def test_a_far_pair_is_still_pulled_back(divergence):
-    """A chosen answer 200 nats below the reference, where TRL's fp32 is infinite or has slope 0: beyond an exponent of
-    30 the score goes on along its tangent, e^30 (1 + x - 30) - 1 for an exponent x of 200 (and of 100 with α = 0.5)."""
-    exponent, rate = (200, 1.0) if divergence == "forward_kl" else (100, 0.5)
-    token_logps, *rest = one_pair(-200.0, 0.0)
-    pairs = pair_loss(token_logps, *rest, loss_type="slic", beta=0.5, f_divergence_type=divergence)
-    score = -(math.exp(30) * (1 + exponent - 30) - 1) / rate
-    assert pairs.losses.item() == pytest.approx(1 - 0.5 * score, rel=1e-12)
-    pairs.losses.sum().backward()
-    assert token_logps.grad[0].item() == pytest.approx(-0.5 * math.exp(30), rel=1e-12)
+    pairs = Pairs([3, 5, 2, 7], [4, 1, 6, 5])
+    sums = torch.stack([row.sum() for row in pairs.rows])
+    means = sums / torch.tensor(pairs.lengths)
+    chosen_means, rejected_means = means.chunk(2)
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    cpo = {"alpha": 0.0, "simpo_gamma": 1.0, "label_smoothing": 0.1, "beta": 2.0, "accelerator": accelerator}
+    if loss_type == "simpo":
+        expected = CPOTrainer.cpo_loss(SimpleNamespace(**cpo, loss_type="simpo"), chosen_means, rejected_means)[0]
+    elif loss_type == "cpo":
+        expected = CPOTrainer.cpo_loss(SimpleNamespace(**cpo, loss_type="sigmoid"), *sums.chunk(2))[0]
+        expected = expected - 0.5 * chosen_means
+    else:
+        trainer = SimpleNamespace(beta=2.0, accelerator=accelerator)
+        expected = -ORPOTrainer.odds_ratio_loss(trainer, chosen_means, rejected_means)[0] - chosen_means
+    options = read_by(loss_type, beta=2.0, simpo_gamma=1.0, cpo_alpha=0.5, label_smoothing=0.1)
+    token_logps, cu_seqlens, _ = pairs.packed()
+    losses = pair_loss(token_logps, cu_seqlens, None, loss_type=loss_type, **options).losses
+    tolerance = 1e-6 if loss_type == "orpo" else 1e-12  # TRL's odds are in fp32
+    torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_names_that_both_have_mean_the_same_but_for_ipo():
@@ -335,26 +292,6 @@ def test_slopes_are_the_documented_ones(loss_type):
         torch.testing.assert_close(slope, derived.detach(), rtol=1e-12, atol=1e-15)
 
 
-def one_pair(chosen_logratio, rejected_logratio, dtype=torch.float64):
-    """A pair of one-token answers with these log-ratios -> token_logps (a leaf), cu_seqlens, ref_segment_logps."""
-    token_logps = torch.tensor([-3.0, -4.0], dtype=dtype, requires_grad=True)
-    ref = torch.tensor([[0.0, -3.0 - chosen_logratio, -4.0 - rejected_logratio]], dtype=dtype)
-    return token_logps, torch.tensor([0, 0, 1, 2]), ref
-
-
-def sigmoid(z):
-    return 1 / (1 + math.exp(-z))
-
-
-def nll(z):
-    return math.log1p(math.exp(-z))
-
-
-def log_odds(logp):
-    probability = math.exp(logp)
-    return math.log(probability / (1 - probability))
-
-
 @pytest.mark.parametrize(
     ("loss_type", "expected"),
     {
@@ -437,49 +374,6 @@ def test_dpop_norm_s_penalty_is_per_token_too():
     assert pairs.penalties.item() == 1.0
 
 
-def three_pairs():
-    """One token each; Δw = 1, -2, 0.5 and Δl = -1, 3, 0; log π(y_w) - log π(y_l) = 4, 1, 2 -> as `one_pair`."""
-    chosen, rejected = torch.tensor([-1.0, -3.0, -2.0]).double(), torch.tensor([-5.0, -4.0, -4.0]).double()
-    ref = torch.stack([torch.zeros(3), chosen - torch.tensor([1, -2, 0.5]), rejected - torch.tensor([-1, 3, 0])], dim=1)
-    token_logps = torch.stack([chosen, rejected], dim=1).flatten().requires_grad_()
-    return token_logps, torch.tensor([0, 0, 1, 2, 2, 3, 4, 4, 5, 6]), ref
-
-
-def test_aot_compares_the_sorted_margins_of_policy_and_reference():
-    """Policy: 1, 2, 4. Reference: 4 - 2, 1 + 5, 2 - 0.5, so 1.5, 2, 6."""
-    token_logps, *rest = three_pairs()
-    losses = pair_loss(token_logps, *rest, loss_type="aot", beta=0.5).losses
-    assert losses.tolist() == pytest.approx([nll(0.5 * (1 - 1.5)), nll(0.0), nll(0.5 * (4 - 6))], rel=1e-12)
-    losses.sum().backward()
-    slopes = [-0.5 * sigmoid(1.0), -0.5 * sigmoid(0.25), -0.5 * sigmoid(0.0)]  # of the pairs, whose ranks are 3, 1, 2
-    assert token_logps.grad.tolist() == pytest.approx([part for slope in slopes for part in (slope, -slope)], rel=1e-12)
-
-
-def test_aot_unpaired_compares_the_sorted_log_ratios_of_both_answers():
-    """Chosen: -2, 0.5, 1. Rejected: -1, 0, 3."""
-    losses = pair_loss(*three_pairs(), loss_type="aot_unpaired", beta=0.5).losses
-    assert losses.tolist() == pytest.approx([nll(0.5 * -1), nll(0.5 * 0.5), nll(0.5 * -2)], rel=1e-12)
-
-
-@pytest.mark.parametrize("loss_type", losses_of_batch(list(LOSSES)))
-def test_a_loss_of_a_batch_has_no_pairs_to_weigh(loss_type):
-    with pytest.raises(ValueError, match=f"pair_weights: expected None with '{loss_type}', whose values"):
-        pair_loss(*three_pairs(), loss_type=["dpo", loss_type], pair_weights=torch.ones(3))
-
-
-def test_beta_dpo_is_dpo_with_a_beta_of_the_batch_s_mean_margin():
-    """Margins 2, -5, 0.5: on average -2.5 / 3, so β' = 0.5 (1 + 0.6 (-2.5 / 3 + 1)), and a constant to the gradient."""
-    token_logps, *rest = three_pairs()
-    losses = pair_loss(token_logps, *rest, loss_type="beta_dpo", beta=0.5, beta_dpo_threshold=-1.0).losses
-    (grad,) = torch.autograd.grad(losses.sum(), token_logps)
-    dpo = pair_loss(token_logps, *rest, loss_type="dpo", beta=0.5 * (1 + 0.6 * (1 - 2.5 / 3))).losses
-    torch.testing.assert_close(losses, dpo, rtol=1e-12, atol=0)
-    torch.testing.assert_close(grad, torch.autograd.grad(dpo.sum(), token_logps)[0], rtol=1e-12, atol=0)
-    # and never below 1e-3, however bad the batch
-    least = pair_loss(*three_pairs(), loss_type="beta_dpo", beta=0.5, beta_dpo_threshold=99.0).losses
-    torch.testing.assert_close(least, pair_loss(*three_pairs(), loss_type="dpo", beta=1e-3).losses)
-
-
 @pytest.mark.parametrize("loss_type", sorted(LOSSES))
 @pytest.mark.parametrize("margin", [-300.0, 300.0])
 def test_far_margins_are_finite_in_fp32(loss_type, margin):
@@ -487,23 +381,6 @@ def test_far_margins_are_finite_in_fp32(loss_type, margin):
     token_logps, *rest = one_pair(margin / 2, -margin / 2, dtype=torch.float32)
     options = read_by(loss_type, beta=0.5, label_smoothing=0.1)
     losses = pair_loss(token_logps, *rest, loss_type=loss_type, **options).losses
-    losses.sum().backward()
-    assert torch.isfinite(losses).all()
-    assert torch.isfinite(token_logps.grad).all()
-
-
-@pytest.mark.parametrize("loss_type", sorted(LOSSES))
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_extremes_are_finite_in_fp32(loss_type, divergence):
-    """Log-probs of 0 and -10000, each under a reference of 0 and of -10000."""
-    if divergence != "reverse_kl" and not LOSSES[loss_type].takes_divergence:
-        return
-    far = -1e4
-    token_logps = torch.tensor([far, 0, 0, far, far, far, 0, 0], requires_grad=True)
-    ref = torch.tensor([[0, 0, far], [0, far, 0], [0, 0, 0], [0, far, far]])
-    options = read_by(loss_type, label_smoothing=0.1, f_divergence_type=divergence)
-    cu_seqlens = bounds(torch.tensor([0, 1, 1]).repeat(4))
-    losses = pair_loss(token_logps, cu_seqlens, ref, loss_type=loss_type, **options).losses
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(token_logps.grad).all()
@@ -584,16 +461,6 @@ def test_penalty_begins_below_the_dead_zone_with_slope_zero_at_its_edge(chosen_l
     assert out.penalties.item() == penalty
     assert out.losses.item() == pytest.approx(nll(z), rel=1e-12)
     assert token_logps.grad[0].item() == pytest.approx(-0.5 * sigmoid(-z) * (9 if is_penalised else 1), rel=1e-12)
-
-
-def batch_of(num_pairs, generator):
-    lengths = torch.randint(1, 6, (3 * num_pairs,), generator=generator)
-    token_logps = -torch.rand(int(lengths.sum()), dtype=torch.float64, generator=generator)
-    return token_logps, lengths, -torch.rand(num_pairs, 3, dtype=torch.float64, generator=generator) * 3
-
-
-def bounds(lengths):
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

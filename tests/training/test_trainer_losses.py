@@ -90,6 +90,25 @@ def test_sft_is_the_mean_over_pairs_whatever_the_micro_batches(tmp_path, tokeniz
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["simpo", "orpo"])
+def test_without_a_reference_a_run_starts_at_the_eager_loss_and_logs_no_rewards(tmp_path, tokenizer, loss_type):
+    model, expected = tiny_llama(), []
+    for record in token_pairs(4):
+        chosen = -answer_nll(model, record)
+        rejected = -answer_nll(model, {**record, "chosen_ids": record["rejected_ids"]})
+        if loss_type == "simpo":
+            expected.append(torch.log1p(torch.exp(1 - 2 * (chosen - rejected))))  # β = 2, γ = 1
+        else:
+            odds = [torch.exp(a) / (1 - torch.exp(a)) for a in (chosen, rejected)]
+            expected.append(2 * torch.log1p(odds[1] / odds[0]) - chosen)
+    options = {"simpo_gamma": 1.0} if loss_type == "simpo" else {}
+    run = trained(tmp_path, tokenizer, max_steps=1, loss_type=loss_type, beta=2.0, **options)
+    assert run.ref_model is None
+    assert logged(run, "loss")[0] == pytest.approx(sum(expected).item() / 4, rel=1e-5)
+    assert logged(run, "logps/chosen")
+    assert not [key for line in run.state.log_history for key in line if key.startswith(("rewards/", "dpop/"))]
+
+
 def test_terms_are_logged_and_sum_to_the_loss(tmp_path, tokenizer):
     run = trained(
         tmp_path,

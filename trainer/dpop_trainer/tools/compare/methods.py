@@ -19,7 +19,7 @@ from dpop_trainer.settings.command_parser import did_you_mean
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.loss_fields import field_of
 
-_SYMBOLS = {"dpop_lambda": "λ", "beta": "β", "learning_rate": "lr", "loss_weights": "weights"}
+_SYMBOLS = {"dpop_lambda": "λ", "beta": "β", "simpo_gamma": "γ", "learning_rate": "lr", "loss_weights": "weights"}
 
 
 class Method(NamedTuple):
