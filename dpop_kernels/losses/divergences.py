@@ -1,7 +1,7 @@
 """f-divergences between policy and reference: what a log-ratio x = log π(y|x) - log π_ref(y|x) is worth to a loss.
 
 A policy that maximises reward under a penalty f(π / π_ref) has the reward β · f'(π / π_ref) plus what depends on the
-prompt alone (Wang et al. 2023, arXiv:2309.16240, eq. 8; f' without its constant). With t = exp(x):
+prompt alone (Wang et al. 2023, arXiv:2309.16240; f' without its constant). With t = exp(x):
 
     reverse_kl        f' = log t                       x, so that the score is the log-ratio: DPO's own
     forward_kl        f' = 1 - 1 / t                   1 - exp(-x)

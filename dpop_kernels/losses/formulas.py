@@ -23,7 +23,7 @@ answer's tokens, m' = Δw / |y_w| - Δl / |y_l|, ℓ(z) = -log σ(z) and DPOP's 
 Without a reference, with a = log π(y|x) / |y| and the log-odds o = a - log(1 - exp(a)) of both answers:
 
     simpo         ℓ(β · (a_w - a_l) - γ)                       Meng et al. 2024, arXiv:2405.14734, eq. 6
-    cpo           ℓ(β · log(π(y_w|x) / π(y_l|x))) - α a_w      Xu et al. 2024, arXiv:2401.08417, eq. 5
+    cpo           ℓ(β · log(π(y_w|x) / π(y_l|x))) - α a_w      Xu et al. 2024, arXiv:2401.08417, eq. 3 and its NLL
     orpo          β · ℓ(o_w - o_l) - a_w                       Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7
     sft           -a_w                                         Pang et al. 2024, arXiv:2404.19733
 
@@ -402,4 +402,4 @@ def _log_odds(logps: Tensor) -> Tensor:
 
 
 def _ascending(values: Tensor) -> Tensor:
-    return values.sort().values
+    return values.sort(stable=True).values  # equal ones in their order: the same slopes on every run
