@@ -377,6 +377,58 @@ def test_a_text_begins_with_the_prompt_that_trl_finds(chosen, rejected):
     assert whole_text_pair(record)._asdict() == extract_prompt(record)
 
 
+TEXT = {"prompt": "w1", "chosen": " w3", "rejected": " w5"}
+IDS = {"prompt_ids": [7], "chosen_ids": [8, 2], "rejected_ids": [9, 2]}
+# words of `word_tokenizer` begin at 3; CHAT_TEMPLATE's turns are w50 user w52, w51 assistant w52; 2 is EOS
+READINGS = {
+    "plain": (TEXT, ([4], [6, 2]), ([4], [6, 2])),
+    "system": ({**TEXT, "system": "w9"}, ([54, 12, 55, 53, 4, 55, 54], [6, 55]), ([4], [6, 2])),
+    "ids": ({**TEXT, **IDS}, ([7], [8, 2]), ([4], [6, 2])),
+    "empty": ({**TEXT, "chosen": ""}, "chosen: expected an answer of at least one character", ([4], [2])),
+}
+
+
+@pytest.mark.parametrize("case", READINGS)
+def test_what_the_page_says_that_columns_mean(case, model_path, tmp_path):
+    record, ours, theirs = READINGS[case]
+
+    def read(DPOConfig, DPOTrainer):
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        data = Dataset.from_list([record])
+        trainer = DPOTrainer(model_path, None, DPOConfig(**settings(tmp_path)), None, data, processing_class=tokenizer)
+        return trainer.train_dataset[0]["prompt_ids"], trainer.train_dataset[0]["chosen_ids"]
+
+    assert read(*TRL_CLASSES) == theirs
+    if isinstance(ours, str):
+        with pytest.raises(ValueError, match=ours):
+            read(*OUR_CLASSES)
+    else:
+        assert read(*OUR_CLASSES) == ours
+
+
+def test_what_the_page_says_of_references(model_path, tmp_path):
+    pissa = LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    given = [{**pair, "ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0} for pair in text_pairs(2)]
+
+    def first_line(classes, data, **more):
+        DPOConfig, DPOTrainer = classes
+        args = DPOConfig(**settings(tmp_path, max_steps=1, loss_type=more.pop("loss_type", ["sigmoid"])))
+        trainer = DPOTrainer(model_path, args=args, train_dataset=Dataset.from_list(data), **more)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    ours, theirs = (first_line(classes, given) for classes in (OUR_CLASSES, TRL_CLASSES))
+    assert theirs["rewards/chosen"] == 0.0
+    assert ours["rewards/chosen"] == pytest.approx(0.1 * (ours["logps/chosen"] + 1.0), rel=1e-5)  # β = 0.1
+    ours, theirs = (first_line(classes, text_pairs(2), peft_config=pissa) for classes in (OUR_CLASSES, TRL_CLASSES))
+    assert ours["rewards/chosen"] == 0.0
+    assert abs(theirs["rewards/chosen"]) > 1e-3
+    ours, theirs = (first_line(classes, text_pairs(2), loss_type=["sft"]) for classes in (OUR_CLASSES, TRL_CLASSES))
+    assert "rewards/chosen" not in ours
+    assert "rewards/chosen" in theirs
+
+
 def test_completions_of_the_evaluation_set_can_be_logged(model_path, tmp_path):
     trainer = full_by_name(*OUR_CLASSES, model_path, tmp_path)
     trainer.eval_dataset = trainer.eval_dataset["short"]
