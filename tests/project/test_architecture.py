@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ TRAINER_ROOMS = [
     "tools",
     "",
 ]
+# whose functions are given what calls them, and name its type
+CALLED_BY = {
+    ("settings/config_checks.py", "settings/config.py"),
+    ("settings/loss_fields.py", "settings/config.py"),
+    ("reference/pair_reference.py", "training/trainer.py"),
+}
 # tools that are made of two; any other tool imports no other
 TOOLS_OF_TWO = {("pairs", "doctor"), ("demo", "pairs"), ("delivery", "evaluation")}
 
@@ -94,17 +101,34 @@ def imported_modules(path: Path) -> set[str]:
     return modules
 
 
-def kernel_imports():
-    """Every import between files of the kernels, also in functions and under TYPE_CHECKING -> (importing, imported)."""
-    package = ROOT / "dpop_kernels"
+def imports_of(package: Path, *, with_types: bool = True):
+    """Every import between files of a package, also in functions -> (importing, imported).
+
+    Args:
+        package: its folder.
+        with_types: also imports under TYPE_CHECKING.
+    """
     for path in sorted(package.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "dpop_kernels":
-                base = package.joinpath(*node.module.split(".")[1:])
-                for alias in node.names:  # a module of a package, or a name of a module
-                    named = [base / f"{alias.name}.py", base.with_suffix(".py"), base / "__init__.py"]
-                    found = next(candidate for candidate in named if candidate.is_file())
+        tree = ast.parse(path.read_text())
+        for_types = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or (id(node) in for_types and not with_types):
+                continue
+            if (node.module or "").partition(".")[0] == package.name:
+                base = package.joinpath(*str(node.module).split(".")[1:])
+                for alias in node.names:  # a module or a package in a package, or a name of a module
+                    inside = base / alias.name
+                    named = [inside.with_suffix(".py"), inside / "__init__.py", base.with_suffix(".py")]
+                    found = next(file for file in [*named, base / "__init__.py"] if file.is_file())
                     yield path.relative_to(package).as_posix(), found.relative_to(package).as_posix()
+
+
+def kernel_imports():
+    return imports_of(ROOT / "dpop_kernels")
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def test_kernels_import_downwards_alone():
@@ -184,24 +208,20 @@ def test_trl_is_imported_by_its_integration_alone():
 
 
 def trainer_imports():
-    """Every import between modules of the trainer that happens when it runs -> (importing path, imported path)."""
-    package = ROOT / "trainer" / "dpop_trainer"
-    for path in sorted(package.rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        checked_only = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ImportFrom) or id(node) in checked_only or node.module is None:
-                continue
-            if node.module.partition(".")[0] == "dpop_trainer":
-                base = package.joinpath(*node.module.split(".")[1:])
-                for alias in node.names:  # a module of a package, or a name of a module
-                    named = base / alias.name
-                    is_module = named.with_suffix(".py").exists() or named.is_dir()
-                    yield path.relative_to(package), (named if is_module else base).relative_to(package)
+    """Every import between files of the trainer that happens when it runs, as paths -> (importing, imported)."""
+    for importing, imported in imports_of(ROOT / "trainer" / "dpop_trainer", with_types=False):
+        yield Path(importing), Path(imported)
 
 
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+def test_the_trainer_s_files_stand_in_an_order():
+    """No file imports, over others, itself: so every file has a place, and each room can be read from the bottom up.
+
+    What is imported for its type alone counts as well.
+    """
+    imported_by: dict[str, set[str]] = {}
+    for importing, imported in set(imports_of(ROOT / "trainer" / "dpop_trainer")) - CALLED_BY:
+        imported_by.setdefault(importing, set()).add(imported)
+    assert len(list(TopologicalSorter(imported_by).static_order())) > 150  # raises CycleError
 
 
 def test_the_trainer_s_rooms_import_upwards_alone():
