@@ -172,18 +172,22 @@ def terms_of_segments(
     ref_segment_logps: Tensor,  # [B, 3]
     segment_lengths: Tensor,  # [B, 3] tokens; NaN where unknown
     options: LossOptions,
+    *,
+    unweighted_logps: Tensor | None = None,  # [B, 3]
 ) -> tuple[PairLosses, dict[str, Tensor]]:
     """The weighted sum of losses from per-segment log-prob sums, and each loss [B] by itself, detached, unweighted.
 
-    The margin comes from the tails alone, so the shared tokens cancel exactly rather than numerically.
+    The margin comes from the tails alone, so the shared tokens cancel exactly rather than numerically. Where tokens are
+    weighted, log-ratios are of weighted sums, and a loss of the log-probs alone gets `unweighted_logps`.
     """
+    plain_logps = segment_logps if unweighted_logps is None else unweighted_logps
     shared, chosen, rejected = (segment_logps - ref_segment_logps).unbind(-1)
     chosen_logratios, rejected_logratios, margins = shared + chosen, shared + rejected, chosen - rejected
     lengths = segment_lengths.to(segment_logps.dtype)
     scores = PairScores(
-        chosen_logps=segment_logps[:, 0] + segment_logps[:, 1],
-        rejected_logps=segment_logps[:, 0] + segment_logps[:, 2],
-        logp_margins=segment_logps[:, 1] - segment_logps[:, 2],
+        chosen_logps=plain_logps[:, 0] + plain_logps[:, 1],
+        rejected_logps=plain_logps[:, 0] + plain_logps[:, 2],
+        logp_margins=plain_logps[:, 1] - plain_logps[:, 2],
         chosen_logratios=chosen_logratios,
         rejected_logratios=rejected_logratios,
         **_scores(chosen_logratios, rejected_logratios, margins, options),
@@ -195,8 +199,8 @@ def terms_of_segments(
         penalties = [penalty(scores, options) for name in loss_weights if (penalty := LOSSES[name].penalty)]
         pairs = PairLosses(
             losses=losses,
-            chosen_logps=scores.chosen_logps.detach(),
-            rejected_logps=scores.rejected_logps.detach(),
+            chosen_logps=segment_logps[:, 0] + segment_logps[:, 1],
+            rejected_logps=segment_logps[:, 0] + segment_logps[:, 2],
             chosen_logratios=chosen_logratios.detach(),
             rejected_logratios=rejected_logratios.detach(),
             margins=margins.detach(),

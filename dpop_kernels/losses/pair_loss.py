@@ -15,7 +15,7 @@ from dpop_kernels.losses.divergences import is_reverse_kl
 from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES
 from dpop_kernels.losses.on_sums import terms_of_segments
 from dpop_kernels.losses.options import LossOptions
-from dpop_kernels.losses.weighing import check_pair_weights, weighted_pairs
+from dpop_kernels.losses.weighing import check_ld_alpha, check_pair_weights, length_desensitised, weighted_pairs
 from dpop_kernels.losses.weights import check_options, losses_of_batch, resolve_losses
 from dpop_kernels.outputs import PairLosses
 from dpop_kernels.validate import check_float, check_same_device
@@ -28,6 +28,7 @@ def pair_loss(
     *,
     loss_type: str | Sequence[str] = DEFAULT_LOSS,
     loss_weights: Sequence[float] | None = None,
+    ld_alpha: float | None = None,
     pair_weights: Tensor | None = None,
     backend: str = "auto",
     **options: Any,
@@ -48,6 +49,8 @@ def pair_loss(
             ("sft" alone): log-ratios and margins of the result are then those of the log-probs themselves.
         loss_type: a name of `formulas.LOSSES` or TRL's name for it, or several: their weighted sum.
         loss_weights: one weight ≥ 0 for each loss; 1 each by default.
+        ld_alpha: α in [0, 1], by which tokens count in log-ratios from where an answer is longer than the other one;
+            `ref_segment_logps` are then sums of the reference's `weighing.length_desensitised`. None: 1.
         pair_weights: [B] finite numbers >= 0 that multiply the pairs' losses, without gradient: the mean over a batch
             is then losses.sum() / pair_weights.sum(). None: 1 each. Checked on the CPU; on a GPU it would cost a sync.
         backend: "auto", "reference", "chunked" or "fused" (Triton).
@@ -70,6 +73,7 @@ def pair_loss(
         ref_segment_logps,
         loss_weights=resolve_losses(loss_type, loss_weights),
         options=LossOptions(**options),
+        ld_alpha=ld_alpha,
         pair_weights=pair_weights,
         backend=backend,
     )[0]
@@ -82,13 +86,14 @@ def pair_loss_terms(
     *,
     loss_weights: Mapping[str, float],
     options: LossOptions,
+    ld_alpha: float | None = None,
     pair_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[PairLosses, dict[str, Tensor]]:
     """`pair_loss` with its terms: what a training loop logs of each.
 
     Args:
-        token_logps, cu_seqlens, ref_segment_logps, pair_weights, backend: see `pair_loss`.
+        token_logps, cu_seqlens, ref_segment_logps, ld_alpha, pair_weights, backend: see `pair_loss`.
         loss_weights: the weight of each loss by our name for it, as `resolve_losses` gives them.
         options: the hyper-parameters.
 
@@ -100,6 +105,7 @@ def pair_loss_terms(
         ValueError: as `pair_loss`.
     """
     check_options(options, list(loss_weights))
+    check_ld_alpha(ld_alpha, loss_weights)
     if pair_weights is not None and (of_batch := losses_of_batch(list(loss_weights))):
         raise ValueError(
             f"pair_weights: expected None with {of_batch[0]!r}, whose values belong to no single pair, got "
@@ -113,7 +119,7 @@ def pair_loss_terms(
         ref_segment_logps = token_logps.new_zeros(num_pairs, 3)
     _check(token_logps, cu_seqlens, ref_segment_logps)
     pairs, terms = _terms(
-        token_logps, cu_seqlens, ref_segment_logps.to(token_logps.dtype), loss_weights, options, backend
+        token_logps, cu_seqlens, ref_segment_logps.to(token_logps.dtype), loss_weights, options, ld_alpha, backend
     )
     return (pairs, terms) if pair_weights is None else weighted_pairs(pairs, terms, pair_weights)
 
@@ -135,21 +141,28 @@ def _terms(
     ref_segment_logps: Tensor,
     loss_weights: Mapping[str, float],
     options: LossOptions,
+    ld_alpha: float | None,
     backend: str,
 ) -> tuple[PairLosses, dict[str, Tensor]]:
     implementation = select_backend(backend, token_logps.device, token_logps.dtype)
+    weighted_logps = length_desensitised(token_logps, cu_seqlens, ld_alpha)
     has_kernels = is_reverse_kl(options.f_divergence_type, options.f_alpha_divergence_coef)
     if len(loss_weights) == 1 and implementation.RUNS_TRITON and has_kernels:
         ((name, weight),) = loss_weights.items()
         if (kernel := LOSSES[name].kernel) is not None:
-            pairs = kernel(token_logps, cu_seqlens, ref_segment_logps, options)
+            pairs = kernel(weighted_logps, cu_seqlens, ref_segment_logps, options)
             terms = {name: pairs.losses.detach()}
             return (pairs if weight == 1 else pairs._replace(losses=weight * pairs.losses)), terms
-    segment_logps = implementation.segment_sums(token_logps, cu_seqlens).view(-1, 3)
+    segment_logps = implementation.segment_sums(weighted_logps, cu_seqlens).view(-1, 3)
+    unweighted_logps = None
+    if weighted_logps is not token_logps:
+        unweighted_logps = implementation.segment_sums(token_logps, cu_seqlens).view(-1, 3)
     segment_lengths = torch.full_like(segment_logps, torch.nan)
     if any(LOSSES[name].reads_lengths for name in loss_weights):
         segment_lengths = cu_seqlens.diff().view(-1, 3)
-    return terms_of_segments(loss_weights, segment_logps, ref_segment_logps, segment_lengths, options)
+    return terms_of_segments(
+        loss_weights, segment_logps, ref_segment_logps, segment_lengths, options, unweighted_logps=unweighted_logps
+    )
 
 
 def _check(token_logps: Tensor, cu_seqlens: Tensor, ref_segment_logps: Tensor) -> None:

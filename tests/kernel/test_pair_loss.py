@@ -8,7 +8,7 @@ from backends import IN_FP64
 
 from dpop_kernels import dpo_loss, dpop_loss, ipo_loss, pair_loss, slic_loss
 from dpop_kernels.losses.pair_loss import segment_sums
-from dpop_kernels.losses.weighing import wpo_weights
+from dpop_kernels.losses.weighing import length_desensitised, wpo_weights
 
 LOSSES = {"dpop": dpop_loss, "dpo": dpo_loss, "ipo": ipo_loss, "slic": slic_loss}
 
@@ -87,6 +87,47 @@ def test_weights_by_hand(backend):
 def test_weights_that_are_none_are_refused(weights, message):
     with pytest.raises(ValueError, match="pair_weights: " + message):
         pair_loss(torch.zeros(4), pack([0, 1, 1] * 2), torch.zeros(2, 3), pair_weights=torch.tensor(weights))
+
+
+LD_LENGTHS = [1, 1, 3, 0, 2, 0, 2, 2, 2]  # rejected longer by two; no rejected tail; equally long
+
+
+def test_tokens_beyond_the_shorter_answer_by_hand():
+    token_logps = -torch.arange(1.0, 14.0, dtype=torch.float64)
+    weighted = length_desensitised(token_logps, pack(LD_LENGTHS), 0.25)
+    factors = [1, 1, 1, 0.25, 0.25, 0.25, 0.25, 1, 1, 1, 1, 1, 1]
+    assert torch.equal(weighted, token_logps * torch.tensor(factors, dtype=torch.float64))
+    for nothing_to_do in (None, 1.0):
+        assert length_desensitised(token_logps, pack(LD_LENGTHS), nothing_to_do) is token_logps
+    impossible = token_logps.clone()
+    impossible[3] = -torch.inf
+    assert length_desensitised(impossible, pack(LD_LENGTHS), 0.0).tolist()[2:5] == [-3.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", IN_FP64)
+@pytest.mark.parametrize("loss_type", [["dpop"], ["dpo_norm"], ["slic", "sft"]])
+def test_length_desensitised_losses(backend, loss_type):
+    """The same loss of weighted sums; but lengths are whole, and so is what is no log-ratio: sft."""
+    token_logps, ref_logps = (-torch.rand(13, dtype=torch.float64) for _ in range(2))
+    factors = torch.tensor([1, 1, 1, 0.25, 0.25, 0.25, 0.25, 1, 1, 1, 1, 1, 1], dtype=torch.float64)
+    cu_seqlens = pack(LD_LENGTHS)
+    ref = segment_sums(factors * ref_logps, cu_seqlens).view(3, 3)
+    out = pair_loss(token_logps, cu_seqlens, ref, loss_type=loss_type, ld_alpha=0.25, backend=backend)
+    expected = pair_loss(factors * token_logps, cu_seqlens, ref, loss_type=loss_type[0], backend=backend)
+    sft = 0.0
+    if len(loss_type) == 2:
+        sft = torch.stack([-token_logps[start : start + n].mean() for start, n in ((0, 2), (5, 2), (7, 4))])
+    torch.testing.assert_close(out.losses, expected.losses + sft)
+    torch.testing.assert_close(out.chosen_logps, expected.chosen_logps)
+    torch.testing.assert_close(out.chosen_logratios, expected.chosen_logratios)
+
+
+@pytest.mark.parametrize("ld_alpha", [-0.1, 1.5, math.nan])
+def test_alpha_outside_its_range_is_refused(ld_alpha):
+    with pytest.raises(ValueError, match=r"ld_alpha: expected None or a number in \[0, 1\], got"):
+        pair_loss(torch.zeros(2), pack([0, 1, 1]), torch.zeros(1, 3), ld_alpha=ld_alpha)
+    with pytest.raises(ValueError, match=r"ld_alpha: expected None with loss_type \['sft'\]"):
+        pair_loss(torch.zeros(2), pack([0, 1, 1]), None, loss_type="sft", ld_alpha=0.5)
 
 
 def test_wpo_weights_by_hand():

@@ -194,7 +194,17 @@ def several_losses(DPOConfig, DPOTrainer, model_path, output_dir):
 
 
 # a field alone -> the value with which both trainers run the scripts below
-WEIGHING = {"wpo": {"use_weighting": True}}
+WEIGHING = {
+    "wpo": {"use_weighting": True},
+    "ld": {"ld_alpha": 0.3},
+    # TRL's sft is a mean over the micro-batch's tokens, and knows nothing of α
+    "ld_and_sft": {
+        "ld_alpha": 0.0,
+        "loss_type": ["sigmoid", "sft"],
+        "loss_weights": [1.0, 0.5],
+        "per_device_train_batch_size": 1,
+    },
+}
 
 
 def weighed(field, peft_config, more_of_ours):
@@ -206,7 +216,7 @@ def weighed(field, peft_config, more_of_ours):
             for i, pair in enumerate(text_pairs(8))
         ]
         ours = more_of_ours if DPOConfig is DPOPConfig else {}
-        args = DPOConfig(**settings(output_dir, learning_rate=1e-3), **WEIGHING[field], **ours)
+        args = DPOConfig(**settings(output_dir, learning_rate=1e-3, **WEIGHING[field], **ours))
         return DPOTrainer(model_path, args=args, train_dataset=Dataset.from_list(pairs), peft_config=peft_config)
 
     return script

@@ -98,15 +98,11 @@ def plan_reference(
         is_new_adapter: the adapter has just been put on.
 
     Raises:
-        ValueError: the reference is to follow the policy, and there are no weights of it that could.
+        ValueError: the reference is to follow the policy, and there are no weights of it that could; or data sets bring
+            log-probs that cannot be the reference's.
     """
     parts = data_parts(train_dataset, eval_dataset)
-    if args.sync_ref_model and any(map(has_reference_columns, parts)):
-        raise ValueError(
-            "sync_ref_model: expected pairs without the columns ref_chosen_logps and ref_rejected_logps, since the "
-            "reference changes as training goes on, got pairs with them. Remove the columns, or leave sync_ref_model "
-            "out."
-        )
+    check_columns(args, parts)
     kind = _kind(policy, ref_model, args, parts, is_new_adapter)
     plan = ReferencePlan(kind, trains_on_given_columns=kind is not Kind.NONE and has_reference_columns(train_dataset))
     if plan.is_a_model:
@@ -150,6 +146,23 @@ def reference_model(plan: ReferencePlan, policy: Policy, ref_model: Any, args: D
     if args.disable_dropout:
         disable_dropout(model)
     return model
+
+
+def check_columns(args: DPOPConfig, parts: list[Any]) -> None:
+    """
+    Raises:
+        ValueError: a data set brings reference log-probs, and the reference is to change or to count tokens otherwise.
+    """
+    why = {
+        "sync_ref_model": (args.sync_ref_model, "the reference changes as training goes on"),
+        "ld_alpha": (args.ld_alpha not in (None, 1), "they are sums over whole answers, in which all tokens count"),
+    }
+    for name, (is_set, reason) in why.items():
+        if is_set and any(map(has_reference_columns, parts)):
+            raise ValueError(
+                f"{name}: expected pairs without the columns ref_chosen_logps and ref_rejected_logps, since {reason}, "
+                f"got pairs with them. Remove the columns, or leave {name} out."
+            )
 
 
 def has_reference_columns(dataset: Any) -> bool:

@@ -210,6 +210,7 @@ class PairReference:
             lambda: state(self._accelerator.unwrap_model(trainer.model)),
             self._accelerator,
             trainer.args.kernel_backend,
+            trainer.args.ld_alpha,
         )
 
     def _follow(self, model: ScoredModel | None) -> MovingReference:
@@ -235,9 +236,8 @@ class PairReference:
 
     def _take(self, model: ScoredModel) -> None:
         """Make a model beside the policy the source of log-probs, where it is to run."""
-        self._source = FrozenModel(
-            model.model, model.head, self._accelerator, self._trainer.args.kernel_backend, self.plan.kind.value
-        )
+        args, kind = self._trainer.args, self.plan.kind.value
+        self._source = FrozenModel(model.model, model.head, self._accelerator, args.kernel_backend, kind, args.ld_alpha)
         self._home = _device(model.model)
         self._place(model.model)
 
@@ -260,6 +260,8 @@ class PairReference:
             description = describe_reference(
                 model, with_adapter=with_adapter, mixed_precision=str(self._accelerator.mixed_precision)
             )
+            if self._trainer.args.ld_alpha not in (None, 1):  # what is kept are sums of weighted tokens
+                description["ld_alpha"] = self._trainer.args.ld_alpha
         except ValueError as error:
             logger.warning("Reference log-probs are computed and not kept: %s", error)
             return None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.losses.pair_loss import segment_sums
+from dpop_kernels.losses.weighing import length_desensitised
 from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.batches import Batch
 from dpop_trainer.batches.scoring import ScoredModel
@@ -44,6 +45,7 @@ class PolicyAsReference:
         state: puts the policy into that state and back, whatever happens in between.
         accelerator: its autocast is the policy's in training.
         backend: of the segment sums.
+        ld_alpha: by which tokens count in them, see `length_desensitised`.
     """
 
     kind: str
@@ -52,10 +54,13 @@ class PolicyAsReference:
     state: Callable[[], AbstractContextManager[None]]
     accelerator: Accelerator
     backend: str
+    ld_alpha: float | None = None
 
     def segment_logps(self, batch: Batch, model_inputs: dict[str, Any]) -> Tensor:
         with self.state(), self.accelerator.autocast():
-            return reference_segment_logps(self.head, self.model(), batch, model_inputs, self.backend)
+            return reference_segment_logps(
+                self.head, self.model(), batch, model_inputs, self.backend, ld_alpha=self.ld_alpha
+            )
 
 
 @dataclass
@@ -67,6 +72,7 @@ class FrozenModel:
         head: its own.
         accelerator: its autocast is the policy's in training.
         backend: of the segment sums.
+        ld_alpha: by which tokens count in them, see `length_desensitised`.
     """
 
     model: Any
@@ -74,10 +80,13 @@ class FrozenModel:
     accelerator: Accelerator
     backend: str
     kind: str = "a frozen model"
+    ld_alpha: float | None = None
 
     def segment_logps(self, batch: Batch, model_inputs: dict[str, Any]) -> Tensor:
         with self.accelerator.autocast():
-            return reference_segment_logps(self.head, self.model, batch, model_inputs, self.backend)
+            return reference_segment_logps(
+                self.head, self.model, batch, model_inputs, self.backend, ld_alpha=self.ld_alpha
+            )
 
 
 def frozen_copy(model: Any) -> Any:
@@ -108,8 +117,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def reference_segment_logps(
-    head: ScoringHead, model: nn.Module, batch: Batch, model_inputs: dict[str, Any], backend: str
+    head: ScoringHead,
+    model: nn.Module,
+    batch: Batch,
+    model_inputs: dict[str, Any],
+    backend: str,
+    *,
+    ld_alpha: float | None = None,
 ) -> Tensor:
     """A model's log-prob sums of a batch's segments, as the model is -> [B, 3] or [B, 1], see `Reference`."""
     logps = ScoredModel(model, head).token_logps(batch, model_inputs)
+    logps = length_desensitised(logps, batch.cu_seqlens, ld_alpha)
     return segment_sums(logps, batch.cu_seqlens, backend=backend).view(batch.pair_ids.shape[0], -1)

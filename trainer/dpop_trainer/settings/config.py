@@ -16,6 +16,7 @@ from dpop_kernels.losses.divergences import DIVERGENCES, REVERSE_KL
 from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES, TRL_NAMES
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.unpaired import UNPAIRED_LOSSES, check_kto_options
+from dpop_kernels.losses.weighing import check_ld_alpha
 from dpop_kernels.losses.weights import check_options, has_penalty, losses_of_batch, needs_reference, resolve_losses
 from dpop_trainer.run_folder.private import SecretFreeRepr, without_secrets
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
@@ -367,6 +368,13 @@ class DPOPConfig(TRLFields, HeadConfig):
     beta_dpo_threshold: float = field(
         default=0.0, metadata={"help": "M₀, in nats: the mean margin at which loss_type beta_dpo has β as given."}
     )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "LD-DPO: α in [0, 1], by which tokens count in log-ratios from where an answer is longer than its "
+            "pair's other one. None: 1, as all others."
+        },
+    )
     use_weighting: bool = field(
         default=False,
         metadata={
@@ -433,6 +441,7 @@ class DPOPConfig(TRLFields, HeadConfig):
         if self.loss_weights is not None:
             self.loss_weights = list(losses.values())
         check_options(self.loss_options(), list(losses))
+        check_ld_alpha(self.ld_alpha, losses)
         if self.sync_ref_model and not needs_reference(self.loss_type):
             raise ValueError(
                 f"sync_ref_model: expected False with loss_type {' '.join(self.loss_type)}, which has no reference, "

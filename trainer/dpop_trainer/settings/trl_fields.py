@@ -14,7 +14,6 @@ from dpop_trainer.settings.hints import closest
 # field -> what does here what it does in TRL
 ALTERNATIVES = {
     "padding_free": "TRL 1.16 ignores it too. Use layout='auto': what the two answers have in common is computed once.",
-    "ld_alpha": "Length-desensitised log-probs are not offered. loss_type='ipo' bounds the margin, and so verbosity.",
     "use_liger_kernel": (
         "It replaces the model's forward, which the kernels here stand behind; they are on already. For the layers, "
         "use model_init_kwargs={'use_kernels': True}."
@@ -53,7 +52,6 @@ class TRLFields:
     """Fields that may be mentioned, but not changed: see `ALTERNATIVES`."""
 
     padding_free: bool = field(default=False, metadata={"help": SUPPRESS})
-    ld_alpha: float | None = field(default=None, metadata={"help": SUPPRESS})
 
 
 def check_trl_fields(config: Any) -> None:

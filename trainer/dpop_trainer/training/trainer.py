@@ -29,7 +29,14 @@ from dpop_trainer.data import SkippedRecords
 from dpop_trainer.data.stream import first_records
 from dpop_trainer.models.loading import Policy, prepare_policy
 from dpop_trainer.reference import PairReference, has_reference_columns
-from dpop_trainer.reference.choose import Kind, ReferencePlan, data_parts, plan_reference, reference_model
+from dpop_trainer.reference.choose import (
+    Kind,
+    ReferencePlan,
+    check_columns,
+    data_parts,
+    plan_reference,
+    reference_model,
+)
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.row_options import rows_needed
 from dpop_trainer.training.best_metric import check_best_metric
@@ -182,6 +189,7 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
         return output
 
     def evaluated_on(self, dataset):
+        check_columns(self.args, [dataset])
         return nullcontext() if has_reference_columns(dataset) else self.reference.at_hand()
 
     def num_items(self, batch: Batch) -> int:
@@ -204,6 +212,7 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
             ref_logps,
             loss_weights=self.args.weights_by_loss(),
             options=options,
+            ld_alpha=self.args.ld_alpha,
             pair_weights=wpo,
             backend=self.args.kernel_backend,
         )
