@@ -8,6 +8,7 @@ import torch
 import yaml
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer.batches import Batch
 from dpop_trainer.settings.arguments import parse_arguments, run_config
 from tiny import tiny_llama, token_pairs, word_tokenizer
 
@@ -186,6 +187,23 @@ def test_warm_up_resumes_where_it_was(tmp_path, tokenizer):
     assert logged(resumed, "loss") == logged(whole, "loss")
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_pairs_that_keep_a_rank_in_step_count_for_nothing_in_a_loss_of_a_batch(tmp_path, tokenizer):
+    """A batch of them gives no loss and no gradient; the batches that count are sorted among themselves."""
+    run = DPOPTrainer(
+        tiny_llama(),
+        args=config(tmp_path, loss_type="aot", gradient_accumulation_steps=1),
+        train_dataset=Dataset.from_list(token_pairs(4)),
+        processing_class=tokenizer,
+    )
+    batch = run.data_collator([run.train_dataset[i] for i in range(4)])
+    for is_filler, expected in ((True, 0.0), (False, math.log(2))):  # policy and reference are the same
+        run.model.zero_grad()
+        loss = run.compute_loss(run.model, Batch(batch, is_filler=is_filler), num_items_in_batch=4)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected)
+        assert all(bool(p.grad.any()) != is_filler for p in run.model.parameters() if p.grad is not None)
 
 
 def test_a_loss_of_ones_own_is_one_function(tmp_path, tokenizer):
