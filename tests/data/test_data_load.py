@@ -102,7 +102,7 @@ def test_json_is_parsed_once_per_content(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "pairs.jsonl", json.dumps(PAIRS[0]))
     first = load_pairs(path)
     with monkeypatch.context() as patch:
-        patch.setattr(load, "_parse", None)  # a call would raise
+        patch.setattr(load, "all_records", None)  # a call would raise
         again = load_pairs(write_lines(tmp_path / "copy.jsonl", json.dumps(PAIRS[0])))
     # equal fingerprints let `Dataset.map` find its cached results again
     assert (again.to_list(), again._fingerprint) == (first.to_list(), first._fingerprint)

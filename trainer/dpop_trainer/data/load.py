@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -10,16 +10,9 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from dpop_trainer.data.arrow_cache import cached_arrow, replacing
-from dpop_trainer.data.read_json import read_json_records
-from dpop_trainer.data.records import BadRecord
+from dpop_trainer.data.read_json import PlacedRecord, all_records
 from dpop_trainer.data.sound_cache import drop_unreadable
 from dpop_trainer.data.source_path import check_source_path, loader_of
-
-
-class _Records(NamedTuple):
-    records: list[dict[str, Any]]
-    places: list[str]
-    """Where each record stands, for messages."""
 
 
 def load_pairs(
@@ -117,30 +110,20 @@ def _read_json(path: Path) -> Dataset:
     cached = cached_arrow(path, "raw")
     drop_unreadable(cached)
     if not cached.exists():
-        parsed = _parse(path)
-        if not parsed.records:
+        records = all_records(path)
+        if not records:
             raise ValueError(f"source: expected at least one pair, got none in {path}.")
-        _write_arrow(_as_table(parsed, path), cached)
+        _write_arrow(_as_table(records), cached)
     return Dataset.from_file(str(cached))
 
 
-def _parse(path: Path) -> _Records:
-    parsed = _Records([], [])
-    for item in read_json_records(path):
-        if isinstance(item, BadRecord):
-            raise ValueError(f"{item.place}: {item.reason}")
-        parsed.records.append(item.record)
-        parsed.places.append(item.place)
-    return parsed
-
-
-def _as_table(parsed: _Records, path: Path) -> pa.Table:
+def _as_table(records: list[PlacedRecord]) -> pa.Table:
     columns = {}
-    for field in dict.fromkeys(field for record in parsed.records for field in record):
-        values = [record.get(field) for record in parsed.records]
+    for field in dict.fromkeys(field for _, record in records for field in record):
+        values = [record.get(field) for _, record in records]
         problem = _arrow_problem(values)
         if problem:
-            place = parsed.places[_first_misfit(values)]
+            place = records[_first_misfit(values)].place
             raise ValueError(
                 f"{place}: {field}: expected a value of the same type as in the records before, got another "
                 f"({problem}). Give the field one type in the whole file, or remove it."

@@ -56,6 +56,32 @@ def read_json_records(
         raise ValueError(f"{path}: expected a file that can be read, got {error}.") from error
 
 
+def all_records(path: Path, *, may_end_early: bool = False) -> list[PlacedRecord]:
+    """Every record of a file that is to have nothing else.
+
+    Args:
+        path: the file.
+        may_end_early: leave out the last line where it is none, as the end of a process may have cut it.
+
+    Raises:
+        ValueError: what is no record, by its place; or the file cannot be read.
+    """
+    records: list[PlacedRecord] = []
+    bad: BadRecord | None = None
+    for item in read_json_records(path):
+        if bad is not None:
+            break
+        if isinstance(item, BadRecord):
+            bad = item
+        else:
+            records.append(item)
+    else:
+        bad = None if may_end_early else bad
+    if bad is not None:
+        raise ValueError(f"{bad.place}: {bad.reason}")
+    return records
+
+
 def excerpt(content: bytes | str) -> str:
     """The beginning of what was found, for messages."""
     text = (content if isinstance(content, str) else content.decode("utf-8", errors="replace")).strip()

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback, TrainingArguments
 
+from dpop_trainer.data.read_json import all_records
 from dpop_trainer.run_folder.files import write_atomically, write_json
 from dpop_trainer.run_folder.private import secret_places, without_secrets
 from dpop_trainer.run_folder.versions import environment
@@ -109,12 +110,4 @@ def _folder(args: TrainingArguments) -> Path:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
     path = folder / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    metrics = []
-    for number, line in enumerate(lines, 1):
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}.") from None
-    return metrics
+    return [record for _, record in all_records(path, may_end_early=True)] if path.exists() else []

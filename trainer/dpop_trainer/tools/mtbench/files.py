@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpop_trainer.data.read_json import PlacedRecord, all_records
 from dpop_trainer.run_folder.files import write_atomically
 
 # a question in these is graded against a reference answer, where there is one
@@ -81,7 +82,7 @@ def read_answers(path: str | Path) -> dict[int | str, dict[str, Any]]:
     return answers
 
 
-def read_records(path: str | Path, name: str, *, may_end_early: bool = False) -> list[tuple[str, dict[str, Any]]]:
+def read_records(path: str | Path, name: str, *, may_end_early: bool = False) -> list[PlacedRecord]:
     """The lines of a JSONL file with their places; a last line cut short by a kill may be left out.
 
     Raises:
@@ -90,23 +91,7 @@ def read_records(path: str | Path, name: str, *, may_end_early: bool = False) ->
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{name}: expected a JSONL file, found none at {str(path)!r}.")
-    # not splitlines, which also parts a text at U+2028 and its like
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if may_end_early and number == len(lines):
-                break
-            raise ValueError(f"{place}: expected a JSON object, got {line[:60]!r} ({error}).") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{place}: expected a JSON object, got {line[:60]!r}.")
-        records.append((place, record))
-    return records
+    return all_records(path, may_end_early=may_end_early)
 
 
 def append_records(path: Path, records: list[dict[str, Any]]) -> None:
