@@ -83,6 +83,17 @@ def _poison_empty(monkeypatch):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.fixture
+def flex_without_compiler(monkeypatch):
+    """FlexAttention as torch defines it, in eager: no backward, and slow, but the same arithmetic."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.compile_friendly_flex_attention",
+        lambda query, key, value, training, **options: flex_attention(query, key, value, **options),
+    )
+
+
 @pytest.fixture(scope="session")
 def generated(tmp_path_factory) -> Path:
     """Stand-ins for the files of `../shared`."""

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+import trainers
 from accelerate.data_loader import BatchSamplerShard, skip_first_batches
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
@@ -12,6 +13,7 @@ from dpop_trainer.batches.budget import Unit
 from dpop_trainer.data import PairTree
 from tiny import tiny_llama, token_pairs, word_tokenizer
 from torch.utils.data import DataLoader
+from trainers import logged
 
 LAYOUTS = ["rows", "tree", "packed", "flat"]
 
@@ -153,30 +155,9 @@ def test_a_pair_beyond_the_budget_is_named():
 
 
 def trainer(tmp_path, *, records=None, **overrides):
-    settings = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 1,
-        "learning_rate": 2e-3,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **overrides,
-    }
-    return DPOPTrainer(
-        tiny_llama(),
-        args=DPOPConfig(**settings),
-        train_dataset=Dataset.from_list(records if records is not None else token_pairs(8)),
-        processing_class=word_tokenizer(),
-    )
-
-
-def logged(run, key):
-    return [line[key] for line in run.state.log_history if key in line]
+    plain = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": -1}
+    settings = {"output_dir": str(tmp_path), **plain, **overrides}
+    return trainers.trainer(tmp_path, word_tokenizer(), records=records or token_pairs(8), **settings)
 
 
 @pytest.mark.parametrize("layout", ["rows", "flat"])

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+import trainers
 import yaml
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.batches import Batch
 from dpop_trainer.settings.arguments import parse_arguments, run_config
 from tiny import tiny_llama, token_pairs, word_tokenizer
+from trainers import logged
 
 from dpop_kernels.losses.formulas import LOSSES, register_loss
 
@@ -21,23 +23,7 @@ def tokenizer():
 
 
 def config(tmp_path, **overrides):
-    settings = {
-        "output_dir": str(tmp_path / "run"),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 4,
-        "learning_rate": 2e-3,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **overrides,
-    }
-    return DPOPConfig(**settings)
+    return trainers.config(tmp_path, **{"per_device_train_batch_size": 2, "max_steps": 4, **overrides})
 
 
 def trained(tmp_path, tokenizer, *, records=None, eval_dataset=None, resume=None, **overrides):
@@ -50,10 +36,6 @@ def trained(tmp_path, tokenizer, *, records=None, eval_dataset=None, resume=None
     )
     run.train(resume_from_checkpoint=resume)
     return run
-
-
-def logged(run, key):
-    return [line[key] for line in run.state.log_history if key in line]
 
 
 def answer_nll(model, record):

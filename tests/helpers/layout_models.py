@@ -1,0 +1,65 @@
+"""Models of two layers that any layout can run, and pairs that branch wherever a pair can."""
+
+import torch
+import transformers
+from tiny import VOCAB_SIZE
+from transformers import AutoModelForCausalLM
+
+PAD = 0
+SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # far from uniform predictions
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": PAD,
+}
+MODELS = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "gpt2": ("GPT2Config", {"n_positions": 64}),  # learned positions, tied embeddings
+    "mistral_without_window": ("MistralConfig", {"sliding_window": None}),
+    "phi": ("PhiConfig", {}),  # half of each head rotated, a head with a bias
+    "mixtral": ("MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 1}),  # routed token by token
+}
+
+
+def build(config_class, overrides, *, attn_implementation="sdpa", seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    arguments = {**SMALL, **overrides}
+    if config_class == "GPT2Config":
+        for name in ("intermediate_size", "num_key_value_heads", "max_position_embeddings"):
+            del arguments[name]
+    config = getattr(transformers, config_class)(**arguments)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
+    if hasattr(config, "num_local_experts"):
+        model.set_experts_implementation("eager")  # the grouped product takes no fp64, and torch 2.8's no CPU
+    for module in model.modules():  # GPT-2 and Phi are built with dropout
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def family(name, **options):
+    return build(*MODELS[name], **options)
+
+
+def edge_pairs():
+    """Every place a branch can be at, in ragged lengths."""
+    answers = {
+        "branch at the first token": ([5, 6, 7, 8], [9, 6, 7, 8]),
+        "branch at the last token": ([5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 9, 11]),
+        "identical": ([12, 13, 14], [12, 13, 14]),
+        "chosen begins rejected": ([15, 16], [15, 16, 17, 18, 19]),
+        "rejected begins chosen": ([20, 21, 22, 23], [20]),
+        "low edit": ([24, 25, 26, 27, 28, 29, 30], [24, 25, 31, 27, 28, 29, 30]),
+    }
+    return [
+        {"prompt_ids": [1, *range(32, 33 + i)], "chosen_ids": chosen, "rejected_ids": rejected, "pair_id": i}
+        for i, (chosen, rejected) in enumerate(answers.values())
+    ]
