@@ -375,6 +375,14 @@ def test_images_go_the_model_s_own_way():
             torch.testing.assert_close(our_grad, their_grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("make", [sft, dpo, kto, grpo, rloo], ids=["sft", "dpo", "kto", "grpo", "rloo"])
+def test_an_adapter_on_the_head_stays_refused_by_trl(make, model_path, tmp_path):
+    """It reads the weight alone; with another function behind it, too."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    with use_dpop_head(), pytest.raises(ValueError, match="PEFT adapter to `lm_head` is not supported"):
+        make(model_path, tmp_path, adapter)
+
+
 def test_undone_nested_and_repeated():
     def is_ours():
         return utils._ChunkedLogProbFunction is not ChunkedLogProbFunction

@@ -5,8 +5,9 @@ import torch
 from datasets import Dataset
 from dpop_trainer import KTOConfig, KTOTrainer
 from dpop_trainer.training.kto import UnpairedCollator
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, word_tokenizer
+from transformers import AutoModelForCausalLM
 from trl import KTOConfig as TRLKTOConfig
 from trl import KTOTrainer as TRLKTOTrainer
 
@@ -81,16 +82,31 @@ RUNS = {
     "weights": {"desirable_weight": 0.6, "undesirable_weight": 1.2, "beta": 0.3},
     "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired"},
     "truncation": {"max_length": 4},
+    "an adapter that was trained before": {"learning_rate": 0.05, "optim": "sgd"},
 }
+
+
+def trained_adapter(model_path):
+    """On a base in memory, with an effect from the start."""
+    torch.manual_seed(3)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LORA)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_log_is_trls(name, model_path, tmp_path):
-    """Against the base under an adapter, a copy, or a model of its own, from which the first step is off already."""
+    """Against the base under an adapter, an adapter as it was, a copy, or a model that is another from the start."""
     has_own_reference = name in ("weights", "truncation")
     more = RUNS[name] | ({"ref_model": tiny_llama(seed=5)} if has_own_reference else {})
-    theirs = trained((TRLKTOConfig, TRLKTOTrainer), model_path, tmp_path / "theirs", **more)
-    ours = trained((KTOConfig, KTOTrainer), model_path, tmp_path / "ours", **more)
+
+    def model():
+        return trained_adapter(model_path) if "adapter" in name else model_path
+
+    theirs = trained((TRLKTOConfig, TRLKTOTrainer), model(), tmp_path / "theirs", **more)
+    ours = trained((KTOConfig, KTOTrainer), model(), tmp_path / "ours", **more)
     assert len(ours) == len(theirs)
     for our_line, their_line in zip(ours, theirs, strict=True):
         assert set(their_line) <= set(our_line)
@@ -124,6 +140,51 @@ def test_labels_stay_with_their_records_where_some_are_left_out(model_path, tmp_
     trainer = KTOTrainer(model_path, None, args, train_dataset=Dataset.from_list(records))
     assert trainer.train_dataset["pair_id"] == [0, 2, 3, 4, 5]
     assert trainer.train_dataset["label"] == [records[i]["label"] for i in (0, 2, 3, 4, 5)]
+
+
+def test_the_kl_term_is_of_all_processes(model_path, tmp_path, monkeypatch):
+    """Another process brings two differences, 300 nats in all; a batch that is there to keep step brings nothing."""
+    args = KTOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = KTOTrainer(model_path, tiny_llama(seed=5), args, train_dataset=answers(4))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+
+    def sums(model):
+        rows = batch.mismatched
+        with torch.no_grad():
+            log_probs = model(rows.input_ids, attention_mask=rows.attention_mask).logits.flatten(0, 1).log_softmax(-1)
+        return log_probs[rows.score_positions, rows.target_ids].sum()
+
+    own = float(sums(trainer.model) - sums(trainer.ref_model))
+    assert float(trainer._kl(trainer.model, batch)) == pytest.approx(max(own / 3, 0.0), abs=1e-4)
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda sums, reduction: sums + torch.tensor([300.0, 2.0]))
+    assert float(trainer._kl(trainer.model, batch)) == pytest.approx((own + 300) / 5, abs=1e-4)
+    batch["is_filler"] = True
+    assert float(trainer._kl(trainer.model, batch)) == pytest.approx(150, rel=1e-6)
+
+
+def test_a_run_that_stops_and_resumes_is_the_whole_one(model_path, tmp_path):
+    classes, more = (KTOConfig, KTOTrainer), {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}
+    whole = trained(classes, model_path, tmp_path, max_steps=4, **more)
+    args = KTOConfig(
+        str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=3,
+        learning_rate=5e-3,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    again = KTOTrainer(model_path, None, args, train_dataset=answers())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    resumed = [line for line in again.state.log_history if "loss" in line]
+    for line, expected in zip(resumed, (line for line in whole if "loss" in line), strict=True):
+        assert (line["loss"], line["grad_norm"], line["kl"]) == (
+            expected["loss"],
+            expected["grad_norm"],
+            expected["kl"],
+        )
 
 
 def test_another_set_is_evaluated(model_path, tmp_path):
@@ -162,6 +223,7 @@ def test_other_data_are_named(change, message, tmp_path):
     ("options", "message"),
     [
         ({"loss_type": "dpo"}, "loss_type: expected one of kto, apo_zero_unpaired, got 'dpo'"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: expected 'sequential' or 'random'"),
         ({"beta": -1.0}, "beta: expected a finite value > 0, got -1.0"),
         ({"per_device_train_batch_size": 1}, "per_device_train_batch_size: expected at least 2 with the loss 'kto'"),
     ],

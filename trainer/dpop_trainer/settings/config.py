@@ -239,7 +239,10 @@ class KTOConfig(HeadConfig):
 
     train_sampling_strategy: str = field(
         default="sequential",
-        metadata={"help": "TRL's default. Answers change places within a batch here, so that random serves as well."},
+        metadata={
+            "help": "sequential, as in TRL, or random: answers change places within a batch here, of any order.",
+            "choices": ["sequential", "random"],
+        },
     )
     loss_type: str = field(
         default="kto",
@@ -248,10 +251,18 @@ class KTOConfig(HeadConfig):
     beta: float = field(default=0.1, metadata={"help": "β > 0: strength of the log-ratios, 1/nat."})
     desirable_weight: float = field(default=1.0, metadata={"help": "What the loss of a desirable answer is times."})
     undesirable_weight: float = field(default=1.0, metadata={"help": "What that of an undesirable one is times."})
+    ref_model_offload: bool = field(
+        default=False,
+        metadata={"help": "Keep a second model's weights in CPU memory; a layer is on the device while it runs."},
+    )
 
     def __post_init__(self) -> None:
         if self.loss_type not in UNPAIRED_LOSSES:
             raise ValueError(f"loss_type: expected one of {', '.join(UNPAIRED_LOSSES)}, got {self.loss_type!r}.")
+        if self.train_sampling_strategy not in ("sequential", "random"):
+            raise ValueError(
+                f"train_sampling_strategy: expected 'sequential' or 'random', got {self.train_sampling_strategy!r}."
+            )
         check_kto_options(self.beta, self.desirable_weight, self.undesirable_weight)
         if UNPAIRED_LOSSES[self.loss_type] and self.per_device_train_batch_size < 2:
             raise ValueError(

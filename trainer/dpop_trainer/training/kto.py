@@ -19,9 +19,9 @@ from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.data import SkippedRecords
 from dpop_trainer.models.loading import prepare_policy
 from dpop_trainer.models.positions import usable_positions
+from dpop_trainer.reference import PairReference
 from dpop_trainer.reference.adapters import adapter_changes_nothing
 from dpop_trainer.reference.choose import Kind, ReferencePlan, data_parts, reference_model
-from dpop_trainer.reference.source import FrozenModel, PolicyAsReference, Reference, adapter_off
 from dpop_trainer.settings.config import KTOConfig
 from dpop_trainer.training.base import HeadTrainer
 from dpop_trainer.training.best_metric import check_best_metric
@@ -48,7 +48,8 @@ class KTOTrainer(HeadTrainer):
 
     Args:
         model: a causal LM, a peft model, or a name or path to load one from.
-        ref_model: the frozen reference. By default the base under an adapter that is new, else a frozen copy.
+        ref_model: the frozen reference. By default the model as it is when the trainer is built: the base under an
+            adapter that is new, else an adapter as it was at the start, else a frozen copy of the model.
         args: `KTOConfig`.
         data_collator: refused: the KL term is made of batches as they are made here.
         train_dataset: columns prompt and completion, as text or as messages, and label: True for a desirable answer.
@@ -133,7 +134,10 @@ class KTOTrainer(HeadTrainer):
             optimizers=optimizers,
         )
         self.ref_model = reference
-        self._reference = self._source(plan.kind.value)
+        scored = (
+            None if reference is None else ScoredModel(reference, ScoringHead(reference, backend=args.kernel_backend))
+        )
+        self.reference = PairReference(self, plan, scored)  # type: ignore[arg-type]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As `transformers.Trainer.evaluate`, on what the constructor takes."""
@@ -156,7 +160,7 @@ class KTOTrainer(HeadTrainer):
     def item_losses(self, model: nn.Module, batch: Batch, mode: str):
         # what has no gradient first: nothing of it lies beside the policy's activations
         kl = self._kl(model, batch)
-        ref_logps = self._reference.segment_logps(batch, batch.model_inputs())[:, 0]
+        ref_logps = self.reference.segment_logps(batch, batch.model_inputs())[:, 0]
         logps, stats = ScoredModel(model, self.head).token_logps(batch, batch.model_inputs(), return_stats=True)
         answer_logps = segment_sums(logps, batch.cu_seqlens, backend=self.args.kernel_backend)
         losses = kto_loss(
@@ -192,7 +196,7 @@ class KTOTrainer(HeadTrainer):
         mismatched = batch.mismatched
         logps = ScoredModel(model, self.head).token_logps(mismatched, mismatched.model_inputs())
         logps = segment_sums(logps, mismatched.cu_seqlens, backend=self.args.kernel_backend)
-        differences = logps - self._reference.segment_logps(mismatched, mismatched.model_inputs())[:, 0]
+        differences = logps - self.reference.segment_logps(mismatched, mismatched.model_inputs())[:, 0]
         count = differences.new_tensor(0.0 if batch.is_filler else len(differences))
         sums: Any = torch.stack([differences.sum() * (not batch.is_filler), count])
         total, number = self.accelerator.reduce(sums, reduction="sum").unbind()
@@ -204,27 +208,10 @@ class KTOTrainer(HeadTrainer):
             return {part_name: self._labelled(part, part_name) for part_name, part in dataset.items()}
         if dataset is None:
             return None
-        labels = dataset["label"]
+        labels = dataset["label"][:]
         tokenised = self._preparation.split(dataset.remove_columns("label"), name)
         # a record's id is its place in the data set: some are left out
         return tokenised.add_column("label", [bool(labels[i]) for i in tokenised["pair_id"]])
-
-    def _source(self, kind: str) -> Reference:
-        backend = self.args.kernel_backend
-        if self.ref_model is None:
-            return PolicyAsReference(
-                kind,
-                self.head,
-                lambda: self.model_wrapped,
-                lambda: adapter_off(self.accelerator.unwrap_model(self.model)),  # type: ignore[arg-type]
-                self.accelerator,
-                backend,
-            )
-        if getattr(self.ref_model, "hf_device_map", None) is None:
-            self.ref_model.to(self.accelerator.device)
-        return FrozenModel(
-            self.ref_model, ScoringHead(self.ref_model, backend=backend), self.accelerator, backend, kind
-        )
 
 
 class UnpairedCollator(CompletionCollator):
@@ -265,8 +252,10 @@ class UnpairedCollator(CompletionCollator):
 def _kind(policy: Any, ref_model: Any, *, is_new_adapter: bool) -> Kind:
     if ref_model is not None:
         return Kind.SECOND_MODEL
-    is_off = isinstance(policy, PeftModel) and adapter_changes_nothing(policy, is_new=is_new_adapter)
-    return Kind.ADAPTER_OFF if is_off else Kind.COPY
+    if not isinstance(policy, PeftModel):
+        return Kind.COPY
+    is_off = adapter_changes_nothing(policy, is_new=is_new_adapter)
+    return Kind.ADAPTER_OFF if is_off else Kind.START_WEIGHTS
 
 
 def _check_arguments(ref_model: Any, data_collator: Any, compute_metrics: Any) -> None:
