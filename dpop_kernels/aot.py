@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             usage = compile_launch(launch, target)
             spilled |= usage.spill_stores > 0 or usage.spill_loads > 0
             print(
-                f"{launch.kernel.__name__:32}{name:30}{target:8}{usage.registers:10}{usage.spill_stores:10}"
+                f"{launch.kernel.__name__:31} {name:29} {target:8}{usage.registers:10}{usage.spill_stores:10}"
                 f"{usage.spill_loads:10}{usage.shared_memory:8}"
             )
     return int(spilled)

@@ -237,7 +237,7 @@ def aot_launches() -> dict[str, Launch]:
         "fp16 -> fp16": _aot_backward(fp16, fp16, aligned),
         "bf16 -> bf16, ragged rows": _aot_backward(bf16, bf16, ragged),
         "fp32 -> bf16, softcap": _aot_backward(fp32, bf16, aligned, transform=capped),
-        "fp32 -> bf16, softcap, entropy": _aot_backward(fp32, bf16, aligned, transform=capped, with_entropy=True),
+        "softcap, entropy": _aot_backward(fp32, bf16, aligned, transform=capped, with_entropy=True),
     }
 
 
