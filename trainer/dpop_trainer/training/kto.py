@@ -91,7 +91,7 @@ class KTOTrainer(HeadTrainer):
         args = args if args is not None else KTOConfig()
         _check_arguments(ref_model, data_collator, compute_metrics)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _check_columns(name, dataset)
+            check_answers(name, dataset)
         may_have_more = bool(callbacks) or type(self) is not KTOTrainer
         check_best_metric(args, eval_dataset, _METRICS, may_have_more=may_have_more)
         take_off_heads(model)  # another trainer's, whose model this was
@@ -101,15 +101,15 @@ class KTOTrainer(HeadTrainer):
             model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
         )
         check_trainable(policy.model, optimizers, trains=train_dataset is not None)
-        self._preparation = Preparation(
+        self.preparation = LabelledPreparation(
             policy=policy,
             args=args,
             keep_identical=True,
             skipped=SkippedRecords(args.output_dir, clear=train_dataset is not None and args.process_index == 0),
             completions=True,
         )
-        train_dataset = self._labelled(train_dataset, "train")
-        eval_dataset = self._labelled(eval_dataset, "eval")
+        train_dataset = self.preparation.split(train_dataset, "train")
+        eval_dataset = self.preparation.split(eval_dataset, "eval")
         if train_dataset is not None:
             _tell_of_balance(train_dataset, args)
         plan = ReferencePlan(_kind(policy.model, ref_model, is_new_adapter=peft_config is not None))
@@ -118,7 +118,7 @@ class KTOTrainer(HeadTrainer):
         super().__init__(
             policy.model,
             args,
-            data_metrics=self._preparation.counts,
+            data_metrics=self.preparation.counts,
             run_config=run_config,
             losses=[args.loss_type],
             data_collator=UnpairedCollator(
@@ -138,18 +138,6 @@ class KTOTrainer(HeadTrainer):
             None if reference is None else ScoredModel(reference, ScoringHead(reference, backend=args.kernel_backend))
         )
         self.reference = PairReference(self, plan, scored)  # type: ignore[arg-type]
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `transformers.Trainer.evaluate`, on what the constructor takes."""
-        if isinstance(eval_dataset, Mapping):
-            metrics = {}
-            for name, part in eval_dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if isinstance(eval_dataset, Dataset):
-            _check_columns("eval_dataset", eval_dataset)
-            eval_dataset = self._labelled(eval_dataset, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
 
     def has_own_collator(self) -> bool:
         return True
@@ -202,14 +190,16 @@ class KTOTrainer(HeadTrainer):
         total, number = self.accelerator.reduce(sums, reduction="sum").unbind()
         return (total / number.clamp(min=1)).clamp(min=0)
 
-    def _labelled(self, dataset: Any, name: str) -> Any:
-        """A split, tokenised, with its labels."""
-        if isinstance(dataset, Mapping):
-            return {part_name: self._labelled(part, part_name) for part_name, part in dataset.items()}
-        if dataset is None:
-            return None
+
+class LabelledPreparation(Preparation):
+    """Single answers, tokenised, with their labels."""
+
+    def split(self, dataset: Any, name: str, *, repeat: bool = False) -> Any:
+        if dataset is None or isinstance(dataset, Mapping):
+            return super().split(dataset, name, repeat=repeat)
+        check_answers("train_dataset" if name == "train" else "eval_dataset", dataset)
         labels = dataset["label"][:]
-        tokenised = self._preparation.split(dataset.remove_columns("label"), name)
+        tokenised = super().split(dataset.remove_columns("label"), name)
         # a record's id is its place in the data set: some are left out
         return tokenised.add_column("label", [bool(labels[i]) for i in tokenised["pair_id"]])
 
@@ -266,14 +256,14 @@ def _check_arguments(ref_model: Any, data_collator: Any, compute_metrics: Any) -
             raise ValueError(f"{name}: expected None, got {type(value).__name__}. Leave it out; see KTOTrainer.")
 
 
-def _check_columns(name: str, dataset: Any) -> None:
+def check_answers(name: str, dataset: Any) -> None:
     """
     Raises:
         ValueError: a data set is streamed, is not one of single answers, or a label is neither true nor false.
     """
     if isinstance(dataset, Mapping):
         for part_name, part in dataset.items():
-            _check_columns(f"{name} {part_name!r}", part)
+            check_answers(f"{name} {part_name!r}", part)
         return
     if dataset is None:
         return
@@ -291,7 +281,7 @@ def _check_columns(name: str, dataset: Any) -> None:
 
 
 def _tell_of_balance(dataset: Dataset, args: KTOConfig) -> None:
-    """Whether both sides weigh about the same: equation 9 of the paper."""
+    """Say whether both sides weigh about the same, as the paper asks of the weights of its equation 8."""
     num_desirable = sum(dataset["label"])
     num_undesirable = len(dataset) - num_desirable
     desirable, undesirable = args.desirable_weight * num_desirable, args.undesirable_weight * num_undesirable
