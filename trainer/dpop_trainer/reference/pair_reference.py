@@ -210,7 +210,7 @@ class PairReference:
             lambda: state(self._accelerator.unwrap_model(trainer.model)),
             self._accelerator,
             trainer.args.kernel_backend,
-            trainer.args.ld_alpha,
+            self._ld_alpha,
         )
 
     def _follow(self, model: ScoredModel | None) -> MovingReference:
@@ -234,10 +234,17 @@ class PairReference:
             resumed_from=lambda: trainer.resumed_from,
         )
 
+    @property
+    def _ld_alpha(self) -> float | None:
+        """By which tokens count; of pairs alone, whose answers have a shorter one."""
+        return getattr(self._trainer.args, "ld_alpha", None)
+
     def _take(self, model: ScoredModel) -> None:
         """Make a model beside the policy the source of log-probs, where it is to run."""
         args, kind = self._trainer.args, self.plan.kind.value
-        self._source = FrozenModel(model.model, model.head, self._accelerator, args.kernel_backend, kind, args.ld_alpha)
+        self._source = FrozenModel(
+            model.model, model.head, self._accelerator, args.kernel_backend, kind, self._ld_alpha
+        )
         self._home = _device(model.model)
         self._place(model.model)
 
