@@ -129,6 +129,12 @@ def test_bad_questions_are_named(tmp_path, text, message):
         read_questions(tmp_path / "question.jsonl")
 
 
+def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
+    (tmp_path / "question.jsonl").write_bytes(b'{"question_id": 1, "turns": ["a"]}\n{"turns": ["\xff"]}\n')
+    with pytest.raises(ValueError, match=r"question\.jsonl, line 2: expected a JSON object, got .*utf-8"):
+        read_questions(tmp_path / "question.jsonl")
+
+
 def test_a_line_cut_short_is_replaced_not_continued(tmp_path):
     path = tmp_path / "model_answer" / "m.jsonl"
     answer = {"question_id": 1, "choices": [{"index": 0, "turns": ["a", "b"]}]}
