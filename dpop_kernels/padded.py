@@ -45,7 +45,7 @@ def logits_dpop_loss(
         dead_zone, label_smoothing: see `dpop_loss`.
         reduction: "mean", "sum" or "none".
         inplace_backward: write the gradient over the logits' storage (see `token_logps`).
-        backend: "auto", "reference", "chunked" or "fused".
+        backend: "auto", or a name of `dpop_kernels.backends.BACKENDS`.
 
     Returns:
         Scalar, or [B] for reduction="none"; fp32 (fp64 for fp64 logits).
@@ -122,7 +122,7 @@ def linear_dpop_loss(
         dpop_lambda: λ ≥ 0.
         dead_zone, label_smoothing: see `dpop_loss`.
         reduction: "mean", "sum" or "none".
-        backend: "auto", "reference", "chunked" or "fused".
+        backend: "auto", or a name of `dpop_kernels.backends.BACKENDS`.
 
     Returns:
         Scalar, or [B] for reduction="none"; fp32 (fp64 for fp64 input).

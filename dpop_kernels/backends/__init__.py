@@ -1,7 +1,8 @@
 """The implementations behind the public functions, and the one place that chooses among them.
 
 `protocol` says what a backend is. Arguments arrive validated; a backend knows no loss, and never moves data between
-devices. To add one: a module with those names, its row in `BACKENDS`, its tests.
+devices. To add one: a module with those names and its row in `BACKENDS`. The flag `--kernel_backend` offers it then,
+and the tests that hold every backend to fp64 take their lists from here (tests/helpers/backends.py).
 """
 
 import importlib

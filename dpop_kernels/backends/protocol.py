@@ -1,7 +1,8 @@
 """What a backend is: a module with the names of `Backend`. It knows no loss; arguments arrive validated.
 
 A head is walked in tiles (`logps.tiling`) where the backend brings `TileOps`, the arithmetic within one tile; a backend
-without computes a head's log-probs by itself.
+without computes a head's log-probs by itself (`WholeHead`). Log-probs, statistics and sums are fp32, or fp64 for fp64;
+a gradient has the dtype of its input.
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -151,7 +152,8 @@ class Backend(Protocol):
     def token_logps(
         self, logits: Tensor, target_ids: Tensor, *, inplace_backward: bool = ..., with_stats: bool = ...
     ) -> tuple[Tensor, TokenStats | None]:
-        """log softmax(logits)[n, target_ids[n]]: [N, V], [N] -> [N] differentiable, statistics."""
+        """log softmax(logits)[n, target_ids[n]]: [N, V], [N] -> [N] differentiable, statistics (None without
+        `with_stats`). `inplace_backward` permits the gradient to replace the logits, and may be ignored."""
         ...
 
     def segment_sums(self, token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ class Backend(Protocol):
 
 
 class WholeHead(Protocol):
-    """What a backend without tiles has instead."""
+    """What a backend without tiles has instead. `logps.linear` refuses a sliced head (`head.shard`) for it."""
 
     def head_token_logps(
         self,
@@ -171,5 +173,6 @@ class WholeHead(Protocol):
         with_stats: bool = ...,
         trains_entropy: TrainsEntropy = ...,
     ) -> tuple[Tensor, TokenStats | None]:
-        """`token_logps` of a head's logits: [N, H], [N] -> [N] differentiable, statistics."""
+        """`token_logps` of a head's logits: [N, H], [N] -> [N] differentiable by the states and all of
+        `head.tensors()`; the statistics' entropy too, unless `trains_entropy` is "never"."""
         ...

@@ -69,9 +69,11 @@ class Head(NamedTuple):
         """Weight, bias, the adapter's states and weight: what may have a gradient."""
         return self.weight, self.bias, *(self.adapter or (None, None))
 
-    def with_tensors(self, weight: Tensor, bias: Tensor | None, states: Any, low_rank_weight: Any) -> "Head":
+    def with_tensors(self, *tensors: Tensor | None) -> "Head":
         """The counterpart of `tensors`."""
-        adapter = None if states is None else Adapter(states, low_rank_weight)
+        weight, bias, states, low_rank_weight = tensors
+        assert weight is not None, "a head has a weight"
+        adapter = None if states is None or low_rank_weight is None else Adapter(states, low_rank_weight)
         return self._replace(weight=weight, bias=bias, adapter=adapter)
 
     def rows(self, rows: slice) -> "Head":

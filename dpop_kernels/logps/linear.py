@@ -63,7 +63,7 @@ def linear_token_logps(
         softcap: Gemma's final_logit_softcapping, in logit units, or None.
         return_stats: also return `TokenStats` (entropy, mean logit, top-1 hit, log Σ p²), without
             gradient.
-        backend: "auto", "reference", "chunked" or "fused" (Triton).
+        backend: "auto", or a name of `dpop_kernels.backends.BACKENDS`.
 
     Returns:
         [N] log-probs in nats, fp32 (fp64 for fp64 input); with return_stats a tuple (log-probs, TokenStats).

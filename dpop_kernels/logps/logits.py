@@ -48,7 +48,7 @@ def token_logps(
             gradient after backward and must not be used by anything else.
         return_stats: also return `TokenStats` (entropy, mean logit, top-1 hit, log Σ p²), without
             gradient.
-        backend: "auto", "reference", "chunked" or "fused" (Triton).
+        backend: "auto", or a name of `dpop_kernels.backends.BACKENDS`.
 
     Returns:
         [N] log-probs in nats, fp32 (fp64 for fp64 logits); with return_stats a tuple (log-probs, TokenStats).

@@ -38,15 +38,15 @@ def vocab_parallel_token_logps(
         logit_scale, softcap: as in `linear_token_logps`.
         sum_grad_hidden: sum the gradient of the hidden states over the ranks. Switch it off where the layer before
             does it (a tensor-parallel region whose entry all-reduces gradients): then each rank gets its own part.
-        backend: "auto", "chunked" or "fused" (Triton).
+        backend: "auto", or a name of `dpop_kernels.backends.BACKENDS` that has tiles.
 
     Returns:
         [N] log-probs in nats, fp32 (fp64 for fp64 input). The gradients hold if every rank computes the same loss from
         them; that of weight_shard and bias_shard is complete on its own rank.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, the backend is "reference" or cannot run here, or (on the CPU)
-            an id belongs to no slice or to several.
+        ValueError: shapes, dtypes or devices disagree, the backend has no tiles or cannot run here, or (on the CPU) an
+            id belongs to no slice or to several.
     """
     hidden_states, weight_shard, bias_shard = as_autocast(hidden_states, weight_shard, bias_shard)
     check_linear(hidden_states, weight_shard, target_ids, bias_shard, whole_vocabulary=False)

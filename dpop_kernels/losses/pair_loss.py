@@ -53,7 +53,7 @@ def pair_loss(
             `ref_segment_logps` are then sums of the reference's `weighing.length_desensitised`. None: 1.
         pair_weights: [B] finite numbers >= 0 that multiply the pairs' losses, without gradient: the mean over a batch
             is then losses.sum() / pair_weights.sum(). None: 1 each. Checked on the CPU; on a GPU it would cost a sync.
-        backend: "auto", "reference", "chunked" or "fused" (Triton).
+        backend: "auto", or a name of `dpop_kernels.backends.BACKENDS`.
         options: the hyper-parameters, by the names and with the defaults of `losses.options.LossOptions`: beta,
             dpop_lambda, dead_zone, label_smoothing, f_divergence_type, ... One that no chosen loss reads is refused.
 

@@ -26,7 +26,7 @@ class ScoringHead:
             merged and switched-off adapters are followed). Weights may be sharded (FSDP2, ZeRO-3), being read only
             inside the head's own call, or tensor-parallel (the rows of a plain head spread over a mesh). What the
             config says about logit scales and softcaps is applied.
-        backend: "auto", "reference", "chunked" or "fused".
+        backend: "auto", or a name of `dpop_kernels.backends.BACKENDS`.
 
     Raises:
         ValueError: the model has no output embedding, several, an encoder, or one that is not such a linear layer

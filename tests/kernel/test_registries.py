@@ -192,4 +192,6 @@ def test_a_loss_is_of_the_batch_if_another_pair_changes_it(loss_type):
 
 
 def test_the_flag_for_a_backend_offers_the_registry():
-    assert DPOPConfig.__dataclass_fields__["kernel_backend"].metadata["choices"] == ["auto", *BACKENDS]
+    metadata = DPOPConfig.__dataclass_fields__["kernel_backend"].metadata
+    assert metadata["choices"] == ["auto", *BACKENDS]
+    assert ", ".join(BACKENDS) in metadata["help"]

@@ -131,15 +131,34 @@ def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+def kernel_ranks(files: set[str]) -> dict[str, float]:
+    """Each file's place in LAYERS. A backend's module need not be listed: it stands on those that are, and under the
+    registry."""
+    ranks = {name: float(rank) for rank, name in enumerate(LAYERS)}
+    unlisted = {name for name in files if name.startswith("backends/")} - set(LAYERS)
+    return ranks | dict.fromkeys(unlisted, ranks["backends/__init__.py"] - 0.5)
+
+
 def test_kernels_import_downwards_alone():
-    ranks = {name: rank for rank, name in enumerate(LAYERS)}
+    files = {path.relative_to(ROOT / "dpop_kernels").as_posix() for path in (ROOT / "dpop_kernels").rglob("*.py")}
+    ranks = kernel_ranks(files)
     for importing, imported in set(kernel_imports()) - LATE:
         if importing in ranks:
-            assert ranks[imported] < ranks[importing], f"{importing} imports {imported}"
-    files = {path.relative_to(ROOT / "dpop_kernels").as_posix() for path in (ROOT / "dpop_kernels").rglob("*.py")}
+            assert imported in ranks, f"{importing} imports {imported}, a package's docstring. Import its module."
+            assert ranks[imported] < ranks[importing], (
+                f"{importing} imports {imported}, which LAYERS has above it. Put what both need into a file below."
+            )
     docstrings_alone = {name for name in files if name.endswith("/__init__.py")} - set(LAYERS)
-    assert files - docstrings_alone == set(LAYERS)
-    assert all(imported in ranks for _, imported in kernel_imports())
+    unknown, gone = files - docstrings_alone - set(ranks), set(LAYERS) - files
+    assert not unknown, f"{unknown}: add them to LAYERS in this file, above all that they import"
+    assert not gone, f"{gone}: take them out of LAYERS in this file"
+
+
+def test_a_backend_of_a_new_name_stands_under_the_registry():
+    ranks = kernel_ranks({*LAYERS, "backends/own.py"})
+    others = [name for name in LAYERS if name.startswith("backends/") and name != "backends/__init__.py"]
+    assert max(ranks[name] for name in others) < ranks["backends/own.py"] < ranks["backends/__init__.py"]
+    assert set(kernel_ranks({*LAYERS, "losses/own.py"})) == set(LAYERS)
 
 
 def test_losses_and_log_probs_know_nothing_of_each_other():
@@ -164,7 +183,9 @@ def test_triton_is_imported_by_kernels_and_fused_alone():
             continue
         uses = {module for module in imported_modules(path) if module.startswith(("triton", "dpop_kernels.kernels"))}
         uses -= {"dpop_kernels.kernels.launch"}  # torch alone
-        assert not uses, f"{relative} imports {uses}"
+        assert not uses, (
+            f"{relative} imports {uses}. Triton is for kernels/, and for backends whose file begins with 'fused'."
+        )
 
 
 # where a name of a loss or a backend is written out, beside the registries: what is of that one loss by purpose
@@ -189,15 +210,35 @@ def test_losses_and_backends_are_named_in_their_registries_alone():
         "dpop_kernels/losses/weights.py",
         "dpop_kernels/backends/__init__.py",
     }
-    found = {}
+    wrong = []
     for package in ("dpop_kernels", "trainer/dpop_trainer"):
         for path in (ROOT / package).rglob("*.py"):
             place = path.relative_to(ROOT).as_posix()
-            texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-            said = {text for text in texts if isinstance(text, str)} & names
-            if place not in registries | COMMAND and said:
-                found[place] = said
-    assert set(found) <= set(NAMED_ON_PURPOSE), found
+            constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+            texts = {value for value in constants if isinstance(value, str)}
+            # in a docstring a backend's name is told from a word by its quotes
+            said = texts & names | {name for text in texts for name in re.findall(r'"(\w+)"', text) if name in BACKENDS}
+            if said and place not in registries | COMMAND | set(NAMED_ON_PURPOSE):
+                wrong.append(f"{place} names {sorted(said)}")
+    remedy = (
+        "Ask the registration for what it has, or list LOSSES or BACKENDS. Where a place is of that one on purpose, "
+        "name it in NAMED_ON_PURPOSE of this file; where the word has another meaning, in OTHER_MEANINGS."
+    )
+    assert not wrong, "\n".join([*wrong, remedy])
+
+
+def test_tests_take_their_backends_from_the_registry():
+    """A second list would leave out the next one."""
+    from dpop_kernels.backends import BACKENDS
+
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.List | ast.Tuple | ast.Set):
+                constants = {inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)}
+                place = f"{path.relative_to(ROOT)}, line {node.lineno}"
+                assert len(constants & set(BACKENDS)) < 2, (
+                    f"{place} lists backends. Take a list of helpers/backends.py."
+                )
 
 
 def test_trl_is_imported_by_its_integration_alone():

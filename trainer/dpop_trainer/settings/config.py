@@ -127,7 +127,7 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
     kernel_backend: str = field(
         default="auto",
         metadata={
-            "help": "auto (Triton on a GPU, chunked torch elsewhere), fused, chunked or reference.",
+            "help": f"auto (Triton on a GPU, torch in chunks elsewhere), or by name: {', '.join(BACKENDS)}.",
             "choices": ["auto", *BACKENDS],
         },
     )
