@@ -287,62 +287,66 @@ def test_slopes_are_the_documented_ones(loss_type):
     ours = torch.autograd.grad(LOSSES[loss_type].formula(pair, options).sum(), [dw, dl], materialize_grads=True)
     excess = torch.relu(-dw - 0.1)
     assert 0 < int((excess > 0).sum()) < 9
-    expected = slopes(pair, 0.7, 0.2, 0.5, penalty_slope=3.0 * (excess > 0), penalty=3.0 * excess)[loss_type]
-    for slope, derived in zip(ours, expected, strict=True):
+    documented = slopes(pair, 0.7, 0.2, 0.5, penalty_slope=3.0 * (excess > 0), penalty=3.0 * excess)
+    assert loss_type in documented, f"{loss_type}: derive its slopes, for docs/losses.md and for `slopes` above"
+    for slope, derived in zip(ours, documented[loss_type], strict=True):
         torch.testing.assert_close(slope, derived.detach(), rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "expected"),
-    {
-        # Δw = -1, Δl = -2, so m = 1; β = 0.5; one token each; log π(y_w) = -3
-        "dpo": nll(0.5),
-        "dpop": nll(0.5 * (1 - 4)),  # λ = 4
-        "dpo_norm": nll(0.5),
-        "ipo": 0.0,  # 1 / (2β) is the margin
-        "ipo_norm": 0.0,
-        "slic": 0.5,
-        "nca_pair": nll(-0.5) + (nll(0.5) + nll(1.0)) / 2,
-        "bco_pair": nll(-0.5) + nll(1.0),
-        "sppo_hard": 4.0 + 1.0,
-        "apo_zero": sigmoid(0.5) + sigmoid(-1.0),
-        "apo_down": sigmoid(-0.5) + sigmoid(-0.5),
-        "discopop": sigmoid(-10) * nll(0.5) + sigmoid(10) * math.exp(-0.5),  # τ = 0.05
-        "dpop_norm": nll(0.5 * (1 - 4)),
-        "rdpo": nll(0.5),  # answers of one length
-        "simpo": nll(0.5 * (-3 + 4) - 0.5),  # γ = 0.5
-        "cpo": nll(0.5 * (-3 + 4)) + 0.5 * 3,  # α = 0.5
-        "orpo": 0.5 * nll(log_odds(-3) - log_odds(-4)) + 3,
-        "sft": 3.0,
-        "aot": nll(0.5),  # of one pair alone
-        "aot_unpaired": nll(0.5),
-        "beta_dpo": nll(0.5 * (1 + 0.6 * (1 - 0.5))),  # M₀ = 0.5
-    }.items(),
-)
+BY_HAND = {
+    # Δw = -1, Δl = -2, so m = 1; β = 0.5; one token each; log π(y_w) = -3
+    "dpo": nll(0.5),
+    "dpop": nll(0.5 * (1 - 4)),  # λ = 4
+    "dpo_norm": nll(0.5),
+    "ipo": 0.0,  # 1 / (2β) is the margin
+    "ipo_norm": 0.0,
+    "slic": 0.5,
+    "nca_pair": nll(-0.5) + (nll(0.5) + nll(1.0)) / 2,
+    "bco_pair": nll(-0.5) + nll(1.0),
+    "sppo_hard": 4.0 + 1.0,
+    "apo_zero": sigmoid(0.5) + sigmoid(-1.0),
+    "apo_down": sigmoid(-0.5) + sigmoid(-0.5),
+    "discopop": sigmoid(-10) * nll(0.5) + sigmoid(10) * math.exp(-0.5),  # τ = 0.05
+    "dpop_norm": nll(0.5 * (1 - 4)),
+    "rdpo": nll(0.5),  # answers of one length
+    "simpo": nll(0.5 * (-3 + 4) - 0.5),  # γ = 0.5
+    "cpo": nll(0.5 * (-3 + 4)) + 0.5 * 3,  # α = 0.5
+    "orpo": 0.5 * nll(log_odds(-3) - log_odds(-4)) + 3,
+    "sft": 3.0,
+    "aot": nll(0.5),  # of one pair alone
+    "aot_unpaired": nll(0.5),
+    "beta_dpo": nll(0.5 * (1 + 0.6 * (1 - 0.5))),  # M₀ = 0.5
+}
+SMOOTHED_BY_HAND = {
+    "dpo": 0.9 * nll(0.5) + 0.1 * nll(-0.5),
+    "dpop": 0.9 * nll(-1.5) + 0.1 * nll(-2.5),  # β (m - p) = 0.5 · (1 - 4), β (-m - p) = 0.5 · (-1 - 4)
+    "dpop_norm": 0.9 * nll(-1.5) + 0.1 * nll(-2.5),
+    "simpo": 0.9 * nll(0) + 0.1 * nll(0),  # β · (-3 + 4) - γ
+    "cpo": 0.9 * nll(0.5) + 0.1 * nll(-0.5) + 3,
+    "aot": 0.9 * nll(0.5) + 0.1 * nll(-0.5),
+    "aot_unpaired": 0.9 * nll(0.5) + 0.1 * nll(-0.5),
+    "robust": (0.9 * nll(0.5) - 0.1 * nll(-0.5)) / 0.8,
+    "exo_pair": sigmoid(0.5) * math.log(sigmoid(0.5) / 0.9) + sigmoid(-0.5) * math.log(sigmoid(-0.5) / 0.1),
+}
+
+
+@pytest.mark.parametrize(("loss_type", "expected"), BY_HAND.items())
 def test_by_hand(loss_type, expected):
     options = read_by(loss_type, beta=0.5, dpop_lambda=4.0, rdpo_alpha=0.25, cpo_alpha=0.5, beta_dpo_threshold=0.5)
     losses = pair_loss(*one_pair(-1.0, -2.0), loss_type=loss_type, **options).losses
     assert losses.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "expected"),
-    {
-        "dpo": 0.9 * nll(0.5) + 0.1 * nll(-0.5),
-        "dpop": 0.9 * nll(-1.5) + 0.1 * nll(-2.5),  # β (m - p) = 0.5 · (1 - 4), β (-m - p) = 0.5 · (-1 - 4)
-        "dpop_norm": 0.9 * nll(-1.5) + 0.1 * nll(-2.5),
-        "simpo": 0.9 * nll(0) + 0.1 * nll(0),  # β · (-3 + 4) - γ
-        "cpo": 0.9 * nll(0.5) + 0.1 * nll(-0.5) + 3,
-        "aot": 0.9 * nll(0.5) + 0.1 * nll(-0.5),
-        "aot_unpaired": 0.9 * nll(0.5) + 0.1 * nll(-0.5),
-        "robust": (0.9 * nll(0.5) - 0.1 * nll(-0.5)) / 0.8,
-        "exo_pair": sigmoid(0.5) * math.log(sigmoid(0.5) / 0.9) + sigmoid(-0.5) * math.log(sigmoid(-0.5) / 0.1),
-    }.items(),
-)
+@pytest.mark.parametrize(("loss_type", "expected"), SMOOTHED_BY_HAND.items())
 def test_smoothed_by_hand(loss_type, expected):
     options = read_by(loss_type, beta=0.5, dpop_lambda=4.0, label_smoothing=0.1)
     losses = pair_loss(*one_pair(-1.0, -2.0), loss_type=loss_type, **options).losses
     assert losses.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_has_a_value_by_hand(loss_type):
+    assert loss_type in BY_HAND | SMOOTHED_BY_HAND, f"{loss_type}: derive its loss of `one_pair`, and add it to BY_HAND"
 
 
 @pytest.mark.parametrize(
@@ -585,11 +589,19 @@ def test_the_documents_examples():
         LOSSES.pop("squared_hinge", None)
 
 
-def test_every_loss_is_documented():
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_is_documented(loss_type):
+    table, _, rest = DOCUMENT.read_text().partition("## Which for what")
+    assert re.search(rf"^\| `{loss_type}` \|", table, re.MULTILINE), f"{loss_type}: add its row to docs/losses.md"
+    choice = rest.partition("\n## ")[0]
+    assert f"`{loss_type}`" in choice, f"{loss_type}: say under 'Which for what' of docs/losses.md when to take it"
+    lines = dpop_kernels.losses.formulas.__doc__ or ""
+    assert f"    {loss_type} " in lines, f"{loss_type}: add its line to the docstring of losses/formulas.py"
+
+
+def test_no_loss_is_documented_that_is_not():
     table = DOCUMENT.read_text().partition("## Which for what")[0]
-    rows = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
-    assert set(rows) == set(LOSSES)
-    assert all(f"    {name} " in dpop_kernels.losses.formulas.__doc__ for name in LOSSES)
+    assert set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)) == set(LOSSES)
 
 
 def test_names_and_weights_are_resolved():

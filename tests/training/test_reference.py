@@ -21,8 +21,6 @@ from tiny import text_pairs, tiny_llama, token_pairs, word_tokenizer
 from trainers import adapted, answer_logp, config, logged, trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from dpop_kernels.losses.on_sums import LOSSES
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -397,8 +395,6 @@ def test_arguments_of_a_second_model_that_cannot_be_used(init_kwargs, message, m
 
 
 def test_no_reference_where_no_loss_has_one(tmp_path, tokenizer, monkeypatch, caplog):
-    if "sft" not in LOSSES:  # the log-ratio to a reference of 0 nats is the log-prob
-        monkeypatch.setitem(LOSSES, "sft", lambda chosen_logratios, margins, **_: -chosen_logratios)
     monkeypatch.setattr(choose, "frozen_copy", lambda model: pytest.fail("copied"))
     run = trainer(tmp_path, tokenizer, loss_type="sft", max_steps=1, precompute_ref_log_probs=True)
     assert "ref_chosen_logps" not in run.train_dataset.column_names
