@@ -1,14 +1,16 @@
 """Every form of pairs is recognised by its columns and read as it was written, and bad records of each are named."""
 
+import importlib
 import json
 import logging
 import re
+import sys
 from pathlib import Path
 
 import datasets.config
 import pytest
 from datasets import Dataset
-from dpop_trainer.data import check_pairs, read_pairs
+from dpop_trainer.data import check_pairs, forms, read_pairs
 from dpop_trainer.data.convert import ROW_FEATURES, convert_pairs, row_pair
 from dpop_trainer.data.forms import FORMS, FORMS_BY_NAME, recognise_form
 from dpop_trainer.data.pair_tree import PairIds
@@ -51,25 +53,102 @@ def both_ways(tmp_path, record):
     return from_json, from_memory
 
 
-def test_documented_examples(tmp_path, caplog):
-    """docs/data.md shows one record of each form, in the registry's order, and says what it becomes."""
+TEXT = TextPair("2 + 2?", "4", "5")
+# what the example of each form in docs/data.md becomes
+EXAMPLES = {
+    "token ids": PairIds([1, 42, 17], [5, 2], [6, 2]),
+    "OpenAI preference (input, preferred_output, non_preferred_output)": PAIR,
+    "ShareGPT (conversations, chosen, rejected)": PAIR,
+    "ShareGPT conversations (chosen, rejected)": PAIR,
+    "messages": PAIR,
+    "messages as JSON": PAIR,
+    "question and answers": PAIR,
+    "transcripts (Human, Assistant)": PAIR,
+    "text": TEXT,
+    "text that begins with its prompt": TextPair("2 + 2?", " 4", " 5"),
+    "prompt and completion": TextPair("2 + 2?", "4", "4"),
+}
+
+
+def documented_examples():
+    """The records that docs/data.md shows, by the name of the form as which each is recognised."""
     (block,) = re.findall(r"```json\n(.*?)```", DOCS.read_text(), re.DOTALL)
     records = [json.loads(line) for line in block.splitlines()]
-    text = TextPair("2 + 2?", "4", "5")
-    whole = TextPair("2 + 2?", " 4", " 5")
-    expected = [PairIds([1, 42, 17], [5, 2], [6, 2]), *[PAIR] * 7, text, whole, TextPair("2 + 2?", "4", "4")]
-    assert len(records) == len(expected) == len(FORMS_BY_NAME)
-    for record, pair, (name, form) in zip(records, expected, FORMS_BY_NAME.items(), strict=True):
-        completions = "completion" in record
-        assert recognise_form(record, completions=completions) is form
-        caplog.clear()
-        path = write(tmp_path / "pairs.jsonl", record)
-        (row,) = read_pairs(path, completions=completions)
-        assert row_pair(row["kind"], row["pair"]) == pair
-        (line,) = [entry.getMessage() for entry in caplog.records]
-        assert line == f"{path}: form: {name}"
-        assert pairs_of(convert_pairs(Dataset.from_list([record]), completions=completions)) == [pair]
-        assert row["score_gap"] == (7.0 if "score_chosen" in record else None)
+    return {recognise_form(record, completions="completion" in record).name: record for record in records}
+
+
+def test_every_form_has_its_row_and_its_example_in_the_docs():
+    """In the registry's order, which is the one in which they are looked for."""
+    names = list(FORMS_BY_NAME)
+    table = DOCS.read_text().partition("One example of each")[0]
+    _, *rows = re.findall(r"^\| ([\w ]+?) \|", table, re.MULTILINE)
+    assert rows == [name.partition(" (")[0] for name in names], "docs/data.md: one row for each of `FORMS`, in order"
+    assert list(documented_examples()) == names, "docs/data.md: one example for each of `FORMS`, in order"
+    assert list(EXAMPLES) == names, "EXAMPLES: what the example of each of `FORMS` becomes"
+
+
+@pytest.mark.parametrize("name", FORMS_BY_NAME)
+def test_documented_examples(name, tmp_path, caplog):
+    record = documented_examples()[name]
+    completions = "completion" in record
+    path = write(tmp_path / "pairs.jsonl", record)
+    (row,) = read_pairs(path, completions=completions)
+    assert caplog.messages == [f"{path}: form: {name}"]
+    assert row_pair(row["kind"], row["pair"]) == EXAMPLES[name]
+    assert pairs_of(convert_pairs(Dataset.from_list([record]), completions=completions)) == [EXAMPLES[name]]
+    assert row["score_gap"] == (7.0 if "score_chosen" in record else None)
+
+
+@pytest.mark.parametrize("name", FORMS_BY_NAME)
+def test_a_form_names_every_column_that_it_reads_and_no_other(name):
+    """A record less all other columns gives the same pair; an error tells a field that the data set has."""
+    form, example = FORMS_BY_NAME[name], documented_examples()[name]
+    record = {**example, "tools": [{"name": "f"}]}
+    whole = form.convert({**record, "other": 1})
+    assert form.convert({column: value for column, value in record.items() if column in form.columns}) == whole
+    read = [column for column in example if column in form.columns]
+    for wrong in (None, 7, "", [], {}):
+        for column in read:
+            try:
+                form.convert({**example, column: wrong})
+            except ValueError as error:
+                field = re.split(r"[:.\[]", str(error))[0]
+                assert field in read, f"{name}: {column} is {wrong!r}, and the error names {field}"
+
+
+# a form as a file of someone's own
+OWN_FORM = """
+from dpop_trainer.data.forms import Form
+from dpop_trainer.data.messages import described
+from dpop_trainer.data.records import TextPair
+
+COLUMNS = ("task", "good", "bad")
+
+def convert(record):
+    for field in COLUMNS:
+        if not isinstance(record.get(field), str):
+            raise ValueError(f"{field}: expected text, got {described(record.get(field))}. Remove the record.")
+    return TextPair(*(record[field] for field in COLUMNS))
+
+FORM = Form("good and bad", COLUMNS, lambda sample: set(COLUMNS) <= set(sample), convert)
+"""
+
+
+def test_a_form_of_ones_own_is_read_as_any_other(tmp_path, monkeypatch, caplog):
+    """From files and from memory; also its bad records, and what is said of columns that no form has."""
+    (tmp_path / "own_form.py").write_text(OWN_FORM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = importlib.import_module("own_form").FORM
+    monkeypatch.setattr(forms, "FORMS", (own, *FORMS))
+    monkeypatch.setitem(FORMS_BY_NAME, own.name, own)
+    monkeypatch.delitem(sys.modules, "own_form")
+    record = {"task": "2 + 2?", "good": "4", "bad": "5"}
+    assert both_ways(tmp_path, record) == (TEXT, TEXT)
+    assert caplog.messages == [f"{tmp_path / 'pairs.jsonl'}: form: good and bad", "Pairs: form: good and bad"]
+    rows = convert_pairs(Dataset.from_list([record, {**record, "good": None}]))
+    assert rows["problem"] == [None, "good: expected text, got null. Remove the record."]
+    with pytest.raises(ValueError, match=r"another form \(good and bad, token ids, "):
+        recognise_form({"question": "q"})
 
 
 def test_columns_not_read_are_told(tmp_path, caplog):
@@ -197,63 +276,84 @@ HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAss
 WHOLE = {"chosen": "2 + 2? 4", "rejected": "2 + 2? 5"}
 TOKENS = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
 MESSAGES = {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]}
+WHOLE_TURNS = {
+    "chosen": [said("human", "q"), said("gpt", "a")],
+    "rejected": [said("human", "q"), said("gpt", "b")],
+}
+JSON_MESSAGES = {"prompt": json.dumps([ASKED]), "chosen": json.dumps([RIGHT]), "rejected": json.dumps([WRONG])}
+COMPLETION = {"prompt": "q", "completion": "a"}
+COMPLETED = {"prompt": [ASKED], "completion": [RIGHT]}
 
 
-@pytest.mark.parametrize(
-    ("good", "change", "message"),
-    [
-        (SHAREGPT, {"conversations": []}, "conversations: expected a list of turns .*got list \\[\\]"),
-        (SHAREGPT, {"conversations": [said("alien", "q")]}, r"conversations\[0\]\.from: expected one of .*'alien'"),
-        (SHAREGPT, {"conversations": [{"from": "human"}]}, r"conversations\[0\]: .*got the keys \['from'\]"),
-        (SHAREGPT, {"chosen": None}, "chosen: expected a list of turns .*got null"),
-        (SHAREGPT, {"rejected": said("gpt", None)}, r"rejected\.value: expected text, got null"),
-        (SHAREGPT, {"rejected": said("human", "b")}, "rejected: .* begins with the assistant's turn, got role 'user'"),
-        (SHAREGPT, {"chosen": said("gpt", "")}, "chosen: expected an answer with text"),
-        (SHAREGPT, {"system": 7}, "system: expected text, got int 7"),
-        (SHAREGPT, {"chosen": said("function_call", "add 2")}, r"chosen\.value: expected a list or its JSON"),
-        (SHAREGPT, {"chosen": said("tool_call", '{"arguments": {}}')}, r"chosen\.value: .*keys name and arguments"),
-        (OPENAI, {"input": None}, "input: expected an object with messages, got null"),
-        (OPENAI, {"input": {}}, r"input\.messages: expected a list of messages, got null"),
-        (OPENAI, {"preferred_output": []}, "preferred_output: expected a list of messages"),
-        (OPENAI, {"non_preferred_output": [ASKED]}, "non_preferred_output: .* got role 'user'"),
-        (OPENAI, {"input": {"messages": [ASKED], "tools": "{"}}, "tools: expected a list or its JSON"),
-        (QUESTION, {"question": None}, "question: expected text, got null"),
-        (QUESTION, {"rejected": 5}, "rejected: expected text, got int 5"),
-        (QUESTION, {"chosen": ""}, "chosen: expected an answer with text"),
-        (QUESTION, {"history": [["q"]]}, r"history\[0\]: expected \[question, answer\]"),
-        (HH, {"chosen": "Hello"}, "chosen: expected a transcript that begins with 'Human:'"),
-        (HH, {"rejected": "\n\nHuman: other\n\nAssistant: b"}, "chosen: .* no turn in common"),
-        (HH, {"rejected": "\n\nHuman: q\n\nHuman: b"}, "rejected: .* got role 'user'"),
-        (WHOLE, {"chosen": "4"}, "chosen: expected to begin with the same text as rejected, .* got str '4' and str '2"),
-        (WHOLE, {"rejected": None}, "rejected: expected text, got null"),
-        (
-            MESSAGES,
-            {"prompt": [turn("user", [{"type": "image_url", "image_url": "x"}])]},
-            r"prompt\[0\]\.content\[0\]: expected a part of type text, got type 'image_url'",
-        ),
-        (
-            MESSAGES,
-            {"chosen": [turn("assistant", None, tool_calls=["add"])]},
-            r"chosen\[0\]\.tool_calls: expected a li",
-        ),
-        (MESSAGES, {"chosen": [turn("assistant", "\ud83d")]}, "chosen: expected Unicode text, got half of a surrogate"),
-        (MESSAGES, {"chat_template_kwargs": [1]}, "chat_template_kwargs: expected an object, got list"),
-        ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, {"chosen_ids": [2**40]}, "chosen_ids: .*32 bits"),
-        (
-            {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
-            {"chosen_ids": [True]},
-            "chosen_ids: .* integer tok",
-        ),
-    ],
-)
+BAD_RECORDS = [
+    (SHAREGPT, {"conversations": []}, "conversations: expected a list of turns .*got list \\[\\]"),
+    (SHAREGPT, {"conversations": [said("alien", "q")]}, r"conversations\[0\]\.from: expected one of .*'alien'"),
+    (SHAREGPT, {"conversations": [{"from": "human"}]}, r"conversations\[0\]: .*got the keys \['from'\]"),
+    (SHAREGPT, {"chosen": None}, "chosen: expected a list of turns .*got null"),
+    (SHAREGPT, {"rejected": said("gpt", None)}, r"rejected\.value: expected text, got null"),
+    (SHAREGPT, {"rejected": said("human", "b")}, "rejected: .* begins with the assistant's turn, got role 'user'"),
+    (SHAREGPT, {"chosen": said("gpt", "")}, "chosen: expected an answer with text"),
+    (SHAREGPT, {"system": 7}, "system: expected text, got int 7"),
+    (SHAREGPT, {"chosen": said("function_call", "add 2")}, r"chosen\.value: expected a list or its JSON"),
+    (SHAREGPT, {"chosen": said("tool_call", '{"arguments": {}}')}, r"chosen\.value: .*keys name and arguments"),
+    (OPENAI, {"input": None}, "input: expected an object with messages, got null"),
+    (OPENAI, {"input": {}}, r"input\.messages: expected a list of messages, got null"),
+    (OPENAI, {"preferred_output": []}, "preferred_output: expected a list of messages"),
+    (OPENAI, {"non_preferred_output": [ASKED]}, "non_preferred_output: .* got role 'user'"),
+    (OPENAI, {"input": {"messages": [ASKED], "tools": "{"}}, "tools: expected a list or its JSON"),
+    (QUESTION, {"question": None}, "question: expected text, got null"),
+    (QUESTION, {"rejected": 5}, "rejected: expected text, got int 5"),
+    (QUESTION, {"chosen": ""}, "chosen: expected an answer with text"),
+    (QUESTION, {"history": [["q"]]}, r"history\[0\]: expected \[question, answer\]"),
+    (HH, {"chosen": "Hello"}, "chosen: expected a transcript that begins with 'Human:'"),
+    (HH, {"rejected": "\n\nHuman: other\n\nAssistant: b"}, "chosen: .* no turn in common"),
+    (HH, {"rejected": "\n\nHuman: q\n\nHuman: b"}, "rejected: .* got role 'user'"),
+    (WHOLE, {"chosen": "4"}, "chosen: expected to begin with the same text as rejected, .* got str '4' and str '2"),
+    (WHOLE, {"rejected": None}, "rejected: expected text, got null"),
+    (
+        MESSAGES,
+        {"prompt": [turn("user", [{"type": "image_url", "image_url": "x"}])]},
+        r"prompt\[0\]\.content\[0\]: expected a part of type text, got type 'image_url'",
+    ),
+    (
+        MESSAGES,
+        {"chosen": [turn("assistant", None, tool_calls=["add"])]},
+        r"chosen\[0\]\.tool_calls: expected a li",
+    ),
+    (WHOLE_TURNS, {"rejected": [said("human", "q"), said("gpt", "")]}, "rejected: expected an answer with text"),
+    (JSON_MESSAGES, {"rejected": "[{"}, r"rejected: expected the JSON of a list of messages, got str '\[{'"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"rejected": ""}, "rejected: .* at least one character, got ''"),
+    (COMPLETION, {"completion": ""}, "completion: expected an answer of at least one character, got ''"),
+    (COMPLETION, {"completion": None}, "completion: expected text, got null. Fill"),
+    (COMPLETION, {"prompt": [ASKED]}, "prompt: expected text, got list .* Give prompt and completion one form"),
+    (COMPLETED, {"completion": []}, "completion: expected a list of messages"),
+    (COMPLETED, {"completion": [ASKED]}, "completion: .* begins with the assistant's turn, got role 'user'"),
+    (MESSAGES, {"chosen": [turn("assistant", "\ud83d")]}, "chosen: expected Unicode text, got half of a surrogate"),
+    (MESSAGES, {"chat_template_kwargs": [1]}, "chat_template_kwargs: expected an object, got list"),
+    ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, {"chosen_ids": [2**40]}, "chosen_ids: .*32 bits"),
+    (
+        {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
+        {"chosen_ids": [True]},
+        "chosen_ids: .* integer tok",
+    ),
+]
+
+
+@pytest.mark.parametrize(("good", "change", "message"), BAD_RECORDS)
 def test_bad_record_is_kept_with_its_line_and_reason(tmp_path, good, change, message):
     path = write(tmp_path / "pairs.jsonl", good, {**good, **change}, good)
-    first, bad, last = read_pairs(path)
+    first, bad, last = read_pairs(path, completions="completion" in good)
     assert first["problem"] is None
     assert last["problem"] is None
     assert bad["place"] == f"{path}, line 2"
     assert bad["pair"] is None
     assert re.match(message, bad["problem"]), bad["problem"]
+
+
+@pytest.mark.parametrize("name", FORMS_BY_NAME)
+def test_every_form_has_bad_records(name):
+    tried = {recognise_form(good, completions="completion" in good).name for good, _, _ in BAD_RECORDS}
+    assert name in tried, f"{name}: add a record that it cannot use, and what is said of it, to BAD_RECORDS"
 
 
 def test_tool_arguments_arrive_as_written(tmp_path):
@@ -283,15 +383,6 @@ def test_unknown_columns_name_the_file_and_the_forms(tmp_path):
 def test_kinds_are_told():
     assert check_pairs(Dataset.from_list([SHAREGPT])) == "messages"
     assert check_pairs(Dataset.from_list([HH])) == "messages"
-
-
-def test_registry_names_every_column_that_a_converter_reads():
-    """A record less all other columns gives the same pair."""
-    (block,) = re.findall(r"```json\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    for line, form in zip(block.splitlines(), FORMS, strict=False):
-        record = {**json.loads(line), "tools": [{"name": "f"}]}
-        whole = form.convert({**record, "other": 1})
-        assert form.convert({column: value for column, value in record.items() if column in form.columns}) == whole
 
 
 @pytest.mark.parametrize("absent", ["question", "chosen", "rejected"])

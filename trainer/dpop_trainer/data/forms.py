@@ -1,8 +1,9 @@
 """The forms in which data sets write preference pairs: one entry each, recognised by its columns.
 
 A form says from a sample of a data set (column -> its first value that is not null) whether the data set has it, and
-turns a record into a pair. To add one, write its converter and put it into `FORMS`, before any form that would
-recognise the same columns; docs/data.md shows an example of each.
+turns a record into a pair: of messages where it is known who speaks, to which the chat template is applied, else of
+text as it is. To add one, write its converter and put it into `FORMS`, before any form that would recognise the same
+columns; docs/data.md shows an example of each, in the same order.
 """
 
 import json
@@ -40,7 +41,7 @@ class Form(NamedTuple):
     recognise: Callable[[Sample], bool]
     """Whether a data set with this sample has the form."""
     convert: Callable[[dict[str, Any]], Pair]
-    """A record's pair; ValueError says which field cannot be used, and why."""
+    """A record's pair; ValueError says which field cannot be used, by the data set's own name for it, and why."""
 
 
 def recognise_form(sample: Sample, *, completions: bool = False) -> Form:
@@ -164,8 +165,21 @@ def json_messages_pair(record: dict[str, Any]) -> MessagesPair:
 
 def completion_pair(record: dict[str, Any]) -> Pair:
     """`prompt` and `completion`: a pair whose two answers are the same, for supervised fine-tuning."""
-    pair = {**record, "chosen": record.get("completion"), "rejected": record.get("completion")}
-    return read_messages_pair(pair) if isinstance(record.get("completion"), list) else read_text_pair(pair)
+    completion = record.get("completion")
+    if isinstance(completion, list):
+        try:
+            return read_messages_pair({**record, "chosen": completion, "rejected": completion})
+        except ValueError as error:
+            raise ValueError(re.sub("^(chosen|rejected)", "completion", str(error))) from error
+    for field in ("prompt", "completion"):
+        if not isinstance(record.get(field), str):
+            remedy = "Give prompt and completion one form, text or messages, in every record."
+            if record.get(field) is None:
+                remedy = "Fill the field or remove the record."
+            raise ValueError(f"{field}: expected text, got {described(record.get(field))}. {remedy}")
+    if not completion:
+        raise ValueError("completion: expected an answer of at least one character, got ''. Remove the record.")
+    return TextPair(record["prompt"], completion, completion)
 
 
 def _first_given(record: dict[str, Any], names: tuple[str, ...]) -> str:
