@@ -77,6 +77,12 @@ def documented_examples():
     return {recognise_form(record, completions="completion" in record).name: record for record in records}
 
 
+def example_of(name):
+    examples = documented_examples()
+    assert name in examples, f"{name}: add an example to docs/data.md, and what it becomes to EXAMPLES"
+    return examples[name]
+
+
 def test_every_form_has_its_row_and_its_example_in_the_docs():
     """In the registry's order, which is the one in which they are looked for."""
     names = list(FORMS_BY_NAME)
@@ -89,7 +95,7 @@ def test_every_form_has_its_row_and_its_example_in_the_docs():
 
 @pytest.mark.parametrize("name", FORMS_BY_NAME)
 def test_documented_examples(name, tmp_path, caplog):
-    record = documented_examples()[name]
+    record = example_of(name)
     completions = "completion" in record
     path = write(tmp_path / "pairs.jsonl", record)
     (row,) = read_pairs(path, completions=completions)
@@ -102,7 +108,7 @@ def test_documented_examples(name, tmp_path, caplog):
 @pytest.mark.parametrize("name", FORMS_BY_NAME)
 def test_a_form_names_every_column_that_it_reads_and_no_other(name):
     """A record less all other columns gives the same pair; an error tells a field that the data set has."""
-    form, example = FORMS_BY_NAME[name], documented_examples()[name]
+    form, example = FORMS_BY_NAME[name], example_of(name)
     record = {**example, "tools": [{"name": "f"}]}
     whole = form.convert({**record, "other": 1})
     assert form.convert({column: value for column, value in record.items() if column in form.columns}) == whole

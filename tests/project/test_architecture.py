@@ -231,7 +231,7 @@ def test_tests_take_their_backends_from_the_registry():
     """A second list would leave out the next one."""
     from dpop_kernels.backends import BACKENDS
 
-    for path in (ROOT / "tests").rglob("*.py"):
+    for path in set((ROOT / "tests").rglob("*.py")) - {Path(__file__)}:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.List | ast.Tuple | ast.Set):
                 constants = {inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)}
