@@ -1,6 +1,6 @@
 """A whole LoRA training step on a CPU: our layouts against TRL's DPOTrainer, each in processes of its own, in turns.
 
-The model, the pairs and the settings are those of `cpu_step.py`; on a GPU `gpu_step.py` measures the same of a larger
+The model, the pairs and the settings are those of `cpu_step.py`; on a GPU `gpu/step.py` measures the same of a larger
 model. Nothing is timed unless all trainers' losses agree at every step.
 """
 

@@ -38,8 +38,8 @@ class Group(NamedTuple):
 def latest() -> dict[Group, dict[str, dict[str, Any]]]:
     """By group and peer the last record; an interpreted rehearsal is no measurement."""
     groups: dict[Group, dict[str, dict[str, Any]]] = {}
-    for record in records.read(records.LEVELS):
-        if record["device"].endswith("interpreted"):
+    for record in records.read(records.LEVELS) + records.read(records.GPU):
+        if "level" not in record or record["device"].endswith("interpreted"):
             continue
         group = Group(record["device"], record["level"], record["task"], size_of(record))
         groups.setdefault(group, {})[record["peer"]] = record

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 LEVELS = RESULTS / "levels.jsonl"
 """What `make bench` appends and the report reads."""
+GPU = RESULTS / "gpu.jsonl"
+"""What `python -m benchmarks.gpu` wrote, appended by hand."""
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -58,18 +61,17 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" where code differs from it; None without git."""
+    """The checkout's commit, with "+" where code differs from it; without git what DPOP_COMMIT says, or None."""
     try:
         head = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--", "*.py", "*.toml")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("DPOP_COMMIT")
     return head + ("+" if changed else "")
 
 
 def _git(*arguments: str) -> str:
-    root = Path(__file__).parents[1]
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=root).stdout.strip()
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
 
 def _cpu(threads: int) -> str:

@@ -14,8 +14,8 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/paper/gradient.json   what `python -m benchmarks.paper_gradient` writes
     benchmarks/results/pairs_scale.jsonl     what `python -m benchmarks.pairs_scale` appends (docs/pairs.md)
     benchmarks/results/layout_counts.json    what `python -m benchmarks.layout_counts` writes
-    benchmarks/results/gpu_large.jsonl what `python -m benchmarks.gpu_large` writes (docs/benchmarks.md)
-    benchmarks/results/levels.jsonl    what `make bench` and `python -m benchmarks.gpu` measure (docs/benchmarks.md)
+    benchmarks/results/levels.jsonl    what `make bench` measures (docs/benchmarks.md)
+    benchmarks/results/gpu.jsonl       what `python -m benchmarks.gpu` writes (docs/benchmarks.md)
 """
 
 import argparse
@@ -29,7 +29,8 @@ from typing import Any
 from dpop_trainer.report.plots import plot_logratios
 from dpop_trainer.tools.evaluation.compare import as_markdown
 
-from benchmarks import gpu_large, levels, paper, plots, scale
+from benchmarks import levels, paper, plots, records, scale
+from benchmarks.gpu import large as gpu_large
 from benchmarks.levels import table
 from benchmarks.shapes import KNOWN, model_size
 
@@ -136,23 +137,24 @@ def longest() -> str:
 
 def large() -> str:
     """docs/benchmarks.md: large models on one card, on paper and, where there are records, as measured."""
-    path = RESULTS / "gpu_large.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    measured = {
-        (r["plan"]["shape"], r["plan"]["num_tokens"], r["candidate"]): r for r in map(json.loads, lines)
-    }  # the last one counts
+    measured = {  # the last one counts
+        (r["predicted"]["model"], r["predicted"]["num_tokens"], r["predicted"]["candidate"]): r
+        for r in records.read(records.GPU)
+        if r["part"] == "large" and "item" in r and not r["device"].endswith("interpreted")
+    }
     titles = [
         "",
         "answers of",
-        *(f"{name}, {what}" for name in gpu_large.NAMES.values() for what in ("paper", "measured")),
+        *(f"{name}, {what}" for name in gpu_large.CANDIDATES.values() for what in ("paper", "measured")),
     ]
     rows = []
-    for shape, num_tokens in gpu_large.TABLE:
-        plan = gpu_large.Plan(shape=shape, num_tokens=num_tokens)
-        row = [shape, f"{num_tokens:,} tokens"]
-        for candidate in gpu_large.NAMES:
-            row.append(f"{gpu_large.predict(candidate, plan)['memory_gib']['total']:.1f} GiB")
-            row.append(_large_cell(measured.get((shape, num_tokens, candidate), {})))
+    for model, num_tokens in gpu_large.TABLE:
+        size = model_size(model)
+        plan = gpu_large.one_pair_plan(size.vocab_size, num_tokens, rank=gpu_large.RANK)
+        row = [model, f"{num_tokens:,} tokens"]
+        for candidate in gpu_large.CANDIDATES:
+            row.append(f"{gpu_large.on_paper(size, plan, candidate)['gib']:.1f} GiB")
+            row.append(_large_cell(measured.get((model, num_tokens, candidate), {})))
         rows.append(row)
     return table(titles, rows)
 

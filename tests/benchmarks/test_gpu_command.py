@@ -1,126 +1,198 @@
-"""The one command for a GPU, rehearsed as a whole on the CPU, and what it does when time or a result runs out."""
+"""`python -m benchmarks.gpu`: the order of its jobs, their time by a clock of the test, its records, a second call."""
 
-import importlib.util
+import itertools
+import os
 import sys
 import time
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_head, levels, records
-from benchmarks.floors import TINY
+from benchmarks import records
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import runner
+from benchmarks.gpu.jobs import FIRST, FIRST_SECONDS, JOBS, SECOND, SECOND_SECONDS, Job, find
+from benchmarks.gpu.table import table
+from benchmarks.gpu.work import Work
 
 
-def test_rehearsal_goes_all_the_way(tmp_path, monkeypatch, capsys):
-    tiles = []  # test_gpu_script.py rehearses that script
-    monkeypatch.setattr(gpu_head, "main", lambda arguments: tiles.append(arguments) or 0)
-    assert gpu.main([str(tmp_path), "--rehearse"]) == 0
-    assert " passed" in (tmp_path / "tests-0.txt").read_text()
-    levels = records.read(tmp_path / "levels.jsonl")
-    ours = [record for record in levels if record["peer"] == "dpop-kernels"]
-    assert [(record["level"], record["task"]) for record in ours] == [
-        ("head", "reference"),
-        ("head", "frozen"),
-        ("head", "trainable"),
-        ("dpo", "frozen"),
-        ("dpo", "trainable"),
-        ("logits", "forward"),
-        ("logits", "forward_backward"),
-        ("pair_loss", "forward_backward"),
+class FakeTime:
+    """A clock that only jobs move on."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def executor(self, wanted, codes=None):
+        """Jobs that want so many seconds; one that wants more than it is given is killed."""
+        self.given = {}
+
+        def execute(job, seconds):
+            self.given[str(job)] = seconds
+            self.now += min(wanted(job), seconds)
+            return None if wanted(job) > seconds else (codes or {}).get(str(job), runner.COMPLETE)
+
+        return execute
+
+
+def call(folder, wanted, *, jobs=JOBS, budget=FIRST_SECONDS, done=(), codes=None):
+    fake = FakeTime()
+    clock = runner.Clock(budget, now=lambda: fake.now)
+    fine = runner.run(jobs, folder, clock, fake.executor(wanted, codes), set(done))
+    return fake.given, clock.spent, fine
+
+
+def test_the_calls_are_as_long_as_their_jobs():
+    assert sum(job.cap for job in FIRST) <= FIRST_SECONDS == 540
+    assert sum(job.cap for job in SECOND) <= SECOND_SECONDS == 240
+    assert [part for part, _ in itertools.groupby(job.part for job in JOBS)] == [
+        "correct",
+        "head",
+        "step",
+        "large",
+        "longest",
+        "tiles",
+        "sweep",
     ]
-    for record in ours:
-        assert record["median_s"] > 0
-        assert record["device"].endswith("interpreted")  # never to be taken for a GPU's figure
-    skipped = {record["peer"]: record["skipped"] for record in levels if "skipped" in record}
-    assert skipped["CCE, exact"] == "needs CUDA"
-    ((folder, _, seconds, rehearse),) = tiles
-    assert (folder, rehearse) == (str(tmp_path), "--rehearse")
-    assert 0 < float(seconds) < gpu.BUDGET
-    assert "Tests passed" in capsys.readouterr().out
+    for job in JOBS:
+        assert find(str(job)) == job
+        assert callable(job.run)
+    with pytest.raises(ValueError, match=r"job: expected one of correct/tests, .*, got 'head'"):
+        find("head")
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(gpu, "run_tests", lambda *args, **kwargs: True)
-    monkeypatch.setattr(gpu, "run_tiles", lambda *args, **kwargs: True)
+def test_jobs_that_all_hang_are_cut_at_their_caps(tmp_path):
+    given, spent, fine = call(tmp_path, lambda job: float("inf"))
+    assert given == {str(job): job.cap for job in FIRST}  # nothing is left for the second call's
+    assert spent == FIRST_SECONDS
+    assert not fine
+    ended = [record["ended"] for record in records.read(tmp_path / runner.RECORDS)]
+    assert ended == ["cut"] * len(FIRST) + ["no time"] * len(SECOND)
 
 
-def test_past_the_budget_nothing_begins(tmp_path, quick, capsys):
-    assert gpu.main([str(tmp_path), "--rehearse", "--budget", "0"]) == 0
-    assert not (tmp_path / "levels.jsonl").exists()
-    assert "head-reference-tiny-24: skipped, past the budget" in capsys.readouterr().out
+def test_one_that_hangs_costs_the_others_nothing(tmp_path):
+    jobs = (Job("a", "1", 40), Job("a", "2", 20), Job("b", "1", 30))
+    given, spent, _ = call(tmp_path, lambda job: 1000 if job.name == "2" else 10, jobs=jobs)
+    # the second has its own 20 s and the 30 that the first left over; the third all of its 30
+    assert given == {"a/1": 40, "a/2": 50, "b/1": 30}
+    assert spent == 10 + 50 + 10
 
 
-def test_interrupted_it_keeps_its_records(tmp_path, quick, monkeypatch, capsys):
-    measured = gpu.run_case
-
-    def interrupt_at_the_second(case, *args):
-        if case.task == "frozen":
-            raise KeyboardInterrupt
-        return measured(case, *args)
-
-    monkeypatch.setattr(gpu, "run_case", interrupt_at_the_second)
-    assert gpu.main([str(tmp_path), "--rehearse"]) == 130
-    assert {record["task"] for record in records.read(tmp_path / "levels.jsonl")} == {"reference"}
-    assert "Interrupted" in capsys.readouterr().out
+def test_what_the_first_call_leaves_over_goes_to_the_second_calls_jobs(tmp_path):
+    given, spent, fine = call(tmp_path, lambda job: 20.0)
+    assert list(given) == [str(job) for job in JOBS]
+    assert spent == 20 * len(JOBS)
+    assert fine
 
 
-def test_a_wrong_kernel_of_ours_fails_the_command(tmp_path, monkeypatch):
-    from benchmarks import compare, plan
-    from benchmarks.peers import all_peers, ours
-    from dpop_kernels.logps import linear
-
-    exact = linear.tiled_token_logps
-
-    def off_by_a_thousandth(*args, **kwargs):
-        logps, stats = exact(*args, **kwargs)
-        return logps + 1e-3, stats
-
-    monkeypatch.setattr(linear, "tiled_token_logps", off_by_a_thousandth)
-    monkeypatch.setattr(ours, "BACKEND", "fused")
-    case = plan.rehearsal(torch.device("cpu"))[0]
-    effort = compare.Effort(rounds=1, seconds=0.0, probe=TINY)
-    peers = {"dpop-kernels": all_peers()["dpop-kernels"]}
-    assert not gpu.run_case(case, peers, effort, tmp_path / "levels.jsonl", {})
-    (record,) = records.read(tmp_path / "levels.jsonl")
-    assert record["refused"] == "wrong result"
-    assert record["errors"]["logp_nats"] == pytest.approx(1e-3, rel=1e-2)
+def test_a_second_call_does_what_the_first_did_not_finish(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    codes = {"head/ready": runner.UNFINISHED, "step/Llama-3-8B/flat": 1, "step/Llama-3-8B/trl": runner.WRONG}
+    _, _, fine = call(first, lambda job: 1000 if str(job) == "large/Qwen-72B/trl" else 15.0, jobs=FIRST, codes=codes)
+    assert not fine
+    given, spent, _ = call(second, lambda job: 1000.0, budget=SECOND_SECONDS, done=runner.done_jobs(first))
+    left = ["head/ready", "step/Llama-3-8B/flat", "large/Qwen-72B/trl", "longest/Llama-3-8B"]
+    assert list(given) == left  # a job of ours that is wrong is done; measuring it again would not mend it
+    assert [given[job] for job in left] == [95, 55, 50, 40]  # the last one gets what is left of 240
+    assert spent == SECOND_SECONDS
 
 
-def test_a_process_is_stopped_in_time(tmp_path):
-    program = "import time; print('begun', flush=True); time.sleep(60)"
-    assert gpu._run([sys.executable, "-c", program], tmp_path / "log.txt", 1.0) == "stopped after 1 s"
-    assert gpu._run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log.txt", 60.0) == "exit 3"
+def test_a_process_is_killed_with_all_that_it_started(tmp_path):
+    fifo, log = tmp_path / "fifo", tmp_path / "log.txt"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    begun = time.monotonic()
+    assert runner.ended(["sh", "-c", f"(echo begun; sleep 60) > {fifo} & sleep 60"], log, 1.0) is None
+    os.set_blocking(reader, True)
+    assert os.read(reader, 100) == b"begun\n"
+    assert os.read(reader, 100) == b""  # which only comes once nobody is left who could write
+    os.close(reader)
+    assert time.monotonic() - begun < 50
+    assert runner.ended([sys.executable, "-c", "print('said'); raise SystemExit(3)"], log, 60.0) == 3
+    assert "said" in log.read_text()
 
 
-def test_the_step_is_called_where_it_is_present(tmp_path, monkeypatch):
-    """Its lines become records; a step of 3 GiB over a model of 2 GiB is 1 GiB."""
-    plan = {"hidden_size": 2048, "num_layers": 16, "pairs_per_step": 16}
-    timed = {"median_s": 2.0, "p20_s": 1.9, "p80_s": 2.1, "tokens_per_s": 5000.0, "peak_mib": 3072, "base_mib": 2048}
+def test_a_job_runs_as_the_command_with_its_name(tmp_path, monkeypatch):
     calls = []
+    monkeypatch.setattr(runner, "ended", lambda *arguments: calls.append(arguments) or 0)
+    assert runner.process(tmp_path, ["--rehearse"])(find("head/ready"), 95.0) == 0
+    ((program, log, seconds),) = calls
+    assert program[1:] == [
+        *("-m", "benchmarks.gpu", str(tmp_path), "--job", "head/ready", "--rehearse", "--seconds", "93.0")
+    ]
+    assert (log, seconds) == (tmp_path / "log.txt", 95.0)
 
-    def measured(command, log, seconds):
-        calls.append((command[-2:], seconds))
-        records.append(tmp_path / "gpu_step.jsonl", {"candidate": "tree", "plan": plan, **timed})
-        records.append(tmp_path / "gpu_step.jsonl", {"candidate": "trl", "plan": plan, "skipped": "not installed"})
-        return "exit 0"
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(gpu, "_run", measured)
-    records.append(tmp_path / "gpu_step.jsonl", {"candidate": "of an earlier run"})
-    gpu.run_step(tmp_path, gpu.Clock(100.0, time.monotonic()), {"device": "H100"}, rehearse=False)
-    gpu.run_step(tmp_path, gpu.Clock(10.0, time.monotonic()), {}, rehearse=False)  # too late to begin
-    ((command, seconds),) = calls
-    assert command == ["benchmarks.gpu_step", str(tmp_path)]
-    assert 99 < seconds <= 100
-    tree, trl = records.read(tmp_path / "levels.jsonl")
-    assert (tree["peer"], tree["median_s"], tree["peak_bytes"]) == ("dpop-kernels, tree", 2.0, 2**30)
-    assert (trl["peer"], trl["skipped"], trl["device"]) == ("TRL", "not installed", "H100")
-    assert levels.size_of(tree) == "Llama 2048 x 16, 16 MetaMath-like pairs, bfloat16"
+def test_records_are_there_before_and_after_what_is_measured(tmp_path):
+    work = Work(tmp_path, "part", seconds=60.0, rehearse=True)
+    seen = []
+
+    def measure():
+        seen.extend(records.read(work.path))
+        return {"median_s": 2.0}
+
+    work.measure("one", measure, predicted={"seconds": 1.5})
+    (begun,) = seen
+    assert (begun["item"], begun["begun"], begun["predicted"]) == ("one", True, {"seconds": 1.5})
+    assert begun["device"].endswith("interpreted")  # never to be taken for a GPU's figure
+    work.measure("two", lambda: 1 / 0, predicted={})
+    work.measure("three", lambda: pytest.fail("there is no time"), predicted={}, least=1000.0)
+    kept = records.read(work.path)
+    assert [record["item"] for record in kept] == ["one", "one", "two", "two", "three"]
+    assert kept[1]["predicted"] == {"seconds": 1.5}
+    assert kept[3]["failed"] == "ZeroDivisionError: division by zero"
+    assert kept[4]["skipped"].endswith("s are left")
+    assert work.code == runner.WRONG
+
+    later = Work(tmp_path / "later", "part", seconds=60.0, rehearse=True, done=tmp_path)
+    again = []
+    for item in ("one", "two", "three"):
+        later.measure(item, lambda item=item: again.append(item) or {}, predicted={})
+    assert again == ["three"]
+
+
+def test_what_there_is_no_time_for_leaves_the_job_unfinished(tmp_path):
+    work = Work(tmp_path, "part", seconds=0.0, rehearse=True)
+    work.measure("one", dict, predicted={}, least=1.0)
+    assert work.code == runner.UNFINISHED
+    peer = Work(tmp_path, "part", seconds=9.0, rehearse=True)
+    peer.measure("two", lambda: 1 / 0, predicted={}, is_ours=False)
+    assert peer.code == runner.COMPLETE  # a peer's failing is a result
+
+
+def test_the_table_has_a_line_for_each_item():
+    common = {"part": "step", "predicted": {"seconds": 0.5}}
+    found = [
+        {**common, "item": "a", "begun": True},
+        {**common, "item": "a", "median_s": 0.25, "peak_gib": 12.0},
+        {**common, "item": "b", "begun": True},
+        {**common, "item": "c", "failed": "OutOfMemoryError: tried\nmore"},
+        {"part": "longest", "item": "d", "predicted": {"tokens": 100}, "longest_tokens": 90},
+        {"part": "step", "job": "step/a", "ended": "done"},
+    ]
+    lines = [" ".join(line.split()) for line in table(found).splitlines()]
+    assert lines == [
+        "measured predicted GiB",
+        "step: a 250.00 ms 500.00 ms 12.00",
+        "step: b 500.00 ms begun, and cut",
+        "step: c 500.00 ms failed: OutOfMemoryError: tried",
+        "longest: d 90 tokens, expected 100",
+    ]
+
+
+def test_an_interrupted_call_says_what_it_has(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        records.append(tmp_path / runner.RECORDS, {"part": "head", "item": "first", "median_s": 2.0})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    assert command.main([str(tmp_path), "--rehearse"]) == 1
+    printed = capsys.readouterr().out
+    assert "Interrupted" in printed
+    assert "head: first" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the command would measure it")
 def test_refuses_to_measure_without_a_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        gpu.main([str(tmp_path)])
+        command.main([str(tmp_path)])
     assert "no CUDA device here. Pass --rehearse" in capsys.readouterr().err
