@@ -20,6 +20,7 @@ from dpop_kernels.losses.weighing import check_ld_alpha
 from dpop_kernels.losses.weights import check_options, has_penalty, losses_of_batch, needs_reference, resolve_losses
 from dpop_trainer.run_folder.private import SecretFreeRepr, without_secrets
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
+from dpop_trainer.settings.liger import layers_alone
 from dpop_trainer.settings.loss_fields import check_with_losses, option_values
 from dpop_trainer.settings.ranges import check_ranges
 from dpop_trainer.settings.renamed import (
@@ -170,6 +171,8 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
         _check_optimizer(self.optim)
         _check_backend(self.kernel_backend, self.use_cpu)
         resolve_checkpointing(self)
+        if self.use_liger_kernel:
+            self.liger_kernel_config = layers_alone(self.liger_kernel_config, use_cpu=self.use_cpu)
         if self.activation_offloading:
             self._offload_activations()
         super().__post_init__()

@@ -14,10 +14,6 @@ from dpop_trainer.settings.hints import closest
 # field -> what does here what it does in TRL
 ALTERNATIVES = {
     "padding_free": "TRL 1.16 ignores it too. Use layout='auto': what the two answers have in common is computed once.",
-    "use_liger_kernel": (
-        "It replaces the model's forward, which the kernels here stand behind; they are on already. For the layers, "
-        "use model_init_kwargs={'use_kernels': True}."
-    ),
 }
 
 # names that older scripts use -> what to write today

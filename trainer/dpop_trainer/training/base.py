@@ -21,6 +21,7 @@ from dpop_trainer.batches.collate import PairCollator
 from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.data import TokenisedStream
 from dpop_trainer.measure.policy_probe import probe_policy
+from dpop_trainer.models.layer_kernels import use_layer_kernels
 from dpop_trainer.models.loading import disable_dropout
 from dpop_trainer.models.quantised import as_arguments, computed_in
 from dpop_trainer.reference.source import eval_mode
@@ -53,6 +54,8 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
     args: HeadConfig  # type: ignore[assignment]
     preparation: Preparation
     """How this run makes data ready; set by a subclass before this class's own constructor."""
+    ref_model: Any = None
+    """A model beside the policy."""
 
     def __init__(
         self,
@@ -266,6 +269,8 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
             for key in {key for line in self.state.log_history for key in line if key.startswith("num_")}:
                 logged = (line[key] for line in reversed(self.state.log_history) if key in line)
                 self._logged_token_counts[key] = next(logged, 0.0)
+        if self.args.use_liger_kernel and self.ref_model is not None:  # transformers has seen to the policy
+            use_layer_kernels(self.ref_model, self.args.liger_kernel_config or {})
         self._clock.restart()
 
     def _take_up(self, progress: Progress) -> None:
