@@ -25,13 +25,14 @@ CASES = {
     "lora": {"layout": "auto", "lora": True},
     "accumulated": {"layout": "auto", "gradient_accumulation_steps": 2},
     "idle_rank": {"layout": "rows", "num_pairs": 9},
+    "weighted": {"layout": "auto", "weighted": True, "gradient_accumulation_steps": 2},
     "checkpointed": {"layout": "rows", "lora": True, "gradient_checkpointing": True},
     "moving": {"layout": "rows", "sync_ref_model": True, "ref_model_sync_steps": 3},
     "precomputed": {"layout": "rows", "precompute_ref_log_probs": True, "loss_type": "dpo", "dpop_lambda": 50.0},
 }
 
 
-def build(folder, *, num_ranks, lora=False, num_pairs=11, bad_pair=None, **overrides):
+def build(folder, *, num_ranks, lora=False, num_pairs=11, weighted=False, bad_pair=None, **overrides):
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4 // num_ranks,
@@ -52,6 +53,8 @@ def build(folder, *, num_ranks, lora=False, num_pairs=11, bad_pair=None, **overr
         **overrides,
     }
     model, records = tiny_llama(), token_pairs(num_pairs)
+    if weighted:  # the ranks' shares of a step then differ in weight
+        records = [{**pair, "weight": 0.5 + i % 4} for i, pair in enumerate(records)]
     if bad_pair is not None:
         model.model.embed_tokens.weight.data[UNUSED_ID] = float("nan")
         records[bad_pair]["prompt_ids"][0] = UNUSED_ID

@@ -14,6 +14,8 @@ _ABSENT: dict[str, Any] = {
     "trie_ends": None,
     "num_sequences": None,
     "ref_segment_logps": None,
+    "pair_weights": None,
+    "weight_sum": None,
     FILLER_KEY: False,
 }
 
@@ -48,6 +50,10 @@ class Batch(dict[str, Any]):
     """[R, T] int64, how many of the pairs' sequences go through each position, 0 for padding; beside `trie_ends`."""
     ref_segment_logps: Tensor | None
     """[B, 3] fp32, in nats, where the data bring the reference's log-probs."""
+    pair_weights: Tensor | None
+    """[B] fp32, what each pair counts in the loss; None where each counts 1."""
+    weight_sum: float | None
+    """Their sum, known without asking the device."""
     is_filler: bool
     """Its pairs are there to keep a rank in step, and count for nothing."""
 

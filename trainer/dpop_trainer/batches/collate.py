@@ -9,6 +9,7 @@ from torch import Tensor
 from dpop_trainer.batches.batch import Batch
 from dpop_trainer.batches.layouts import Layout, cheaper_layout, flat_row, packed_rows, padded_rows, tree_rows
 from dpop_trainer.data.pair_tree import PairTree
+from dpop_trainer.data.pair_weights import WEIGHT_COLUMN
 from dpop_trainer.data.records import REF_COLUMNS, REF_SHARED_COLUMN, TOKEN_COLUMNS
 
 
@@ -52,7 +53,8 @@ class PairCollator:
         """
         Args:
             records: B records with prompt_ids, chosen_ids, rejected_ids, pair_id and, in all or none,
-                ref_chosen_logps and ref_rejected_logps; with them, in all or none, ref_shared_logps.
+                ref_chosen_logps and ref_rejected_logps; with them, in all or none, ref_shared_logps; and weight, 1
+                where it is missing.
 
         Returns:
             The tensors of `padded_rows`, or of `tree_rows` in the other layouts, and
@@ -60,6 +62,7 @@ class PairCollator:
             ref_segment_logps: [B, 3] fp32, in nats, if the records carry reference log-probs: the sums of the segments
                 that are scored, where the records know the shared part or none is scored apart. Else 0 and the whole
                 answers' sums: the loss adds segments up, so these stand for the tails and nothing for the shared part.
+            pair_weights: [B] fp32, and weight_sum, their sum, if any record has a weight.
 
         Raises:
             ValueError: a record lacks a column or a prompt token, a reference log-prob is not finite, or an id lies
@@ -76,6 +79,7 @@ class PairCollator:
         batch["pair_ids"] = torch.tensor([record["pair_id"] for record in records], dtype=torch.int64)
         if any(column in record for record in records for column in REF_COLUMNS):
             batch["ref_segment_logps"] = _ref_segment_logps(records, self.prefix_sharing)
+        batch.update(weights_of(records))
         self._check_vocabulary(batch, records)
         return batch
 
@@ -104,6 +108,14 @@ class PairCollator:
                 f"input_ids: expected ids {bound}, got {token_id} {where}. "
                 "Use the model's own tokenizer, and a pad token that the model has an embedding for."
             )
+
+
+def weights_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """pair_weights [B] fp32 and weight_sum, if any of the records has a weight; 1 for those that have none."""
+    if not any(WEIGHT_COLUMN in record for record in records):
+        return {}
+    weights = torch.tensor([record.get(WEIGHT_COLUMN, 1.0) for record in records], dtype=torch.float32)
+    return {"pair_weights": weights, "weight_sum": weights.double().sum().item()}
 
 
 def _check_record(record: dict[str, Any]) -> None:

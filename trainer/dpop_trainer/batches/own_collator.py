@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dpop_trainer.batches.batch import Batch, as_batch
+from dpop_trainer.batches.batch import Batch
+from dpop_trainer.batches.collate import weights_of
 
 _BATCH_KEYS = ("input_ids", "attention_mask", "score_positions", "target_ids", "cu_seqlens", "pair_ids", "token_counts")
 _ROW_KEYS = ("input_ids", "attention_mask", "completion_mask")
@@ -29,7 +30,7 @@ class OwnCollator:
         """
         collated = self.collator(records)
         if collated.keys() >= set(_BATCH_KEYS):
-            return as_batch(collated)
+            return Batch({**weights_of(records), **collated})
         if not set(_ROW_KEYS) <= collated.keys() <= {*_ROW_KEYS, *_REF_KEYS}:
             raise ValueError(
                 f"data_collator: expected it to return the keys {', '.join(_BATCH_KEYS)} of PairCollator, or those of "
@@ -41,7 +42,8 @@ class OwnCollator:
                 f"data_collator: expected a row for each answer of {len(records)} pairs, the chosen ones first, got "
                 f"{len(collated['input_ids'])} rows."
             )
-        return batch_of_rows(collated, torch.tensor([record["pair_id"] for record in records]))
+        batch = batch_of_rows(collated, torch.tensor([record["pair_id"] for record in records]))
+        return Batch({**batch, **weights_of(records)})
 
 
 def batch_of_rows(collated: Mapping[str, Tensor], pair_ids: Tensor) -> Batch:

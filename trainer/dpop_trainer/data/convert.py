@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Value
 from dpop_trainer.data.arrow_nulls import without_filled_nulls
 from dpop_trainer.data.code_hash import code_hash
 from dpop_trainer.data.forms import FORMS_BY_NAME, Form, Sample, recognise_form
+from dpop_trainer.data.pair_weights import MARGIN_COLUMN, WEIGHT_COLUMN, read_weight
 from dpop_trainer.data.records import (
     ALL_REF_COLUMNS,
     PAIR_TYPES,
@@ -37,6 +38,7 @@ ROW_FEATURES = Features(
         "place": Value("string"),
         "problem": Value("string"),
         "score_gap": Value("float64"),
+        "weight": Value("float64"),
         **{column: Value("float64") for column in ALL_REF_COLUMNS},
     }
 )
@@ -48,7 +50,12 @@ _SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
-_SIDE_COLUMNS = {*ALL_REF_COLUMNS, *(name for names in _SCORE_COLUMNS for name in names)}
+_SIDE_COLUMNS = {
+    *ALL_REF_COLUMNS,
+    WEIGHT_COLUMN,
+    MARGIN_COLUMN,
+    *(name for names in _SCORE_COLUMNS for name in names),
+}
 _KINDS: dict[type, Kind] = {pair_type: kind for kind, pair_type in PAIR_TYPES.items()}
 SAMPLE_SIZE = 100  # records from which a form is recognised
 
@@ -59,7 +66,8 @@ def convert_record(record: dict[str, Any], place: str, form: Form) -> dict[str, 
     try:
         pair = form.convert(record)
         refs = read_ref_logps(record)
-        row |= {"kind": _KINDS[type(pair)], "pair": _as_json(pair), "score_gap": _score_gap(record), **refs}
+        notes = {"score_gap": _score_gap(record), "weight": read_weight(record)}
+        row |= {"kind": _KINDS[type(pair)], "pair": _as_json(pair), **notes, **refs}
     except ValueError as error:
         row["problem"] = str(error)
     except RecursionError:
@@ -229,11 +237,11 @@ def _field_of_surrogate(pair: Pair) -> str:
 
 def _score_gap(record: dict[str, Any]) -> float | None:
     """How much better the chosen answer was judged than the rejected one, where the record says so."""
-    for names in _SCORE_COLUMNS:
+    for names in ((MARGIN_COLUMN,), *_SCORE_COLUMNS):
         try:
-            chosen, rejected = (float(record[name]) for name in names)
+            scores = [float(record[name]) for name in names]
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
-        gap = chosen - rejected
+        gap = scores[0] - sum(scores[1:])
         return gap if math.isfinite(gap) else None
     return None

@@ -20,6 +20,8 @@ class TokeniseCounts(NamedTuple):
     """Pairs whose answers have the same tokens: nothing to prefer."""
     dropped_identical_after_truncation: int
     """Pairs whose answers differ only in what `max_length` cut off."""
+    dropped_zero_weight: int
+    """Pairs of weight 0, which are not tokenised."""
     truncated_prompts: int
     """Prompts that lost tokens to `max_length`."""
     truncated_chosen: int
@@ -43,6 +45,8 @@ class TokeniseCounts(NamedTuple):
     """Pairs whose answers the data set's own scores call equally good."""
     inverted_scores: int
     """Pairs whose rejected answer has the better score."""
+    weighted: int
+    """Pairs whose weight in the loss is another than 1."""
     prompt_tokens: int
     """Tokens of all prompts."""
     chosen_tokens: int
@@ -67,6 +71,7 @@ class TokeniseCounts(NamedTuple):
                 "whose prompt leaves no room for an answer": self.dropped_no_room,
                 "with identical answers": self.dropped_identical,
                 "with answers identical after truncation": self.dropped_identical_after_truncation,
+                "of weight zero": self.dropped_zero_weight,
             }
         )
         changed = _listed(
@@ -93,6 +98,7 @@ class TokeniseCounts(NamedTuple):
             f"tokens; changed: {changed}."
             + (f"\nPairs to look at: {notes} (docs/data.md, Seams)." if notes != "nothing" else "")
             + (f"\nScores of the two answers: {scores}." if self.equal_scores or self.inverted_scores else "")
+            + (f"\n{self.weighted:,} pairs have a weight other than 1 in the loss." if self.weighted else "")
         )
 
 

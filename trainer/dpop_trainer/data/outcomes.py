@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpop_trainer.data.counts import TokeniseCounts
+from dpop_trainer.data.pair_weights import WEIGHT_COLUMN
 from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
 
 CUT_COLUMNS = ("prompt_cut", "chosen_cut", "rejected_cut")
@@ -23,7 +24,7 @@ class Outcomes(NamedTuple):
     """What becomes of the rows of a table of `tokenise.tokenised_features`."""
 
     names: np.ndarray
-    """[rows] of text: kept, identical, identical_after_truncation, no_room, empty or bad."""
+    """[rows] of text: kept, identical, identical_after_truncation, no_room, empty, zero_weight or bad."""
     kept: np.ndarray
     """[rows] of bool: the pair is trained on."""
     endless: np.ndarray
@@ -81,6 +82,7 @@ def count_outcomes(table: pa.Table, outcomes: Outcomes) -> TokeniseCounts:
         dropped_no_room=dropped["no_room"],
         dropped_identical=dropped["identical"],
         dropped_identical_after_truncation=dropped["identical_after_truncation"],
+        dropped_zero_weight=dropped["zero_weight"],
         truncated_prompts=total(table["prompt_cut"]),
         truncated_chosen=total(table["chosen_cut"]),
         truncated_rejected=total(table["rejected_cut"]),
@@ -92,6 +94,7 @@ def count_outcomes(table: pa.Table, outcomes: Outcomes) -> TokeniseCounts:
         endless_answers=int((outcomes.endless & outcomes.kept).sum()),
         equal_scores=total(pc.equal(table["score_gap"], 0.0)),
         inverted_scores=total(pc.less(table["score_gap"], 0.0)),
+        weighted=total(pc.not_equal(table[WEIGHT_COLUMN], 1.0)),
         prompt_tokens=total(pc.list_value_length(table["prompt_ids"])),
         chosen_tokens=total(pc.list_value_length(table["chosen_ids"])),
         rejected_tokens=total(pc.list_value_length(table["rejected_ids"])),

@@ -20,6 +20,7 @@ from dpop_trainer.data.counts import NO_COUNTS, TokeniseCounts
 from dpop_trainer.data.encode import check_tokenizer
 from dpop_trainer.data.forms import Form
 from dpop_trainer.data.outcomes import count_outcomes, judge_outcomes
+from dpop_trainer.data.pair_weights import WEIGHT_COLUMN, PairWeight, check_pair_weight
 from dpop_trainer.data.read import item_row, recognise_items, stream_items
 from dpop_trainer.data.records import ALL_REF_COLUMNS, TOKEN_COLUMNS, BadRecord, raise_bad_records
 from dpop_trainer.data.skipped import SkippedRecords
@@ -151,6 +152,7 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         max_length, truncation_mode, keep_identical, vocab_size, max_positions, stop_ids: as in `tokenise_pairs`.
         on_bad_record: "error" stops at the first batch with a record that cannot be used and names it; "skip" leaves
             such records out and counts them.
+        pair_weight: which weights pairs have in a loss; a record of another weight than 1 has the column.
         skipped: writes down what "skip" leaves out.
         repeat: begin anew when the stream ends, for training: without end, so that a resumed run goes on where it
             was. A pass that gives no pair stops it.
@@ -172,11 +174,14 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         max_positions: int | None = None,
         stop_ids: Collection[int] = (),
         on_bad_record: OnBadRecord = "error",
+        pair_weight: PairWeight = "none",
         skipped: SkippedRecords | None = None,
         repeat: bool = False,
     ) -> None:
         check_truncation(max_length, truncation_mode)
         check_on_bad_record(on_bad_record)
+        check_pair_weight(pair_weight)
+        self._pair_weight: PairWeight = pair_weight
         self._stream, self._tokenizer, self._name = stream, tokenizer, name
         self._max_length = max_length
         self._truncation_mode: TruncationMode = truncation_mode
@@ -230,6 +235,7 @@ class TokenisedStream(torch.utils.data.IterableDataset):
             tokenizer=self._tokenizer,
             max_length=self._max_length,
             truncation_mode=self._truncation_mode,
+            pair_weight=self._pair_weight,
         )
         table = as_table(tokenised, self._refs)
         outcomes = judge_outcomes(
@@ -243,7 +249,9 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         if is_counted:
             self._report_bad([BadRecord(batch[row]["place"], text) for row, text in outcomes.problems.items()], batch)
             self.counts += count_outcomes(table, outcomes)
-        return table.filter(outcomes.kept).select(self.column_names).to_pylist()
+        has_weights = any(weight != 1 for weight in tokenised[WEIGHT_COLUMN])
+        columns = [*self.column_names, *([WEIGHT_COLUMN] if has_weights else [])]
+        return table.filter(outcomes.kept).select(columns).to_pylist()
 
     def _report_bad(self, bad: list[BadRecord], batch: list[Row]) -> None:
         if self._on_bad_record == "error":

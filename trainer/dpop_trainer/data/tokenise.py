@@ -18,6 +18,7 @@ from dpop_trainer.data.counts import TokeniseCounts
 from dpop_trainer.data.encode import EncodedPair, Refused, check_tokenizer, encode_records
 from dpop_trainer.data.outcomes import CUT_COLUMNS, END_COLUMNS, NOTE_COLUMNS, count_outcomes, judge_outcomes
 from dpop_trainer.data.pair_tree import PairIds
+from dpop_trainer.data.pair_weights import WEIGHT_COLUMN, PairWeight, check_pair_weight, weight_of
 from dpop_trainer.data.records import ALL_REF_COLUMNS, TOKEN_COLUMNS, BadRecord, raise_bad_records
 from dpop_trainer.data.sound_cache import map_or_map_anew
 from dpop_trainer.data.truncate import TruncationMode, check_truncation, truncate_pair
@@ -51,6 +52,7 @@ def tokenise_pairs(
     on_bad_record: OnBadRecord = "error",
     on_skipped: Callable[[list[BadRecord]], None] | None = None,
     completions: bool = False,
+    pair_weight: PairWeight = "none",
     notes: bool = False,
 ) -> tuple[Dataset, TokeniseCounts]:
     """Tokenise pairs, cut them to length, and drop those that hold no preference.
@@ -77,12 +79,13 @@ def tokenise_pairs(
             counts them and names the first in a warning.
         on_skipped: is given the records that "skip" left out.
         completions: take prompt and completion too, for supervised fine-tuning.
+        pair_weight: which weights pairs have in a loss, see `pair_weights`.
         notes: keep the columns of `outcomes.NOTE_COLUMNS` and "endless", which say what the counts count.
 
     Returns:
         The data set with the columns prompt_ids, chosen_ids, rejected_ids (whole answers), pair_id (the pair's row
-        in `dataset`) and, if `dataset` has them, ref_chosen_logps, ref_rejected_logps and ref_shared_logps; and the
-        counts.
+        in `dataset`) and, if `dataset` has them, ref_chosen_logps, ref_rejected_logps and ref_shared_logps, and weight,
+        if not all are 1; and the counts.
 
     Raises:
         ValueError: the columns are those of no form, or the tokenizer has no EOS token or no chat template where one
@@ -92,12 +95,13 @@ def tokenise_pairs(
     """
     check_truncation(max_length, truncation_mode)
     check_on_bad_record(on_bad_record)
+    check_pair_weight(pair_weight)
     rows = convert_pairs(dataset, completions=completions, num_proc=num_proc)
     if on_bad_record == "error":
         raise_bad_records("pairs", len(rows), bad_records(rows), SKIP_REMEDY)
     check_tokenizer(processing_class, {kind for kind in rows.unique("kind") if kind is not None})
     refs = [column for column in ALL_REF_COLUMNS if any(logp is not None for logp in rows.unique(column))]
-    source = rows.select_columns(["kind", "pair", "problem", "score_gap", *refs])
+    source = rows.select_columns(["kind", "pair", "problem", "score_gap", WEIGHT_COLUMN, *refs])
     mapped = map_or_map_anew(
         source,
         _tokenise_batch,
@@ -107,6 +111,7 @@ def tokenise_pairs(
             "tokenizer": processing_class,
             "max_length": max_length,
             "truncation_mode": truncation_mode,
+            "pair_weight": pair_weight,
             "code": code_hash(__name__),
         },
         remove_columns=source.column_names,
@@ -140,7 +145,7 @@ def tokenise_pairs(
     if not outcomes.kept.all():
         mapped = mapped.select(np.flatnonzero(outcomes.kept))
     _logger.info(counts.summary())
-    columns = [*TOKEN_COLUMNS, "pair_id", *refs]
+    columns = [*TOKEN_COLUMNS, "pair_id", *refs, *([WEIGHT_COLUMN] if counts.weighted else [])]
     if notes:
         mapped = mapped.add_column("endless", outcomes.endless[outcomes.kept].tolist())  # type: ignore[call-arg]
         columns += [*NOTE_COLUMNS, "endless"]
@@ -170,7 +175,7 @@ def tokenised_features(refs: list[str]) -> Features:
         | {"pair_id": Value("int64"), "outcome": Value("string"), "problem": Value("string")}
         | {column: Value("bool") for column in NOTE_COLUMNS}
         | {column: Value("int32") for column in END_COLUMNS}
-        | {"score_gap": Value("float64")}
+        | {"score_gap": Value("float64"), WEIGHT_COLUMN: Value("float64")}
         | {column: Value("bool") for column in CUT_COLUMNS}
         | {column: Value("float64") for column in refs}
     )
@@ -183,11 +188,24 @@ def tokenise_rows(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int | None,
     truncation_mode: TruncationMode,
+    pair_weight: PairWeight,
 ) -> dict[str, list]:
     """Rows of `convert.ROW_FEATURES` -> their token ids and what became of each, as columns; as many as came in."""
-    good = [row for row, problem in enumerate(rows["problem"]) if problem is None]
+    finished, weights = [_bad(problem) for problem in rows["problem"]], [1.0] * len(rows["problem"])
+    good = []
+    for row, problem in enumerate(rows["problem"]):
+        if problem is not None:
+            continue
+        try:
+            weights[row] = weight_of(pair_weight, rows[WEIGHT_COLUMN][row], rows["score_gap"][row])
+        except ValueError as error:
+            finished[row] = _bad(str(error))
+            continue
+        if weights[row] == 0:
+            finished[row] = {**_bad(None), "outcome": "zero_weight"}
+        else:
+            good.append(row)
     pairs = [row_pair(rows["kind"][row], rows["pair"][row]) for row in good]
-    finished = [_bad(problem) for problem in rows["problem"]]
     for row, pair in zip(good, encode_records(pairs, tokenizer), strict=True):
         if isinstance(pair, Refused):
             finished[row] = _bad(pair.reason)
@@ -195,7 +213,7 @@ def tokenise_rows(
             finished[row] = _finish_pair(pair, max_length, truncation_mode)
     columns = {column: [row[column] for row in finished] for column in finished[0]}
     refs = {column: rows[column] for column in ALL_REF_COLUMNS if column in rows}
-    return {**columns, **refs, "score_gap": rows["score_gap"], "pair_id": indices}
+    return {**columns, **refs, "score_gap": rows["score_gap"], WEIGHT_COLUMN: weights, "pair_id": indices}
 
 
 def _tokenise_batch(
@@ -205,9 +223,17 @@ def _tokenise_batch(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int | None,
     truncation_mode: TruncationMode,
+    pair_weight: PairWeight,
     code: str,  # read by nobody, but part of the cache key
 ) -> dict[str, list]:
-    return tokenise_rows(batch, indices, tokenizer=tokenizer, max_length=max_length, truncation_mode=truncation_mode)
+    return tokenise_rows(
+        batch,
+        indices,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        pair_weight=pair_weight,
+    )
 
 
 def _bad(problem: str | None) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class PairReference:
             ValueError: the batch has no reference log-probs and the model that they would be of is gone.
         """
         if not self.plan.is_needed:
-            return torch.zeros(self._trainer.num_items(batch), 3, device=batch.cu_seqlens.device)
+            return torch.zeros(batch.pair_ids.shape[0], 3, device=batch.cu_seqlens.device)
         if batch.ref_segment_logps is not None:
             return batch.ref_segment_logps
         if self._source is None:

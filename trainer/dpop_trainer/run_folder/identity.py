@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from dpop_trainer.data.pair_weights import WEIGHT_COLUMN
 from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
 from dpop_trainer.run_folder.private import without_secrets
 
@@ -95,9 +96,10 @@ def _as_text(value: Any) -> str:
 
 
 def data_digest(dataset: Dataset) -> str:
-    """Hex digest of the pairs' tokens and reference log-probs, in order. Reads the columns once, at memory speed."""
+    """Hex digest of the pairs' tokens, reference log-probs and weights, in order. Reads each column once, at memory
+    speed."""
     digest = hashlib.blake2b(digest_size=8)
-    columns = [column for column in (*TOKEN_COLUMNS, *REF_COLUMNS) if column in dataset.column_names]
+    columns = [column for column in (*TOKEN_COLUMNS, *REF_COLUMNS, WEIGHT_COLUMN) if column in dataset.column_names]
     for batch in dataset.with_format("arrow").iter(batch_size=10_000):
         for column in columns:
             values = batch[column]  # type: ignore[index]

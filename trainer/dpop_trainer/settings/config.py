@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -18,6 +18,7 @@ from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.unpaired import UNPAIRED_LOSSES, check_kto_options
 from dpop_kernels.losses.weighing import check_ld_alpha
 from dpop_kernels.losses.weights import check_options, has_penalty, losses_of_batch, needs_reference, resolve_losses
+from dpop_trainer.data.pair_weights import PairWeight
 from dpop_trainer.run_folder.private import SecretFreeRepr, without_secrets
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
 from dpop_trainer.settings.liger import layers_alone
@@ -387,6 +388,14 @@ class DPOPConfig(TRLFields, HeadConfig):
         metadata={
             "help": "LD-DPO: α in [0, 1], by which tokens count in log-ratios from where an answer is longer than its "
             "pair's other one. None: 1, as all others."
+        },
+    )
+    pair_weight: str = field(
+        default="weight",
+        metadata={
+            "help": "What each pair counts in the mean over pairs: weight (the data set's column of that name, where "
+            "it has one), score_margin (how much better the chosen answer was scored), or none (all alike).",
+            "choices": [*get_args(PairWeight)],
         },
     )
     use_weighting: bool = field(

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from dpop_trainer.data.pair_weights import check_pair_weight
 from dpop_trainer.settings.row_options import check_row_options
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def check_preference_fields(args: "DPOPConfig") -> None:
         raise ValueError(
             f"dpop_lambda_warmup_steps: expected a whole number of steps, or a fraction below 1, got {warmup}."
         )
+    check_pair_weight(args.pair_weight)
     _check_budget(args)
     check_row_options(args)
     if args.precompute_ref_batch_size is not None and args.precompute_ref_batch_size < 1:

@@ -88,14 +88,15 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         if self.pop_callback(ProgressCallback) is not None:  # which prints every log line in full
             self.add_callback(RunProgress(type(self).__name__))
 
-    def num_items(self, batch: Batch) -> int:
-        """How many items a batch holds, read without touching the device."""
+    def num_items(self, batch: Batch) -> float:
+        """How many items a batch holds, or the sum of their weights, read without touching the device."""
         raise NotImplementedError
 
     def item_losses(
         self, model: nn.Module, batch: Batch, mode: str
-    ) -> tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor | int]]]:
-        """-> sum of the items' losses (with gradient), is-bad flag per pair [B], metrics as sums and weights."""
+    ) -> tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor | float]]]:
+        """-> sum of the items' weighted losses (with gradient), is-bad flag per pair [B], metrics as sums and
+        weights."""
         raise NotImplementedError
 
     def token_counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -129,10 +130,11 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         else:
             self._mean_metrics["eval_loss"].add({"loss": (loss_sum, num_items)})
         if num_items_in_batch is None:
-            loss = loss_sum / max(num_items, 1)
+            loss = loss_sum / (num_items or 1)
         else:
             # data parallelism averages gradients over processes, and the divisor already counts all of them
-            loss = loss_sum * (self.accelerator.num_processes / num_items_in_batch)
+            factor = self.accelerator.num_processes / num_items_in_batch
+            loss = loss_sum * (factor.to(loss_sum.dtype) if isinstance(factor, Tensor) else factor)
         return (loss, {}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -236,7 +238,8 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         count = sum(0 if batch.is_filler else self.num_items(batch) for batch in map(as_batch, batches))
         if self.accelerator.num_processes == 1:
             return count
-        return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
+        # in fp64, which holds counts and sums of weights alike
+        return self.accelerator.reduce(torch.tensor(count, dtype=torch.float64, device=device), reduction="sum")
 
     def _count_tokens(self, batch: Batch, *, weight: float) -> None:
         for key, count in self.token_counts(batch).items():

@@ -48,8 +48,9 @@ class HfHooks(Trainer):
         """A loader as accelerate has prepared it -> the one that is used."""
         return loader
 
-    def num_global_items(self, batches: list[Any], device: torch.device) -> Tensor | int:
-        """Items of the micro-batches of an optimizer step, over all processes: what the loss is divided by."""
+    def num_global_items(self, batches: list[Any], device: torch.device) -> Tensor | float:
+        """Items, or the sum of their weights, of the micro-batches of an optimizer step, over all processes: what the
+        loss is divided by."""
         raise NotImplementedError
 
     def tokens_seen(self, batch: Batch) -> Tensor | None:
@@ -107,7 +108,7 @@ class HfHooks(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | float | None:
         return self.num_global_items(batch_samples, device) if batch_samples else None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

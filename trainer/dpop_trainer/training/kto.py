@@ -163,7 +163,10 @@ class KTOTrainer(HeadTrainer):
         )
         rewards = self.args.beta * (answer_logps.detach() - ref_logps)
         token_labels = batch.labels.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(logps))
-        metrics: dict[str, tuple[Tensor, Tensor | int]] = {"kl": (kl, 1), "entropy": (stats.entropy.sum(), len(logps))}
+        metrics: dict[str, tuple[Tensor, Tensor | float]] = {
+            "kl": (kl, 1),
+            "entropy": (stats.entropy.sum(), len(logps)),
+        }
         for side, is_on_side, tokens in zip(
             _SIDES, (batch.labels, ~batch.labels), (token_labels, ~token_labels), strict=True
         ):

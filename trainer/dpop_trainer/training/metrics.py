@@ -21,7 +21,7 @@ class MeanMetrics:
         self._keys: list[str] = []
         self._totals: Tensor | None = None  # [2, K] fp64: weighted sums, weights
 
-    def add(self, sums: Mapping[str, tuple[Tensor, Tensor | int]]) -> None:
+    def add(self, sums: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
         """Add one micro-batch: for each key the sum of its values (a scalar tensor) and their number. No sync."""
         keys = list(sums)
         device = next(iter(sums.values()))[0].device
@@ -64,11 +64,17 @@ def metrics_of(
     has_reference: bool,
     wpo: Tensor | None = None,
     max_positions: int | None = None,
-) -> dict[str, tuple[Tensor, Tensor | int]]:
+) -> dict[str, tuple[Tensor, Tensor | float]]:
     """All that is logged of a batch of pairs; `wpo` are its weights [B], where that is asked for."""
     return {
-        **pair_metrics(pairs, beta=options.beta, dead_zone=options.dead_zone, has_reference=has_reference),
-        **loss_metrics(terms, options),
+        **pair_metrics(
+            pairs,
+            beta=options.beta,
+            dead_zone=options.dead_zone,
+            has_reference=has_reference,
+            weights=batch.pair_weights,
+        ),
+        **loss_metrics(terms, options, batch.pair_weights),
         **({} if wpo is None else {"wpo/weight": (wpo.sum(), wpo.shape[0])}),
         **token_metrics(stats, batch.cu_seqlens),
         **layout_metrics(batch, max_positions=max_positions),
@@ -105,13 +111,18 @@ def evaluation_names(args: DPOPConfig) -> set[str]:
 
 
 def pair_metrics(
-    pairs: PairLosses, *, beta: float, dead_zone: float = 0.0, has_reference: bool = True
-) -> dict[str, tuple[Tensor, int]]:
-    """TRL's per-pair metrics (rewards are β · log-ratio, without the penalty) and DPOP's own, as sums over pairs.
+    pairs: PairLosses,
+    *,
+    beta: float,
+    dead_zone: float = 0.0,
+    has_reference: bool = True,
+    weights: Tensor | None = None,
+) -> dict[str, tuple[Tensor, Tensor | float]]:
+    """TRL's per-pair metrics (rewards are β · log-ratio, without the penalty) and DPOP's own, as sums over pairs, each
+    by its weight in the loss where pairs have one.
 
     Without a reference only the log-probs: there is nothing that a log-ratio could be of.
     """
-    num_pairs = pairs.losses.shape[0]
     deficits = (-pairs.chosen_logratios).clamp(min=0)
     values = {
         "rewards/chosen": beta * pairs.chosen_logratios,
@@ -128,15 +139,28 @@ def pair_metrics(
     }
     if not has_reference:
         values = {key: value for key, value in values.items() if key.startswith("logps/")}
-    return {key: (value.sum(), num_pairs) for key, value in values.items()}
+    if weights is None:
+        return {key: (value.sum(), value.shape[0]) for key, value in values.items()}
+    return {key: ((weights * value).sum(), weights.sum()) for key, value in values.items()}
 
 
-def loss_metrics(terms: Mapping[str, Tensor], options: LossOptions) -> dict[str, tuple[Tensor, int]]:
-    """Where the loss is a sum of several, each of them unweighted; and the λ in effect, where it matters."""
-    values = {f"loss/{name}": losses for name, losses in terms.items()} if len(terms) > 1 else {}
+def loss_metrics(
+    terms: Mapping[str, Tensor], options: LossOptions, weights: Tensor | None = None
+) -> dict[str, tuple[Tensor, Tensor | float]]:
+    """Where the loss is a sum of several, each of them without its own weight; and the λ in effect, where it matters.
+
+    Args:
+        terms: from `pair_loss_terms`, times the pairs' weights.
+        options: the hyper-parameters.
+        weights: [B] of the pairs, where they have some.
+    """
+    metrics: dict[str, tuple[Tensor, Tensor | float]] = {}
+    for name, losses in terms.items() if len(terms) > 1 else ():
+        metrics[f"loss/{name}"] = losses.sum(), losses.shape[0] if weights is None else weights.sum()
     if has_penalty(list(terms)):
-        values["dpop/lambda"] = torch.full_like(next(iter(terms.values())), options.dpop_lambda, dtype=torch.float64)
-    return {key: (value.sum(), value.shape[0]) for key, value in values.items()}
+        some = next(iter(terms.values()))
+        metrics["dpop/lambda"] = torch.full_like(some, options.dpop_lambda, dtype=torch.float64).sum(), some.shape[0]
+    return metrics
 
 
 def token_metrics(stats: TokenStats, cu_seqlens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -157,14 +181,14 @@ def token_metrics(stats: TokenStats, cu_seqlens: Tensor) -> dict[str, tuple[Tens
     }
 
 
-def layout_metrics(batch: Batch, *, max_positions: int | None = None) -> dict[str, tuple[Tensor, Tensor | int]]:
+def layout_metrics(batch: Batch, *, max_positions: int | None = None) -> dict[str, tuple[Tensor, Tensor | float]]:
     """What the layout saves: tokens computed per token of the whole sequences, and the padding among all positions.
 
     With a budget of positions also the pairs per batch, and how much of the budget batches fill.
     """
     logical, computed = batch.token_counts
     num_positions = batch.input_ids.numel()
-    metrics: dict[str, tuple[Tensor, Tensor | int]] = {
+    metrics: dict[str, tuple[Tensor, Tensor | float]] = {
         "tokens/computed_ratio": (computed, logical),
         "tokens/padding_share": (num_positions - computed, num_positions),
     }

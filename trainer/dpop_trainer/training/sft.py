@@ -97,7 +97,7 @@ class SFTTrainer(HeadTrainer):
         logps, stats = ScoredModel(model, self.head).token_logps(batch, batch.model_inputs(), return_stats=True)
         num_tokens = self.num_items(batch)
         sequence_logps = segment_sums(logps, batch.cu_seqlens, backend=self.args.kernel_backend)
-        metrics: dict[str, tuple[Tensor, Tensor | int]] = {
+        metrics: dict[str, tuple[Tensor, Tensor | float]] = {
             "entropy": (stats.entropy.sum(), num_tokens),
             "mean_token_accuracy": (stats.is_top1.sum(), num_tokens),
         }

@@ -151,4 +151,5 @@ class Preparation:
             "max_positions": usable_positions(self.policy.model, args.pad_to_multiple_of),  # type: ignore[arg-type]
             "stop_ids": stop_token_ids(self.policy.model, self.policy.tokenizer),
             "on_bad_record": args.on_bad_record,
+            "pair_weight": getattr(args, "pair_weight", "none"),
         }

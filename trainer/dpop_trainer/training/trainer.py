@@ -1,6 +1,7 @@
 """DPOPTrainer: preference fine-tuning with TRL's interface, on this package's kernels."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -192,8 +193,8 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
         check_columns(self.args, [dataset])
         return nullcontext() if has_reference_columns(dataset) else self.reference.at_hand()
 
-    def num_items(self, batch: Batch) -> int:
-        return batch.pair_ids.shape[0]
+    def num_items(self, batch: Batch) -> float:
+        return batch.pair_ids.shape[0] if batch.weight_sum is None else batch.weight_sum
 
     def token_counts(self, batch):
         logical, computed = batch.token_counts
@@ -213,7 +214,7 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
             loss_weights=self.args.weights_by_loss(),
             options=options,
             ld_alpha=self.args.ld_alpha,
-            pair_weights=wpo,
+            pair_weights=_product(batch.pair_weights, wpo),
             backend=self.args.kernel_backend,
         )
         if mode == "train" and self.state.global_step == 0 and self.reference.plan.is_needed:
@@ -326,6 +327,12 @@ def default_output_dir(model: Any) -> str:
 
 def _understood(collator: Callable[[list[dict[str, Any]]], Any]) -> Any:
     return collator if isinstance(collator, PairCollator) else OwnCollator(collator)
+
+
+def _product(*weights: Tensor | None) -> Tensor | None:
+    """The product of the weights that there are; None where there are none."""
+    given = [weight for weight in weights if weight is not None]
+    return math.prod(given[1:], start=given[0]) if given else None
 
 
 def _collator(policy: Policy, args: DPOPConfig) -> PairCollator:

@@ -85,6 +85,8 @@ class Examination:
             "chosen_chars": measures.chosen_chars,
             "rejected_chars": measures.rejected_chars,
         }
+        if (self.pair_file.weights() != 1).any():
+            columns["weight"] = self.pair_file.weights()
         if self.model_scores is not None:
             scores = self.model_scores
             columns |= {

@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
+from numpy.typing import NDArray
 
 from dpop_trainer.data import read_pairs
 from dpop_trainer.data.convert import bad_records, row_pair
+from dpop_trainer.data.pair_weights import WEIGHT_COLUMN
 from dpop_trainer.data.read import stream_items
 from dpop_trainer.data.records import BadRecord, raise_bad_records
 
@@ -49,6 +53,11 @@ class PairFile(NamedTuple):
         """One of them."""
         values = self.dataset[row]
         return row_pair(values["kind"], values["pair"])
+
+    def weights(self) -> NDArray[np.float64]:
+        """[n] each pair's own weight, 1 where its record has none; NaN for what is no number."""
+        column = self.dataset.select_columns(WEIGHT_COLUMN).with_format("arrow")[:][WEIGHT_COLUMN]
+        return pc.fill_null(column, 1.0).to_numpy()
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The records as they were, all fields."""

@@ -212,6 +212,9 @@ def _charts(examination: Examination) -> str:
         histogram(np.log2(measures.ratio), Axis("log₂ (chosen / rejected length)")),
         histogram(measures.length[measures.length > 0], Axis("prompt + longer answer, tokens", 0)),
     ]
+    weights = examination.pair_file.weights()
+    if (weights != 1).any():
+        charts.append(histogram(weights, Axis("weight of a pair in the loss", 0)))
     return _figures(charts)
 
 

@@ -170,6 +170,7 @@ def _pairs(model: ModelArguments, data: DataArguments, config: PlanConfig, plan:
         truncation_mode=config.truncation_mode,  # type: ignore[arg-type]
         keep_identical=config.keep_identical,
         on_bad_record=config.on_bad_record,  # type: ignore[arg-type]
+        pair_weight=config.pair_weight,  # type: ignore[arg-type]
     )
     if not len(tokenised):
         raise ValueError(f"data: expected pairs to take lengths from, got none that can be used. {counts.summary()}")
