@@ -265,3 +265,18 @@ def test_charts_of_little():
             assert "nan" not in svg
             assert "inf" not in svg
     assert scatter(np.arange(3), np.arange(3), Axis("x"), "y").count("<circle") == 3
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0, 0.5), (1.0, 1.0, 1.0)], ids=["weighted", "plain"])
+def test_weights_of_pairs_are_shown_where_there_are_any(weights, tmp_path):
+    records = [{**pair, "weight": weight} for pair, weight in zip(text_pairs(3), weights, strict=True)]
+    path, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    main(["pairs", "inspect", str(path), "--out", str(out)])
+    is_shown = len(set(weights)) > 1
+    (report,), (figures,) = out.glob("*.html"), out.glob("*.json")
+    assert ("weight of a pair in the loss: 3 pairs, median 1" in report.read_text()) == is_shown
+    statistics = json.loads(figures.read_text())["statistics"]
+    assert ("weight" in statistics) == is_shown
+    if is_shown:
+        assert statistics["weight"]["mean"] == pytest.approx(3.5 / 3)
