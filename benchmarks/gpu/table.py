@@ -37,6 +37,8 @@ def _remark(record: dict[str, Any]) -> str:
         return f"{record['longest_tokens']} tokens, expected {record['predicted']['tokens']}"
     if "of_floor" in record:
         return f"{record['of_floor']:.0%} of the bare products' rate"
+    if record.get("passed"):
+        return "passed"
     if record.get("errors"):
         return f"largest error {max(record['errors'].values()):.1e}"
     return "out of memory" if "out_of_memory" in record else ""

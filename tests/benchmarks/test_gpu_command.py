@@ -168,6 +168,7 @@ def test_the_table_has_a_line_for_each_item():
         {**common, "item": "c", "failed": "OutOfMemoryError: tried\nmore"},
         {"part": "longest", "item": "d", "predicted": {"tokens": 100}, "longest_tokens": 90},
         {"part": "step", "job": "step/a", "ended": "done"},
+        {"part": "correct", "item": "e", "predicted": {}, "passed": True},
     ]
     lines = [" ".join(line.split()) for line in table(found).splitlines()]
     assert lines == [
@@ -176,6 +177,7 @@ def test_the_table_has_a_line_for_each_item():
         "step: b 500.00 ms begun, and cut",
         "step: c 500.00 ms failed: OutOfMemoryError: tried",
         "longest: d 90 tokens, expected 100",
+        "correct: e passed",
     ]
 
 
