@@ -31,6 +31,7 @@ from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import LlamaConfig
 
 from benchmarks import scale
+from dpop_kernels.backends import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -87,6 +88,15 @@ def test_every_recipe_is_planned(recipe, capsys):
     assert result["asked"]["memory"]["total_bytes"] == pytest.approx(sum(result["asked"]["memory"]["parts"].values()))
     assert result["asked"]["micro_batch_seconds"] > 0
     assert "table of known models" in result["notes"][0]
+    assert not any("kernel_backend" in note for note in result["notes"])
+
+
+def test_a_backend_asked_for_by_name_is_told_not_to_be_counted(capsys):
+    """It need not run here either: the plan is for another device."""
+    flags = [*KNOWN, "--device", "h100-80gb", "--no_search"]
+    *_, backend = BACKENDS
+    note = f"The kernels' workspace is counted as with kernel_backend auto, not {backend}."
+    assert note in plan(capsys, *flags, "--kernel_backend", backend)[1]["notes"]
 
 
 def test_a_72b_model_in_four_bits(capsys):

@@ -13,9 +13,10 @@ class PlanConfig(DPOPConfig):
     """A run's configuration that is read and not run: the device it is for need not be here."""
 
     def __post_init__(self) -> None:
-        planned = {name: getattr(self, name) for name in ("bf16", "optim", "activation_offloading", "use_cpu", "fp16")}
+        names = ("bf16", "optim", "activation_offloading", "use_cpu", "fp16", "kernel_backend")
+        planned = {name: getattr(self, name) for name in names}
         self.bf16, self.optim, self.activation_offloading, self.use_cpu = False, "adamw_torch", False, True
-        self.fp16 = False
+        self.fp16, self.kernel_backend = False, "auto"
         super().__post_init__()
         self.planned: dict[str, Any] = planned
         """What was asked for, of what this machine may not be able to do."""

@@ -207,6 +207,8 @@ def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArgument
         notes.append(f"Assumed: {run.optimizer} keeps what AdamW keeps.")
     if run.optimizer.startswith("paged_"):
         notes.append("A paged optimizer's states are counted on the device; they may leave it.")
+    if (backend := config.planned["kernel_backend"]) != "auto":
+        notes.append(f"The kernels' workspace is counted as with kernel_backend auto, not {backend}.")
     if config.planned["activation_offloading"]:
         notes.append("activation_offloading is not counted: it needs less memory than this.")
     if run.model.lora is not None and run.model.dtype == torch.float32 and device.is_gpu:
