@@ -28,6 +28,10 @@ _TO_LONGER = (aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype, aten.addmm.dty
 """Products of 16-bit factors into fp32, which CUDA alone computes."""
 
 
+IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
+"""Products that torch's registry of FLOP leaves out."""
+
+
 class ShapesOnly(TorchDispatchMode):
     """Counts by phase. `phases` are set from outside with `phase_of`; all else is of the phase `BODY`."""
 
@@ -100,7 +104,7 @@ class ShapesOnly(TorchDispatchMode):
             return
         for tensor in outputs:
             self.hold(tensor)
-        packet = func._overloadpacket
+        packet = IN_PLACE.get(func._overloadpacket, func._overloadpacket)
         if packet in flop_registry:
             shapes = {key: value for key, value in kwargs.items() if key not in ("out", "out_dtype")}
             positions = [value for value in args if not isinstance(value, torch.dtype)]

@@ -1,4 +1,4 @@
-"""Liger: cross-entropy, fused linear cross-entropy (both Triton) and fused linear DPO (torch.compile'd chunks)."""
+"""Liger: cross-entropy, fused linear cross-entropy, the per-token scaled one (CuTe on SM90), fused linear DPO."""
 
 from typing import Any
 
@@ -23,6 +23,12 @@ def linear_logps(hidden_states: Tensor, weight: Tensor, target_ids: Tensor, soft
     return -losses  # type: ignore[operator]
 
 
+def scaled_linear_logps(hidden_states: Tensor, weight: Tensor, target_ids: Tensor, softcap: float | None) -> Any:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden_states, weight, target_ids)  # type: ignore[operator]
+
+
 def linear_dpo(hidden_states: Tensor, weight: Tensor, labels: Tensor, ref_hidden_states: Tensor, beta: float) -> Any:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -42,6 +48,15 @@ PEERS = (
         has_fp32_logits=False,
         logits_logps=logits_logps,
         linear_logps=linear_logps,
+    ),
+    Peer(
+        "Liger, scaled",
+        "LigerFusedLinearScaledCrossEntropyFunction with its defaults: per token, for SM90; its fallback elsewhere",
+        package="liger-kernel",
+        module="liger_kernel",
+        needs_cuda=True,
+        takes_softcap=False,
+        linear_logps=scaled_linear_logps,
     ),
     Peer(
         "Liger DPO",
