@@ -34,9 +34,9 @@ def steps(request, comparisons):
             "task": "lora",
             "shape": {"name": "Llama 256 x 4", "pairs": cpu_step.METAMATH.name, "num_pairs": cpu_step.PAIRS_PER_STEP},
             "dtype": "float32",
-            "peer": "TRL" if trainer == "trl" else f"dpop-kernels, {trainer}",
-            "peer_version": records.version("trl" if trainer == "trl" else "dpop-kernels"),
-            "settings": "DPOTrainer" if trainer == "trl" else f"DPOPTrainer, layout {trainer}",
+            "peer": trainer.replace("trl", "TRL") if is_trl(trainer) else f"dpop-kernels, {trainer}",
+            "peer_version": records.version("trl" if is_trl(trainer) else "dpop-kernels"),
+            "settings": "DPOTrainer" if is_trl(trainer) else f"DPOPTrainer, layout {trainer}",
             **spread(seconds[trainer]),
             "peak_bytes": int(max(turn["peak_mib"] - turn["base_mib"] for turn in turns) * 2**20),
             "errors": {"loss": difference},
@@ -47,7 +47,11 @@ def steps(request, comparisons):
 
 
 def why_not(trainer):
-    return trl.PEERS[0].why_not(torch.device("cpu")) if trainer == "trl" else None
+    return trl.PEERS[0].why_not(torch.device("cpu")) if is_trl(trainer) else None
+
+
+def is_trl(trainer):
+    return trainer in (cpu_step.TRL, cpu_step.TRL_ON_GPU)
 
 
 @pytest.mark.benchmark(group="step-lora", timer=CLOCK)

@@ -38,7 +38,10 @@ BETA = 0.1
 LARGEST_LOSS_DIFFERENCE = 1e-4
 VOCAB_SIZE = 50257
 """GPT-2's; of the random words too."""
-CANDIDATES = (*(name for name in get_args(Layout) if name != "auto"), "trl")
+TRL, TRL_ON_GPU = "trl", "trl, answers alone"
+"""On a CPU TRL 1.16 scores every position, prompts and padding too; on a GPU the answers' tokens alone. The second is
+the first with that choice made as on a GPU; its tiles are folded by torch's operations in either."""
+CANDIDATES = (*(name for name in get_args(Layout) if name != "auto"), TRL, TRL_ON_GPU)
 """Our layouts that train on a CPU, and TRL."""
 
 
@@ -134,9 +137,12 @@ def measure(candidate: str, pairs_path: str | None, tokenizer_path: str | None) 
             "peft_config": lora,
             "callbacks": [times],
         }
-        if candidate == "trl":
+        if candidate in (TRL, TRL_ON_GPU):
             from trl import DPOConfig, DPOTrainer
+            from trl.trainer import utils
 
+            if candidate == TRL_ON_GPU:
+                utils._use_triton = lambda device: True
             trainer: Any = DPOTrainer(args=DPOConfig(**settings), **arguments)
         else:
             from dpop_trainer import DPOPConfig, DPOPTrainer
@@ -190,8 +196,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     records = []
     for candidate in CANDIDATES:
-        if candidate == "trl" and importlib.util.find_spec("trl") is None:
-            print("trl        skipped: TRL is not installed")
+        if candidate in (TRL, TRL_ON_GPU) and importlib.util.find_spec("trl") is None:
+            print(f"{candidate:20} skipped: TRL is not installed")
             continue
         records.append(run_process(candidate, options.pairs, options.tokenizer))
     difference = loss_difference(records)
@@ -205,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         for record in records:
             file.write(json.dumps({**common, **record}) + "\n")
             print(
-                f"{record['candidate']:10} {record['seconds_per_step']:6.2f} s/step  {record['peak_mib']:6.0f} MiB peak"
+                f"{record['candidate']:20} {record['seconds_per_step']:6.2f} s/step  {record['peak_mib']:6.0f} MiB peak"
             )
     return 0
 

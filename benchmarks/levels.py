@@ -1,10 +1,11 @@
 """The records of `make bench` and `benchmarks.gpu` as tables: which ones count, and what their cells say."""
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from benchmarks import records
-from benchmarks.peers import all_peers
+from benchmarks.peers import Peer, all_peers
 from benchmarks.plan import SWEPT
 
 OURS = "dpop-kernels"
@@ -180,8 +181,18 @@ def peers_table() -> str:
         ]
         does = ", ".join(text for text, function in kinds if function is not None)
         needs = "CUDA" if peer.needs_cuda else ""
-        rows.append([peer.name, seen.get(peer.name, "–"), does, peer.settings, needs])
-    return table(["peer", "version measured", "computes", "how it is called", "needs"], rows)
+        rows.append([peer.name, seen.get(peer.name, "–"), does, _products(peer), peer.settings, needs])
+    titles = ["peer", "version measured", "computes", "products of its head", "how it is called", "needs"]
+    return table(titles, rows)
+
+
+def _products(peer: Peer) -> str:
+    """Without gradient, with a frozen and with a trainable head, and how that is known."""
+    found = json.loads((records.RESULTS / "head_products.json").read_text())["peers"].get(peer.name)
+    if found is None:
+        return ""
+    counts = ", ".join(f"{count:g}" for count in found["products"])
+    return f"{counts} (read in {found['read_in']})" if "read_in" in found else f"{counts} (counted)"
 
 
 def milliseconds(seconds: float) -> str:

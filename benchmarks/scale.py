@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 FP32 = 4
+RECOMPUTED_TILE = 4096, 32768
+"""Rows and columns of TRL 1.16's tile (`TOKEN_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`)."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ class Training:
     activation_bytes: int = 2
     checkpointing: bool = True
     """Each layer keeps its input alone and is computed again in the backward."""
-    head: Literal["fused", "logits"] = "fused"
-    """Log-probs tile by tile, or from logits that exist."""
+    head: Literal["fused", "recomputed", "logits"] = "fused"
+    """Log-probs tile by tile; the same with tiles that are made again for the gradient, as TRL 1.16 does; or from
+    logits that exist."""
     own_reference: bool = False
     """A reference model of its own; with LoRA the adapter is switched off instead."""
     head_workspace_bytes: int = 64 << 20
@@ -152,9 +155,8 @@ def step_flop(
         layers -= 2.0 * positions * model.num_layers * model.intermediate_size * model.hidden_size
     scores = 4.0 * batch.num_rows * length**2 * model.attention_size * model.num_layers * (1 if masked else 0.5)
     attention = scores * (forwards + 2)  # a flash kernel makes the scores once more: half a forward
-    head_products = reference + (2 if training.lora_rank is not None else 4)
-    if training.head == "logits":
-        head_products = reference + (2 if training.lora_rank is not None else 3)
+    frozen, trainable = {"fused": (2, 4), "recomputed": (3, 4), "logits": (2, 3)}[training.head]
+    head_products = reference + (frozen if training.lora_rank is not None else trainable)
     head = 2.0 * batch.num_scored * model.hidden_size * model.vocab_size * head_products
     return StepFlop(layers, attention, head)
 
@@ -188,9 +190,14 @@ def head_bytes(model: ModelSize, training: Training, num_scored: int) -> float:
     """What the head holds at its worst moment, forward or backward.
 
     Fused: two tensors of the scored states' size (the gradient that the forward forms, and what the backward makes of
-    it) and a workspace that does not grow. From logits: three of theirs in fp32, whatever the model's dtype: the
-    log-softmax, its gradient, and the logits' gradient.
+    it) and a workspace that does not grow. Recomputed: the gradient in fp32 and in the states' dtype, and one tile.
+    From logits: three of theirs in fp32, whatever the model's dtype: the log-softmax, its gradient, and the logits'
+    gradient.
     """
+    if training.head == "recomputed":
+        rows, columns = min(num_scored, RECOMPUTED_TILE[0]), min(model.vocab_size, RECOMPUTED_TILE[1])
+        states = num_scored * model.hidden_size * (FP32 + training.activation_bytes)
+        return float(states + rows * columns * training.activation_bytes)
     if training.head == "logits":
         return 3.0 * num_scored * model.vocab_size * FP32
     states = 2 * num_scored * model.hidden_size * training.activation_bytes

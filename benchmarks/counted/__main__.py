@@ -53,8 +53,11 @@ def gsm8k_records(source: Path, tokenizer_path: str, num_pairs: int) -> list[dic
 
 
 def count_batch(case: Case, side: str, batch: list[dict[str, Any]]) -> Count:
-    """A step of the whole model; where its layers are equal, from two models of a few: each layer adds the same."""
-    if not case.has_equal_layers:
+    """A step of the whole model; with LoRA and equal layers from two models of a few, since each layer adds the same.
+
+    Where all weights are trained, the worst moment of a few layers is another than that of many.
+    """
+    if not (case.has_equal_layers and case.lora):
         return count_step(side, *case.models(), batch, checkpointing=True)
     few, more = (count_step(side, *case.models(depth), batch, checkpointing=True) for depth in FEW_LAYERS)
     return few.carried_on(more, (case.config.num_hidden_layers - FEW_LAYERS[0]) // (FEW_LAYERS[1] - FEW_LAYERS[0]))

@@ -61,9 +61,10 @@ def note() -> str:
     record = next(iter(_latest().values()))
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return (
-        f"Means of {record['num_batches']} batches of {record['pairs_per_batch']} pairs; {versions}. Predicted: FLOP at "
-        f"{PRODUCT_UTILISATION:.0%} of {FLOP_PER_S / 1e12:.0f} TFLOP/s and other traffic at {COPY_UTILISATION:.0%} of "
-        f"{BYTES_PER_S / 1e12:.2f} TB/s, an H100's data sheet. It is arithmetic: no GPU was measured."
+        f"Means of {record['num_batches']} batches of {record['pairs_per_batch']} pairs; {versions}. Predicted: FLOP "
+        f"at {PRODUCT_UTILISATION:.0%} of {FLOP_PER_S / 1e12:.0f} TFLOP/s and other traffic at "
+        f"{COPY_UTILISATION:.0%} of {BYTES_PER_S / 1e12:.2f} TB/s, an H100's data sheet. It is arithmetic: no GPU was "
+        f"measured."
     )
 
 

@@ -70,7 +70,7 @@ def on_paper(size: scale.ModelSize, plan: Plan, candidate: str) -> dict[str, Any
     ends = size.vocab_size * size.hidden_size * (1 if size.tied_embeddings else 2) * 2  # in bf16
     weight_bytes = (linear_bytes(size, nested=True) + ends) / size.num_parameters
     training = scale.Training(
-        lora_rank=plan.lora_rank, weight_bytes=weight_bytes, head="logits" if candidate == "trl" else "fused"
+        lora_rank=plan.lora_rank, weight_bytes=weight_bytes, head="recomputed" if candidate == "trl" else "fused"
     )
     batch = batch_of(plan.pairs[:1], candidate)
     parts = asdict(scale.step_memory(size, training, batch))

@@ -84,7 +84,7 @@ def predict(size: scale.ModelSize, plan: Plan, candidate: str) -> dict[str, Any]
     """Seconds of the products of the first step that counts, at an H200's rate, and GiB."""
     first = plan.num_warm_up * plan.pairs_per_step
     batch = batch_of(plan.pairs[first : first + plan.pairs_per_step], candidate)
-    training = scale.Training(lora_rank=plan.lora_rank, head="logits" if candidate == "trl" else "fused")
+    training = scale.Training(lora_rank=plan.lora_rank, head="recomputed" if candidate == "trl" else "fused")
     flop = scale.step_flop(size, training, batch).total
     if candidate not in ("trl", "rows"):  # scores of one row as if all of it saw all: a pair sees its own tokens alone
         whole = scale.step_flop(size, training, batch)
