@@ -1,11 +1,16 @@
 """A step that is counted without being computed: against counts by hand and against trainers that run."""
 
+import json
+
 import pytest
 import torch
+from transformers import LlamaConfig
+
+from benchmarks.counted import head_products, table
 from benchmarks.counted.cases import Case
 from benchmarks.counted.shapes_only import ShapesOnly
 from benchmarks.counted.sides import TRL, count_step
-from transformers import LlamaConfig
+from benchmarks.peers import all_peers
 
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, RANK, LAYERS = 32, 48, 96, 4, 2, 16, 2
 HEAD_DIM = HIDDEN // HEADS
@@ -108,7 +113,9 @@ def test_a_lora_step_of_trl():
     assert count.head_flop == head_flop(answers, 4)
 
 
-@pytest.mark.parametrize("side, num_tokens", [("rows", SHARED + CHOSEN_TAIL + REJECTED_TAIL), (TRL, 2 * SHARED + 6)])
+@pytest.mark.parametrize(
+    ("side", "num_tokens"), [("rows", SHARED + CHOSEN_TAIL + REJECTED_TAIL), (TRL, 2 * SHARED + 6)]
+)
 def test_a_step_that_trains_all_weights(side, num_tokens):
     count = count_step(side, *model_case(lora=False).models(), [the_pair()], checkpointing=True)
     assert count.body_flop == body_flop(2 * LONGEST, trains_all=True)
@@ -148,3 +155,32 @@ def test_a_selection_has_as_many_rows_as_its_mask_says():
         product = states[mask] @ torch.empty(8, 5, device="meta")
     assert product.shape == (3, 5)
     assert counter.flop == {"body": 2 * 3 * 8 * 5}
+
+
+def test_the_table_by_hand(tmp_path, monkeypatch):
+    """600 TFLOP in two steps against 200; 494.5 TFLOP/s and 2.5125 TB/s make 0.6067 + 0.0008 s of one, 0.2022 + 0.0002
+    of the other."""
+    common = {"case": "A", "tuning": "LoRA", "data": "GSM8K", "num_batches": 2, "weight_bytes": 1 << 30}
+    theirs = {"body_flop": 500e12, "attention_flop": 20e12, "head_flop": 80e12, "body_traffic": 4e9}
+    ours = {"body_flop": 170e12, "attention_flop": 10e12, "head_flop": 20e12, "body_traffic": 1e9}
+    lines = [
+        {**common, "side": "trl", **theirs, "peak_bytes": 3 << 30},
+        {**common, "side": "flat", **theirs, "peak_bytes": 9 << 30},  # an older one
+        {**common, "side": "flat", **ours, "peak_bytes": 3 << 29},
+    ]
+    path = tmp_path / "counted.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    monkeypatch.setattr(table, "RECORDS", path)
+    assert table.summary().splitlines()[-1] == (
+        "| A, LoRA | 300 → **100** | 3.00 × | 4.00 × | 2.0 → **0.5** GiB | 3.0 × |"
+    )
+    assert table.predicted_seconds(lines[0]) == pytest.approx(300e12 / 494.5e12 + 2e9 / 2.5125e12)
+
+
+@pytest.mark.parametrize(
+    ("peer", "products"), [("dpop-kernels", (1, 2, 4)), ("PyTorch", (1, 2, 3)), ("TRL", (1, 3, 4))]
+)
+def test_products_of_a_head(peer, products):
+    """Ours: logits and E·W at once with a frozen weight; logits twice and two gradients with a trainable one. Plain
+    PyTorch keeps its logits. TRL makes them twice."""
+    assert head_products.counted_products(all_peers()[peer]) == products
