@@ -129,7 +129,7 @@ def peer_table(peers: dict[str, dict[str, Any]]) -> str:
 
 
 def headline() -> str:
-    """The frozen head for README: every peer at the swept model's size, on a GPU if there are records of one."""
+    """The frozen head: every peer at the swept model's size, on a GPU if there are records of one."""
     chosen = [
         (group, peers)
         for group, peers in latest().items()
@@ -161,7 +161,7 @@ def headline() -> str:
     ]
     note = (
         f"{group.size}; {group.device}. Peers take turns in one run; errors are against fp64; the floor is two matrix "
-        "products at the rate measured in the same run. All levels and peers: [docs/benchmarks.md](docs/benchmarks.md)."
+        "products at the rate measured in the same run."
     )
     return f"{table(titles, rows)}\n\n{note}"
 
