@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from dpop_trainer.cli import main
-from dpop_trainer.models.loading import load_chat_template
+from dpop_trainer.models.tokenizer_loading import load_chat_template
 from dpop_trainer.settings.arguments import ComparisonArguments, parse_arguments, run_config
 from dpop_trainer.settings.config import DPOPConfig, SFTConfig
 from dpop_trainer.settings.recipes import FOLDER, STARTED_BY, list_recipes, recipe_file, recipe_files
