@@ -28,9 +28,9 @@ MODULES = {
     "socket",
     "requests",
 }
-MODULES |= {"urllib.request", "httpx", "aiohttp", "ftplib", "smtplib"}
+MODULES |= {"urllib.request", "httpx", "httpx2", "aiohttp", "ftplib", "smtplib"}
 ALLOWED = {
-    ("trainer/dpop_trainer/tools/mtbench/endpoint.py", "urllib.request"),  # the judge, where one is named
+    ("trainer/dpop_trainer/tools/mtbench/endpoint.py", "httpx2"),  # the judge, where one is named
     # is the hub, or a proxy, there? before a model's configuration is asked for
     ("trainer/dpop_trainer/tools/plan/source.py", "socket"),
     ("trainer/dpop_trainer/tools/plan/source.py", "urllib.request"),

@@ -131,7 +131,7 @@ MISTAKES = [
     (["export", "a/b", "--out", "key.yaml"], 1, "out: expected a folder, got the file 'key.yaml'."),
     (["export", "a/b", "--out", "new", "--evaluation", "."], 1, "evaluation: expected results.json of `dpop eval`"),
     (["demo", "--output_dir", "key.yaml"], 1, "output_dir: expected a folder, got 'key.yaml'"),
-    (["pairs", "build", "arc", "--source", "absent.jsonl", "--out", "o.jsonl"], 1, "source: expected a file or a hub"),
+    (["pairs", "build", "arc", "--source", "absent.jsonl", "--out", "o.jsonl"], 1, "source: expected an existing file"),
     (["pairs", "inspect", "absent.jsonl"], 1, "source: expected an existing file or folder, got absent.jsonl."),
     (["pairs", "inspect", "key.yaml"], 1, "source: expected a file ending in"),
     (["pairs", "inspect", "a/b", "--tokenizer", "./absent"], 1, "model: expected a folder with a tokenizer"),

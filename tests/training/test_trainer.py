@@ -294,11 +294,3 @@ def test_bad_arguments_are_named(tmp_path, tokenizer):
         DPOPTrainer(tiny_llama(), args=TrainingArguments(), train_dataset=Dataset.from_list(token_pairs()))
     with pytest.raises(ValueError, match="model: expected a causal LM, or a name or path to load one, got int"):
         DPOPTrainer(3, args=config(tmp_path), train_dataset=Dataset.from_list(token_pairs()))
-    with pytest.raises(ValueError, match="compute_metrics: expected None"):
-        DPOPTrainer(
-            tiny_llama(),
-            args=config(tmp_path),
-            train_dataset=Dataset.from_list(token_pairs()),
-            processing_class=tokenizer,
-            compute_metrics=lambda _: {},
-        )
