@@ -154,3 +154,13 @@ def test_evaluation_is_weighted(tmp_path, tokenizer):
     alone = [run.evaluate(Dataset.from_list([pair]))["eval_loss"] for pair in records]
     found = run.evaluate(Dataset.from_list(with_weights(records, (1.0, 2.0, 0.5))))["eval_loss"]
     assert found == pytest.approx((alone[0] + 2 * alone[1] + alone[2] / 2) / 3.5, rel=EQUAL)
+
+
+def test_pairs_that_are_compared_have_no_weights(tmp_path, tokenizer):
+    """Told before a model runs; a data set that says nothing of weights, or is not asked for them, is taken."""
+    batch = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 1, "loss_type": "aot"}
+    records = with_weights(ragged(5))
+    with pytest.raises(ValueError, match="pair_weight: expected 'none' with loss_type 'aot'"):
+        trainer(tmp_path, tokenizer, records=records, **batch)
+    trainer(tmp_path, tokenizer, records=records, pair_weight="none", **batch)
+    trainer(tmp_path, tokenizer, records=ragged(5), **batch)

@@ -46,7 +46,7 @@ from dpop_trainer.training.metrics import evaluation_names, metrics_of
 from dpop_trainer.training.predictions import PairPredictions
 from dpop_trainer.training.split_preparation import Preparation
 from dpop_trainer.training.trainable import check_trainable
-from dpop_trainer.training.trainer_checks import check_arguments
+from dpop_trainer.training.trainer_checks import check_arguments, check_weights
 from dpop_trainer.training.trl_names import TRLNames
 from dpop_trainer.training.watch import ChosenWatch
 
@@ -131,6 +131,7 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
         train_dataset = self.preparation.split(train_dataset, "train", repeat=True)
         eval_dataset = self.preparation.split(eval_dataset, "eval")
         parts = data_parts(train_dataset, eval_dataset)
+        check_weights(args, parts)
         plan = plan_reference(
             policy.model,
             ref_model,

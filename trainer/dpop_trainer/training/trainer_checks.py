@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from dpop_kernels.losses.weights import losses_of_batch
+from dpop_trainer.data.pair_weights import WEIGHT_COLUMN
 from dpop_trainer.data.stream import is_stream
 from dpop_trainer.data.vision import refuse_vision
 from dpop_trainer.settings.config import DPOPConfig
@@ -60,6 +62,24 @@ def check_arguments(
     check_form("eval_dataset", eval_dataset)
     if isinstance(ref_model, str):  # which is loaded last
         check_model_path(ref_model)
+
+
+def check_weights(args: DPOPConfig, parts: list[Any]) -> None:
+    """Before a model runs; of a stream whose columns are unknown the first loss tells.
+
+    Args:
+        args: of the run.
+        parts: its prepared data sets.
+
+    Raises:
+        ValueError: pairs have weights, and a loss compares them with each other.
+    """
+    compared = losses_of_batch(args.loss_type)
+    if compared and any(WEIGHT_COLUMN in (part.column_names or ()) for part in parts):
+        raise ValueError(
+            f"pair_weight: expected 'none' with loss_type {compared[0]!r}, which compares the pairs of a batch, got "
+            "pairs with weights. Set pair_weight='none', or choose a loss of single pairs."
+        )
 
 
 def check_form(name: str, dataset: Any) -> None:
