@@ -105,7 +105,7 @@ class ShapesOnly(TorchDispatchMode):
         for tensor in outputs:
             self.hold(tensor)
         packet = IN_PLACE.get(func._overloadpacket, func._overloadpacket)
-        if packet in flop_registry:
+        if packet in flop_registry and not _is_outer(packet, args):
             shapes = {key: value for key, value in kwargs.items() if key not in ("out", "out_dtype")}
             positions = [value for value in args if not isinstance(value, torch.dtype)]
             self.flop[self._phase] += flop_registry[packet](*positions, **shapes, out_val=output)
@@ -156,6 +156,12 @@ def _without_data(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 def _longer(func: Any, args: Any) -> Tensor:
     left, right, dtype = args if func is aten.mm.dtype else args[1:4]
     return left.new_empty(left.shape[0], right.shape[1], dtype=dtype)
+
+
+def _is_outer(packet: Any, args: Any) -> bool:
+    """Whether a product multiplies each entry once and adds nothing, as older rotary embeddings make their angles."""
+    left = args[1] if packet in (aten.addmm, aten.baddbmm) else args[0]
+    return left.shape[-1] == 1
 
 
 def _makes_memory(func: Any) -> bool:

@@ -49,6 +49,10 @@ def test_it_is_the_model_s_own_in_every_layout(family):
     model = experts(family)
     rows = collated("rows")
     own = model(**rows.model_inputs(), output_router_logits=True).aux_loss
+    if not isinstance(own, torch.Tensor):  # some families' routers are not recorded by the oldest transformers
+        with pytest.raises(ValueError, match="router_aux_loss_coef: expected a model that gives its routers' logits"):
+            with_gradients(model, "rows")
+        return
     assert own > 1  # 4 experts of which 2 are chosen: 2 where all are used alike, if it were
     own.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

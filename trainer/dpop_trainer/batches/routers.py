@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 
 from dpop_trainer.batches.batch import Batch
@@ -50,10 +51,16 @@ class RouterLoss:
         """The loss of the batch whose forward was recorded, a scalar with gradient.
 
         Raises:
-            ValueError: the batch does not say how many answers a position belongs to.
+            ValueError: the batch does not say how many answers a position belongs to, or the model gave no logits of
+                its routers, as some families of older transformers do.
         """
         router_logits, self._router_logits = self._router_logits, ()
-        assert router_logits, "a forward is recorded first"
+        if not router_logits:
+            raise ValueError(
+                f"router_aux_loss_coef: expected a model that gives its routers' logits, got none from "
+                f"{type(self._decoder).__name__} of transformers {transformers.__version__}. Set it to 0, or install a "
+                "newer transformers."
+            )
         counts = batch.num_sequences
         if counts is None:
             if batch.trie_ends is not None:
