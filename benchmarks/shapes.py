@@ -9,7 +9,7 @@ make_pairs(METAMATH, ...)      token ids of pairs with a data set's lengths
 import dataclasses
 import random
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpop_trainer.tools.plan.known_models import SHAPES
 
@@ -75,6 +75,23 @@ def head_shape(name: str) -> HeadShape:
         raise ValueError(f"name: expected a divisor of {head.vocab_size} and {head.hidden_size}, got {name!r}.")
     return dataclasses.replace(
         head, name=name, vocab_size=head.vocab_size // factor, hidden_size=head.hidden_size // factor
+    )
+
+
+def gemma_3_1b() -> Any:
+    """The configuration of google/gemma-3-1b-pt, from its config.json: a window of 512 tokens in most layers."""
+    from transformers import AutoConfig  # the other shapes need none
+
+    return AutoConfig.for_model(
+        "gemma3_text",
+        vocab_size=262144,
+        hidden_size=1152,
+        intermediate_size=6912,
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=512,
     )
 
 

@@ -7,7 +7,9 @@ import torch
 from dpop_trainer.tools.plan.known_models import known_config
 from dpop_trainer.tools.plan.paper_model import ModelSetting, build
 from peft import LoraConfig
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
+
+from benchmarks.shapes import gemma_3_1b
 
 RANK = 16
 
@@ -46,22 +48,10 @@ class Case:
         return policy, None if self.lora else build(self.config, setting, num_layers=num_layers).requires_grad_(False)
 
 
-# google/gemma-3-1b-pt's config.json
-_GEMMA_3_1B = {
-    "vocab_size": 262144,
-    "hidden_size": 1152,
-    "intermediate_size": 6912,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 256,
-    "sliding_window": 512,
-}
-
 CASES: dict[str, Case] = {
     "Llama-3.2-1B": Case(known_config("Llama-3.2-1B")),
     "Llama-3.2-1B, all weights": Case(known_config("Llama-3.2-1B"), lora=False),
-    "Gemma-3-1B": Case(AutoConfig.for_model("gemma3_text", **_GEMMA_3_1B)),
+    "Gemma-3-1B": Case(gemma_3_1b()),
     "Llama-3-8B": Case(known_config("Llama-3-8B")),
     "Qwen2.5-72B": Case(known_config("Qwen2.5-72B"), bits=4),
 }

@@ -17,26 +17,16 @@ from typing import Any, NamedTuple
 
 import torch
 from dpop_trainer.tools.plan.known_models import known_config
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from benchmarks import records
 from benchmarks.gpu import step
 from benchmarks.gpu.trainers import Plan, pair_of_words, train
 from benchmarks.gpu.work import Work
 from benchmarks.random_base import llama_config
+from benchmarks.shapes import gemma_3_1b
 
 RANK = 16
-# google/gemma-3-1b-pt's config.json
-_GEMMA_3_1B = {
-    "vocab_size": 262144,
-    "hidden_size": 1152,
-    "intermediate_size": 6912,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 256,
-    "sliding_window": 512,
-}
 
 
 class Case(NamedTuple):
@@ -48,7 +38,7 @@ class Case(NamedTuple):
 
 CASES = {
     "Llama-3-8B": Case(known_config("Llama-3-8B"), lora=True),
-    "Gemma-3-1B": Case(AutoConfig.for_model("gemma3_text", **_GEMMA_3_1B), lora=False),
+    "Gemma-3-1B": Case(gemma_3_1b(), lora=False),
 }
 LAYOUTS = {"Llama-3-8B": "flat", "Gemma-3-1B": "rows"}
 """Gemma's windows of attention let it run neither trees nor flat rows."""

@@ -204,6 +204,7 @@ def test_names_that_the_font_lacks_do_not_break_a_figure(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plot_logratios(dict.fromkeys(names, history), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 PAIRS = {

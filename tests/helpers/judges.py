@@ -5,9 +5,22 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from dpop_trainer.tools.mtbench.endpoint import Endpoint
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["Tell of a dog.", "Now of a cat."]},
+    {"question_id": 111, "category": "math", "turns": ["1 + 1?", "2 + 2?"], "reference": ["It is 2.", "It is 4."]},
+    {"question_id": 121, "category": "coding", "turns": ["Print x.", "Print y."]},
+]
+"""MT-Bench's, of three kinds; one has reference answers."""
+
+
+def write_questions(path: Path) -> Path:
+    path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    return path
 
 
 class Judge(ThreadingHTTPServer):

@@ -11,20 +11,12 @@ from dpop_trainer.tools.mtbench.endpoint import Endpoint, EndpointError
 from dpop_trainer.tools.mtbench.files import append_records, read_answers
 from dpop_trainer.tools.mtbench.judge import rating_of, run_judge
 from dpop_trainer.tools.mtbench.prompts import FASTCHAT_NAMES, load_prompts
-from judges import endpoint_of, running_judges, says
-
-QUESTIONS = [
-    {"question_id": 81, "category": "writing", "turns": ["Tell of a dog.", "Now of a cat."]},
-    {"question_id": 111, "category": "math", "turns": ["1 + 1?", "2 + 2?"], "reference": ["It is 2.", "It is 4."]},
-    {"question_id": 121, "category": "coding", "turns": ["Print x.", "Print y."]},
-]
+from judges import QUESTIONS, endpoint_of, running_judges, says, write_questions
 
 
 @pytest.fixture
 def questions_file(tmp_path):
-    path = tmp_path / "question.jsonl"
-    path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    return path
+    return write_questions(tmp_path / "question.jsonl")
 
 
 @pytest.fixture

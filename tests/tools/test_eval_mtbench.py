@@ -8,20 +8,14 @@ from dpop_trainer.cli import main
 from dpop_trainer.models.trained import load_trained
 from dpop_trainer.tools.mtbench import answer as answer_module
 from dpop_trainer.tools.mtbench.files import append_records, read_answers, read_questions
+from judges import write_questions
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}<assistant> "
-QUESTIONS = [
-    {"question_id": 81, "category": "writing", "turns": ["Tell of a dog.", "Now of a cat."]},
-    {"question_id": 111, "category": "math", "turns": ["1 + 1?", "2 + 2?"], "reference": ["It is 2.", "It is 4."]},
-    {"question_id": 121, "category": "coding", "turns": ["Print x.", "Print y."]},
-]
 
 
 @pytest.fixture
 def questions_file(tmp_path):
-    path = tmp_path / "question.jsonl"
-    path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    return path
+    return write_questions(tmp_path / "question.jsonl")
 
 
 @pytest.fixture
