@@ -8,16 +8,14 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpop_kernels import ScoringHead
 from dpop_kernels.losses.pair_loss import segment_sums
 from dpop_kernels.losses.unpaired import UNPAIRED_LOSSES, kto_loss
-from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.batches import Batch
 from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.data import SkippedRecords
-from dpop_trainer.models.loading import prepare_policy
 from dpop_trainer.models.positions import usable_positions
 from dpop_trainer.reference import PairReference
 from dpop_trainer.reference.adapters import adapter_changes_nothing
@@ -25,9 +23,9 @@ from dpop_trainer.reference.choose import Kind, ReferencePlan, data_parts, refer
 from dpop_trainer.settings.config import KTOConfig
 from dpop_trainer.training.base import HeadTrainer
 from dpop_trainer.training.best_metric import check_best_metric
+from dpop_trainer.training.policy import policy_to_train
 from dpop_trainer.training.sft import CompletionCollator
 from dpop_trainer.training.split_preparation import Preparation
-from dpop_trainer.training.trainable import check_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +92,16 @@ class KTOTrainer(HeadTrainer):
             check_answers(name, dataset)
         may_have_more = bool(callbacks) or type(self) is not KTOTrainer
         check_best_metric(args, eval_dataset, _METRICS, may_have_more=may_have_more)
-        take_off_heads(model)  # another trainer's, whose model this was
-        take_off_heads(ref_model)
-        set_seed(args.seed)
-        policy = prepare_policy(
-            model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
+        policy = policy_to_train(
+            model,
+            processing_class,
+            args,
+            ref_model=ref_model,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            optimizers=optimizers,
+            trains=train_dataset is not None,
         )
-        check_trainable(policy.model, optimizers, trains=train_dataset is not None)
         self.preparation = LabelledPreparation(
             policy=policy,
             args=args,
@@ -230,6 +231,7 @@ class UnpairedCollator(CompletionCollator):
 
     def __call__(self, records: list[dict[str, Any]]) -> Batch:
         batch = super().__call__(records)
+        # the records that a checkpoint's probe makes have none, and only their log-probs are read; data all have one
         batch["labels"] = torch.tensor([record.get("label", True) for record in records])
         if self._with_mismatched:
             batch["mismatched"] = super().__call__(

@@ -7,19 +7,17 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpop_kernels.losses.pair_loss import segment_sums
-from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.batches import Batch
 from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.data import SkippedRecords
-from dpop_trainer.models.loading import prepare_policy
 from dpop_trainer.settings.config import SFTConfig
 from dpop_trainer.training.base import HeadTrainer
 from dpop_trainer.training.best_metric import check_best_metric
+from dpop_trainer.training.policy import policy_to_train
 from dpop_trainer.training.split_preparation import Preparation, check_streams
-from dpop_trainer.training.trainable import check_trainable
 
 
 class SFTTrainer(HeadTrainer):
@@ -59,12 +57,14 @@ class SFTTrainer(HeadTrainer):
         check_streams(args, train_dataset, eval_dataset)
         may_have_more = bool(callbacks) or type(self) is not SFTTrainer
         check_best_metric(args, eval_dataset, ("entropy", "mean_token_accuracy"), may_have_more=may_have_more)
-        take_off_heads(model)  # another trainer's, whose model this was
-        set_seed(args.seed)
-        policy = prepare_policy(
-            model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
+        policy = policy_to_train(
+            model,
+            processing_class,
+            args,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            trains=train_dataset is not None,
         )
-        check_trainable(policy.model, trains=train_dataset is not None)
         self.preparation = Preparation(
             policy=policy,
             args=args,

@@ -12,13 +12,12 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpop_kernels import ScoringHead, TokenStats
 from dpop_kernels.losses.options import LossOptions
 from dpop_kernels.losses.pair_loss import pair_loss_terms, segment_sums
 from dpop_kernels.losses.weighing import wpo_weights
-from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.batch import as_batch
 from dpop_trainer.batches.choose_layout import choose_layout, laid_out
@@ -28,7 +27,7 @@ from dpop_trainer.batches.routers import RouterLoss, router_coefficient
 from dpop_trainer.batches.scoring import ScoredModel, forward_inputs
 from dpop_trainer.data import SkippedRecords
 from dpop_trainer.data.stream import first_records
-from dpop_trainer.models.loading import Policy, prepare_policy
+from dpop_trainer.models.loading import Policy
 from dpop_trainer.reference import PairReference, has_reference_columns
 from dpop_trainer.reference.choose import (
     Kind,
@@ -43,9 +42,9 @@ from dpop_trainer.settings.row_options import rows_needed
 from dpop_trainer.training.best_metric import check_best_metric
 from dpop_trainer.training.budget_batches import BudgetTrainer
 from dpop_trainer.training.metrics import evaluation_names, metrics_of
+from dpop_trainer.training.policy import policy_to_train
 from dpop_trainer.training.predictions import PairPredictions
 from dpop_trainer.training.split_preparation import Preparation
-from dpop_trainer.training.trainable import check_trainable
 from dpop_trainer.training.trainer_checks import check_arguments, check_weights
 from dpop_trainer.training.trl_names import TRLNames
 from dpop_trainer.training.watch import ChosenWatch
@@ -114,13 +113,16 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
         )
         may_have_more = bool(callbacks) or compute_metrics is not None or type(self) is not DPOPTrainer
         check_best_metric(args, eval_dataset, evaluation_names(args), may_have_more=may_have_more)
-        take_off_heads(model)  # another trainer's, whose model this was
-        take_off_heads(ref_model)
-        set_seed(args.seed)
-        policy = prepare_policy(
-            model, processing_class, args, quantization_config=quantization_config, peft_config=peft_config
+        policy = policy_to_train(
+            model,
+            processing_class,
+            args,
+            ref_model=ref_model,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            optimizers=optimizers,
+            trains=train_dataset is not None,
         )
-        check_trainable(policy.model, optimizers, trains=train_dataset is not None)
         self.router_aux_loss_coef = router_coefficient(policy.model, args.router_aux_loss_coef)
         self.preparation = Preparation(
             policy=policy,
