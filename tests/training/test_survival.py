@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -11,10 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from dpop_trainer import DPOPConfig
 from dpop_trainer.cli import main
 from dpop_trainer.data import load_pairs, tokenise_pairs
+from dpop_trainer.models.trained import load_trained
+from dpop_trainer.run_folder.checkpoints import checkpoint_problem
+from dpop_trainer.run_folder.files import append_lines
+from dpop_trainer.run_folder.run_files import RunFiles
+from filelock import FileLock
 from ranks import run_alone
 from tiny import text_pairs, tiny_llama, word_tokenizer
+from transformers import TrainerState
 
 TIMES = ("per_second", "_runtime", "peak_gib")
 
@@ -142,6 +150,39 @@ def test_finished_run_says_so(setting, capsys):
     assert "max_steps: expected the finished run" in capsys.readouterr().err
 
 
+def flip(path):
+    """One bit in the middle of a file: the same size, another content."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_finished_run_whose_model_or_data_changed_is_none(setting, capsys):
+    flags = ["--max_steps", "2", "--save_steps", "2"]
+    assert main(argv(setting, *flags)) == 0
+    run, weights = setting / "run", setting / "run" / "adapter_model.safetensors"
+    kept = weights_of(run)
+    for damage, told in (
+        (flip, "other bytes in adapter_model"),
+        (truncate, "bytes of adapter_model"),
+        (Path.unlink, "found no"),
+    ):
+        weights.write_bytes(kept)
+        damage(weights)
+        capsys.readouterr()
+        assert main(argv(setting, *flags)) == 1
+        error = capsys.readouterr().err
+        assert told in error
+        assert "Delete finished.json there: the same command then goes on from checkpoint-2" in error
+    (run / "finished.json").unlink()
+    assert main(argv(setting, *flags)) == 0
+    assert weights_of(run) == kept
+    source = setting / "pairs.jsonl"
+    source.write_text(source.read_text().replace("w5", "w7"))
+    assert main(argv(setting, *flags)) == 1
+    assert f"a finished run with another content of {source}" in capsys.readouterr().err
+
+
 def test_interrupted_after_its_last_step_trains_no_further(setting):
     flags = ["--max_steps", "5"]  # in the middle of an epoch
     assert main(argv(setting, *flags)) == 0
@@ -227,6 +268,76 @@ def test_damaged_checkpoint_is_named_and_the_one_before_offered(interrupted, cap
     assert checkpoint_names(run) == ["checkpoint-2", "checkpoint-4"]
 
 
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_told(interrupted, capsys):
+    run = interrupted / "run"
+    checkpoint = run / "checkpoint-4"
+    names = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= names.keys()
+    for name in names:
+        kept = (checkpoint / name).read_bytes()
+        flip(checkpoint / name)
+        problem = checkpoint_problem(checkpoint)
+        assert name in problem or "trainer_state.json" in problem
+        assert f"checkpoint-2 is whole: go on from it with --resume_from_checkpoint {run / 'checkpoint-2'}" in problem
+        (checkpoint / name).write_bytes(kept)
+    assert checkpoint_problem(checkpoint) is None
+    flip(checkpoint / "optimizer.pt")
+    assert main(argv(interrupted)) == 1
+    assert "got other bytes in optimizer.pt than were written" in capsys.readouterr().err
+
+
+def test_weights_that_rotted_are_loaded_by_no_tool(setting):
+    assert main(argv(setting, "--max_steps", "2")) == 0
+    for record in ("checkpoint-2/checkpoint.json", "finished.json"):
+        record = setting / "run" / record
+        load_trained(str(record.parent))
+        flip(record.parent / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=r"expected the files that the run wrote, got other bytes in adapter_mod"):
+            load_trained(str(record.parent))
+        record.unlink()  # as whoever changed it on purpose is told
+        load_trained(str(record.parent))
+
+
+def test_a_resumed_run_has_its_log_from_the_checkpoint(tmp_path):
+    args = DPOPConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    state = TrainerState(global_step=4, log_history=[{"loss": 0.1, "step": 2}, {"loss": 0.3, "epoch": 0.5, "step": 4}])
+    whole = [{"step": 0, "pairs": 3.0}, {"step": 2, "loss": 0.1}, {"step": 4, "loss": 0.3, "epoch": 0.5}]
+    late = '{"step": 4, "train_runtime": 1.0}\n{"step": 6, "loss": 9}\n'
+    for found in (None, b"", b"\xff\x00{", b'{"step": 0}\n{"step": 2, "lo', late.encode()):
+        path = tmp_path / "metrics.jsonl"
+        path.unlink(missing_ok=True)
+        if found is not None:
+            path.write_bytes(found)
+        RunFiles({}, {"pairs": 3.0}).on_train_begin(args, state, None)
+        assert [json.loads(line) for line in path.read_text().splitlines()] == whole
+
+
+def test_a_second_run_in_a_folder_is_refused(setting, capsys):
+    holder = FileLock(setting / "run" / ".run.lock")
+    (setting / "run").mkdir()
+    (setting / "run" / ".run.holder").write_text(json.dumps({"process": 7, "host": "here", "since": "noon"}))
+    assert main(argv(setting, "--max_steps", "1")) == 0  # what a killed run has left holds nobody up
+    assert not (setting / "run" / ".run.holder").exists()
+    with holder:
+        (setting / "run" / ".run.holder").write_text(json.dumps({"process": 7, "host": "here", "since": "noon"}))
+        before = sorted(path.name for path in (setting / "run").iterdir())
+        assert main(argv(setting, "--max_steps", "1", "--seed", "7")) == 1
+        error = capsys.readouterr().err
+        assert f"expected a folder in which no run is going on, got {str(setting / 'run')!r}, where process 7" in error
+        assert sorted(path.name for path in (setting / "run").iterdir()) == before
+
+
+def test_a_changed_base_is_refused(interrupted, capsys):
+    model = tiny_llama()
+    model.config.rms_norm_eps = 1e-3
+    model.lm_head.weight.data[30, 3] += 1e-6  # the middle of a tensor
+    model.save_pretrained(interrupted / "model")
+    assert main(argv(interrupted)) == 1
+    error = capsys.readouterr().err
+    assert "rms_norm_eps of the model: 1e-06 before, 0.001 now" in error
+    assert "base under the adapter (digest): " in error
+
+
 def test_foreign_checkpoint_without_record(interrupted, capsys):
     """One that transformers' own trainer wrote: weights are opened, and an optimizer's state is asked for."""
     run = interrupted / "run"
@@ -277,15 +388,17 @@ def test_full_disk_stops_with_the_older_checkpoint_kept(setting, capsys, monkeyp
 def test_full_disk_loses_no_line_of_the_log(setting, monkeypatch, caplog):
     from dpop_trainer.run_folder import run_files
 
-    append, failures = Path.open, []
+    append, failures = run_files.append_lines, []
 
-    def sometimes_full(self, *args, **kwargs):
-        if self.name == "metrics.jsonl" and args == ("a",) and len(failures) < 2:
+    def sometimes_full(path, lines):
+        if len(failures) < 2:
             failures.append(0)
+            with path.open("a") as file:
+                file.write(lines[:9])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return append(self, *args, **kwargs)
+        append(path, lines)
 
-    monkeypatch.setattr(Path, "open", sometimes_full)
+    monkeypatch.setattr(run_files, "append_lines", sometimes_full)
     monkeypatch.setattr("dpop_trainer.run_folder.plot.draw_metrics", lambda metrics: 1 / 0)
     flags = ["--max_steps", "4", "--logging_steps", "1", "--save_strategy", "no"]
     with caplog.at_level(logging.WARNING):
@@ -293,6 +406,21 @@ def test_full_disk_loses_no_line_of_the_log(setting, monkeypatch, caplog):
     assert len(failures) == 2
     assert [line["step"] for line in run_files.read_metrics(setting / "run") if "loss" in line] == [1, 2, 3, 4]
     assert caplog.text.count("The run goes on") == 1
+
+
+def test_lines_are_added_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"one\ntwo\nhal")
+    append_lines(path, "three\n")
+    assert path.read_bytes() == b"one\ntwo\nthree\n"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (17, limits[1]))  # room for three bytes more
+    try:
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            append_lines(path, "four\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"one\ntwo\nthree\n"
 
 
 def test_best_checkpoint_keeps_its_place(setting):

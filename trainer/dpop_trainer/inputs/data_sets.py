@@ -44,6 +44,13 @@ def load_train_data(arguments: DataArguments, config: HeadConfig, *, completions
     return train_dataset
 
 
+def train_paths(arguments: DataArguments) -> list[str]:
+    """Where the training data are read from: files, folders and hub ids."""
+    if not arguments.dataset_mixture:
+        return [arguments.dataset_name] if arguments.dataset_name else []
+    return [source.path for source in parse_sources(arguments.dataset_mixture, "dataset_mixture")]
+
+
 def load_eval_data(arguments: DataArguments, config: HeadConfig, *, completions: bool = False) -> Any:
     """The evaluation data (one data set, several by name, or none), read but not tokenised.
 

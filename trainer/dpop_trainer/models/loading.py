@@ -13,6 +13,7 @@ from dpop_trainer.models.auto_class import auto_class
 from dpop_trainer.models.dtypes import named_dtype
 from dpop_trainer.models.quantised import make_trainable, widened
 from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
+from dpop_trainer.run_folder.contents import check_contents
 from dpop_trainer.settings.config import HeadConfig
 from dpop_trainer.settings.model_paths import adapter_on_adapter, check_model_path
 from dpop_trainer.settings.renamed import without_renaming_warnings
@@ -93,7 +94,8 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, qua
     on its base, frozen.
 
     Raises:
-        ValueError: nothing can be loaded from there (says what was tried), or an argument is of no use.
+        ValueError: nothing can be loaded from there (says what was tried), a run's files are not what it wrote, or an
+            argument is of no use.
     """
     kwargs = dict(init_kwargs or {})
     if isinstance(kwargs.get("dtype"), str):
@@ -108,6 +110,7 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, qua
     base = find_adapter_base(name_or_path, kwargs)
     if base is not None:
         return load_adapter(name_or_path, base, init_kwargs, quantization_config)
+    check_contents(name_or_path)
     found_by = {key: kwargs[key] for key in (*WHERE, "subfolder", "gguf_file", "trust_remote_code") if key in kwargs}
     try:
         config = kwargs["config"] if "config" in kwargs else AutoConfig.from_pretrained(name_or_path, **found_by)
@@ -145,6 +148,7 @@ def load_adapter(
     kwargs = dict(init_kwargs or {})
     where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     kwargs.pop("revision", None)
+    check_contents(name_or_path)
     model = load_model(base, kwargs, quantization_config)
     if widen and quantization_config is not None:
         model = widened(model)

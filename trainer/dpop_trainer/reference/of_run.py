@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import load_trained, read_run_config, run_file
-from dpop_trainer.reference.start_weights import RECORD_FILE, WEIGHTS_FILE, recorded_kind
+from dpop_trainer.reference.start_weights import RECORD_FILE, WEIGHTS_FILE, check_start_weights, recorded_kind
 
 # kinds of reference.json whose weights are neither an adapter's base nor stored
 _ELSEWHERE = ("a second model", "a copy of the model as it was at the start", "the model as it was at the start")
@@ -44,6 +44,7 @@ class RunReference(NamedTuple):
         """
         model = load_trained(self.name, quantization_config=self.rounding).model
         if self.start_weights is not None:
+            check_start_weights(self.start_weights.parent)
             _put_in(model, self.start_weights)
         return model
 

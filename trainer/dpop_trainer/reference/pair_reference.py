@@ -28,7 +28,7 @@ from dpop_trainer.reference.choose import Kind, ReferencePlan, has_reference_col
 from dpop_trainer.reference.keys import describe_reference
 from dpop_trainer.reference.moving import MovingReference
 from dpop_trainer.reference.precompute import precompute_reference
-from dpop_trainer.reference.recall import Origin
+from dpop_trainer.reference.recall import Origin, fingerprint
 from dpop_trainer.reference.second_model import offload_reference
 from dpop_trainer.reference.source import FrozenModel, PolicyAsReference, Reference, adapter_off, eval_mode
 from dpop_trainer.reference.start_weights import ReferenceRecord, StartWeights
@@ -66,7 +66,8 @@ class PairReference:
             return
         described: Any = trainer.model if model is None else model.model
         with_adapter = plan.kind is not Kind.ADAPTER_OFF
-        self._origin = Origin.of(described, with_adapter=with_adapter)
+        weights = fingerprint(described, True) if with_adapter else trainer.base_fingerprint
+        self._origin = Origin.of(described, weights)
         if model is None:
             self._source = self._policy_as_reference()
         recorded = self._start_weights if plan.kind is Kind.START_WEIGHTS else None

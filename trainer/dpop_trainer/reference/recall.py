@@ -12,9 +12,6 @@ from dpop_trainer.models.quantised import make_trainable
 from dpop_trainer.reference.keys import weights_digest
 from dpop_trainer.reference.second_model import load_reference
 
-# of each end of a weight: enough to tell a model from the same model trained further
-_FINGERPRINT_BYTES = 1 << 14
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -28,15 +25,15 @@ class Origin:
     """Of its weights; None where they cannot be read."""
 
     @classmethod
-    def of(cls, model: Any, *, with_adapter: bool) -> "Origin":
+    def of(cls, model: Any, weights: str | None) -> "Origin":
         """
         Args:
             model: the reference, or the policy in whose place it is.
-            with_adapter: see `weights_digest`.
+            weights: their `fingerprint`.
         """
         base = base_model(model)
         name = getattr(base.config, "_name_or_path", "") or ""
-        return cls(name, base.dtype, attention_of(model), fingerprint(model, with_adapter))
+        return cls(name, base.dtype, attention_of(model), weights)
 
     def load(self, policy: Any, init_kwargs: dict[str, Any]) -> Any:
         """The model again, frozen.
@@ -62,8 +59,8 @@ class Origin:
 
 
 def fingerprint(model: Any, with_adapter: bool) -> str | None:
-    """Of weights, by their ends; None where they cannot be read."""
+    """Of weights; None where they cannot be read."""
     try:
-        return weights_digest(model, with_adapter=with_adapter, sample_bytes=_FINGERPRINT_BYTES)
+        return weights_digest(model, with_adapter=with_adapter)
     except ValueError:
         return None

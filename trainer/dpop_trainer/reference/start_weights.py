@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from dpop_trainer.data.digests import digests_of, problem_with
 from dpop_trainer.reference.source import eval_mode
 from dpop_trainer.reference.weight_files import read_weights, write_weights
+from dpop_trainer.run_folder.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,26 @@ def recorded_kind(path: Path) -> str | None:
         return json.loads(path.read_text()).get("reference")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def check_start_weights(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: the start weights of a run's folder are not the ones that it wrote there.
+    """
+    try:
+        listed = json.loads((folder / RECORD_FILE).read_text()).get("files", {})
+    except (OSError, ValueError, AttributeError):
+        logger.warning(
+            "%s: not found or not readable; %s is taken on trust.", folder / RECORD_FILE, folder / WEIGHTS_FILE
+        )
+        return
+    problem = problem_with(folder, listed)
+    if problem is not None:
+        raise ValueError(
+            f"{folder}: expected the reference's start weights as the run wrote them, {problem}. Start the run anew in "
+            "another output_dir, from the model that it began with."
+        )
 
 
 class StartWeights:
@@ -90,10 +112,13 @@ class ReferenceRecord(TrainerCallback):
             if self._start_weights is not None:
                 write_weights(self._start_weights.values, folder / WEIGHTS_FILE)
             record: dict[str, Any] = {"reference": self._kind, "weights": self._fingerprint}
-            (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+            if self._start_weights is not None:
+                record["files"] = digests_of(folder, [folder / WEIGHTS_FILE])
+            write_json(folder / RECORD_FILE, record)
 
     def _check(self, folder: Path) -> None:
         if self._start_weights is not None and (folder / WEIGHTS_FILE).exists():
+            check_start_weights(folder)
             start = self._start_weights.values
             if read_weights(start, folder / WEIGHTS_FILE, "the reference's start weights"):
                 logger.warning(

@@ -3,19 +3,21 @@
 transformers writes a checkpoint file by file into its final folder, and picks the highest number on resuming. Here the
 files are written to `.incomplete/checkpoint-N`, and the folder is renamed into place once it is whole; whoever reads
 `checkpoint-N`, this package or another, never sees a part of it. `checkpoint.json` in it lists the files with their
-sizes, and what the run was.
+sizes and hashes, which are looked at before a run goes on from them or a tool loads them, and what the run was.
 """
 
 import json
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpop_trainer.run_folder.files import write_json
+from dpop_trainer.data.digests import digests_of, problem_with
+from dpop_trainer.run_folder.files import flush_folder, write_json
 from dpop_trainer.run_folder.identity import changed_fields, describe_changes
 
 logger = logging.getLogger(__name__)
@@ -66,28 +68,29 @@ def remove_old(output_dir: str | Path, limit: int | None, best: str | None) -> N
 
 
 def write_record(checkpoint: Path, identity: Mapping[str, Any]) -> None:
-    """The last file of a checkpoint: which files belong to it, with their sizes in bytes, and what the run was."""
-    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
+    """The last file of a checkpoint: which files belong to it, with sizes and hashes, and what the run was. All is on
+    the disk when this returns."""
+    with ThreadPoolExecutor(1) as pool:  # the disk takes the files while they are hashed
+        flushing = pool.submit(flush_folder, checkpoint)
+        files = digests_of(checkpoint, _files(checkpoint))
+        flushing.result()
     write_json(checkpoint / RECORD_FILE, {"files": files, **identity})
+    flush_folder(checkpoint)
 
 
-def check_checkpoint(checkpoint: Path) -> None:
-    """See that a checkpoint can be resumed from, before anything is computed.
-
-    Raises:
-        CheckpointError: it is not there, or a file of it is missing, cut short or unreadable: names the file, and the
-            checkpoint before it where there is one.
-    """
+def checkpoint_problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, seen before anything is computed: it is not there, or a file of it is
+    missing, cut short, unreadable or not what was written. Names the file, and the checkpoint before it where there is
+    one; None where nothing is wrong."""
     if not checkpoint.is_dir():
-        raise CheckpointError(
+        return (
             f"resume_from_checkpoint: expected a checkpoint's folder, found none at {str(checkpoint)!r}."
             f"{_offer(checkpoint)}"
         )
     problem = _problem(checkpoint)
-    if problem is not None:
-        raise CheckpointError(
-            f"{checkpoint}: expected a whole checkpoint, {problem}.{_offer(checkpoint)} Nothing was changed."
-        )
+    if problem is None:
+        return None
+    return f"{checkpoint}: expected a whole checkpoint, {problem}.{_offer(checkpoint)} Nothing was changed."
 
 
 def check_same_run(checkpoint: Path, identity: Mapping[str, Any], *, strict: bool) -> None:
@@ -123,17 +126,12 @@ def _problem(checkpoint: Path) -> str | None:
     try:
         listed = json.loads(record.read_text())["files"] if record.is_file() else {}
         json.loads((checkpoint / STATE_FILE).read_text())
+        problem = problem_with(checkpoint, listed)
     except FileNotFoundError:
         return f"found no {STATE_FILE} in it"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"got an unreadable {STATE_FILE} or {RECORD_FILE} ({error})"
-    for name, size in listed.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"found no {name} in it"
-        if path.stat().st_size != size:
-            return f"got {path.stat().st_size} of the {size} bytes of {name}"
-    return _problem_of_weights(checkpoint) or _problem_of_optimizer(checkpoint)
+    return problem or _problem_of_weights(checkpoint) or _problem_of_optimizer(checkpoint)
 
 
 def _problem_of_weights(checkpoint: Path) -> str | None:

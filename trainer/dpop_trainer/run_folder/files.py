@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside their place, then renamed into it."""
 
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,27 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_atomically`, as indented JSON; what JSON has no form for is written as text."""
     write_atomically(path, json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def append_lines(path: Path, lines: str) -> None:
+    """Add whole lines to a file, or none: a part of a line, which a kill or a full disk has left, is taken off first.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    content = lines.encode()
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        if end and file.read(1) != b"\n":
+            end = path.read_bytes().rfind(b"\n") + 1
+            file.truncate(end)
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def check_writable(output_dir: str | os.PathLike) -> None:
@@ -43,11 +65,16 @@ def check_writable(output_dir: str | os.PathLike) -> None:
 def flush_folder(folder: Path) -> None:
     """Have the system write a folder's files to the disk, so that they outlive a power cut too."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """The same for one file, or for a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def move_folder(source: Path, target: Path, aside: Path) -> None:
@@ -55,4 +82,5 @@ def move_folder(source: Path, target: Path, aside: Path) -> None:
     if target.exists():
         os.replace(target, aside)
     os.replace(source, target)
+    flush(target.parent)
     shutil.rmtree(aside, ignore_errors=True)

@@ -54,20 +54,25 @@ _FREE_FIELDS = frozenset(
         "max_eval_pairs",
     }
 )
+_OF_A_MACHINE = frozenset({"output_dir", "ref_cache_dir", "run_name", "local_rank", "logging_dir", "disable_tqdm"})
 # A run may be made longer or shorter; its schedule is then counted anew.
 LENGTH_FIELDS = frozenset({"max_steps", "num_train_epochs"})
 
 
-def identity_of(config: Mapping[str, Any], *, num_processes: int, dataset: Any = None) -> dict[str, Any]:
+def identity_of(
+    config: Mapping[str, Any], *, num_processes: int, dataset: Any = None, model: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Plain values that tell a run from another.
 
     Args:
         config: all fields of the run. Its secrets are left out: a run is the same under a new token.
         num_processes: ranks of the run; another number deals the pairs out differently.
         dataset: the tokenised training pairs; None leaves them out.
+        model: what it begins with, as "config" (what decides its numbers) and "base" (a digest of what stays frozen).
     """
     digest = data_digest(dataset) if isinstance(dataset, Dataset) else None
-    return {"config": without_secrets(config), "num_processes": num_processes, "data": digest}
+    known = {"config": without_secrets(config), "num_processes": num_processes, "data": digest}
+    return known if model is None else known | {"model": dict(model)}
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -80,10 +85,36 @@ def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[st
         and not key.startswith(_FREE_PREFIXES)
         and _as_text(old[key]) != _as_text(new[key])
     }
-    for key, told in (("num_processes", "number of processes"), ("data", "training data (digest)")):
-        if before.get(key) is not None and now.get(key) is not None and before[key] != now[key]:
-            changes[told] = (before[key], now[key])
+    model_before, model_now = before.get("model") or {}, now.get("model") or {}
+    changes |= {
+        f"{key} of the model": (old, new)
+        for key, old, new in _in_both(model_before.get("config"), model_now.get("config"))
+        if _as_text(old) != _as_text(new)
+    }
+    for told, old, new in (
+        ("number of processes", before.get("num_processes"), now.get("num_processes")),
+        ("training data (digest)", before.get("data"), now.get("data")),
+        ("base under the adapter (digest)", model_before.get("base"), model_now.get("base")),
+    ):
+        if old is not None and new is not None and old != new:
+            changes[told] = (old, new)
     return changes
+
+
+def _in_both(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[tuple[str, Any, Any]]:
+    """Key, value before, value now; of what one of the two does not know, another version, nothing is said."""
+    before, now = before or {}, now or {}
+    return [(key, before[key], now[key]) for key in sorted(before.keys() & now.keys())]
+
+
+def differences_of_ranks(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two processes of one run have and that is not the same: all fields but places on a machine's own disk."""
+    fields = {
+        key: (old, new)
+        for key, old, new in _in_both(first["config"], other["config"])
+        if key not in _OF_A_MACHINE and _as_text(old) != _as_text(new)
+    }
+    return changed_fields(first, other) | fields
 
 
 def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:

@@ -11,7 +11,7 @@ import yaml
 from transformers import TrainerCallback, TrainingArguments
 
 from dpop_trainer.data.read_json import all_records
-from dpop_trainer.run_folder.files import write_atomically, write_json
+from dpop_trainer.run_folder.files import append_lines, write_atomically, write_json
 from dpop_trainer.run_folder.private import secret_places, without_secrets
 from dpop_trainer.run_folder.versions import environment
 
@@ -54,19 +54,17 @@ class RunFiles(TrainerCallback):
         (folder / FINISHED_FILE).unlink(missing_ok=True)
         write_atomically(folder / CONFIG_FILE, as_yaml(self._run_config))
         write_json(folder / ENVIRONMENT_FILE, environment(args))
-        # a resumed run continues from its checkpoint: lines after that step are about to be written again
-        kept = [line for line in read_metrics(folder) if line["step"] <= state.global_step] if state.global_step else []
-        kept = kept or [{"step": 0, **self._data_metrics}]
-        write_atomically(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
+        # a resumed run has its lines from the checkpoint, whatever became of the file since
+        lines = [{"step": 0, **self._data_metrics}, *({"step": line["step"], **line} for line in state.log_history)]
+        write_atomically(folder / METRICS_FILE, "".join(map(_as_line, lines)))
         self._unwritten, self._next_plot = [], time.monotonic() + _PLOT_INTERVAL
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        self._unwritten.append(json.dumps({"step": state.global_step, **logs}) + "\n")
+        self._unwritten.append(_as_line({"step": state.global_step, **logs}))
         try:
-            with (_folder(args) / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write("".join(self._unwritten))
+            append_lines(_folder(args) / METRICS_FILE, "".join(self._unwritten))
             self._unwritten = []
         except OSError as error:
             self._tell_once(f"{_folder(args) / METRICS_FILE}: {len(self._unwritten)} lines are not written yet", error)
@@ -100,6 +98,10 @@ def as_yaml(values: Mapping[str, Any], *, sort_keys: bool = True) -> str:
     places = secret_places(values)
     told = f"# secrets, left out: {', '.join(places)}\n" if places else ""
     return told + yaml.safe_dump(without_secrets(values), sort_keys=sort_keys, allow_unicode=True)
+
+
+def _as_line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values) + "\n"
 
 
 def _folder(args: TrainingArguments) -> Path:

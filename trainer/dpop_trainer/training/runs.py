@@ -8,11 +8,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.data.encode import check_tokenizer
-from dpop_trainer.inputs.data_sets import first_pairs, load_eval_data, load_train_data
+from dpop_trainer.inputs.data_sets import first_pairs, load_eval_data, load_train_data, train_paths
 from dpop_trainer.inputs.model_setup import init_kwargs, lora_config, quantization_config, tokenizer_of
 from dpop_trainer.run_folder.checkpoints import last_checkpoint
 from dpop_trainer.run_folder.files import check_writable
 from dpop_trainer.run_folder.finished import is_finished, mark_finished
+from dpop_trainer.run_folder.lock import check_not_running
 from dpop_trainer.run_folder.run_files import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, PLOT_FILE
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.settings.config import DPOPConfig, HeadConfig, SFTConfig
@@ -45,6 +46,7 @@ def run_train(
     """
     whole_config = run_config(model_arguments, data_arguments, config)
     check_writable(str(config.output_dir))
+    check_not_running(str(config.output_dir))
     if is_finished(config.output_dir, whole_config):
         return None
     train_dataset = load_train_data(data_arguments, config)
@@ -64,7 +66,7 @@ def run_train(
         peft_config=lora_config(model_arguments),
         run_config=whole_config,
     )
-    _train_and_save(trainer, config)
+    _train_and_save(trainer, config, data_arguments)
     return trainer
 
 
@@ -79,6 +81,7 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
     """
     whole_config = run_config(model_arguments, data_arguments, config)
     check_writable(str(config.output_dir))
+    check_not_running(str(config.output_dir))
     if is_finished(config.output_dir, whole_config):
         return None
     train_dataset = load_train_data(data_arguments, config, completions=True)
@@ -95,7 +98,7 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
         peft_config=lora_config(model_arguments),
         run_config=whole_config,
     )
-    _train_and_save(trainer, config)
+    _train_and_save(trainer, config, data_arguments)
     return trainer
 
 
@@ -116,19 +119,22 @@ def _tokenizer_for(
     return tokenizer
 
 
-def _train_and_save(trainer: HeadTrainer, config: HeadConfig) -> None:
+def _train_and_save(trainer: HeadTrainer, config: HeadConfig, data_arguments: DataArguments) -> None:
     assert config.output_dir is not None
     folder = Path(config.output_dir)
-    checkpoint: str | bool | None = config.resume_from_checkpoint
-    if checkpoint is None and last_checkpoint(folder) is not None:
-        checkpoint = True
-    if checkpoint is not None and trainer.is_world_process_zero():
-        print(f"Resuming from {last_checkpoint(folder) if checkpoint is True else checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    if trainer.is_world_process_zero():
-        mark_finished(folder, trainer.run_config, step=trainer.state.global_step)
-        print(f"Saved to {folder}: the model, {CONFIG_FILE}, {ENVIRONMENT_FILE}, {METRICS_FILE}, {PLOT_FILE}")
+    with trainer.folder_held():
+        checkpoint: str | bool | None = config.resume_from_checkpoint
+        if checkpoint is None and last_checkpoint(folder) is not None:
+            checkpoint = True
+        if checkpoint is not None and trainer.is_world_process_zero():
+            print(f"Resuming from {last_checkpoint(folder) if checkpoint is True else checkpoint}")
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        if trainer.is_world_process_zero():
+            mark_finished(
+                folder, trainer.run_config, step=trainer.state.global_step, sources=train_paths(data_arguments)
+            )
+            print(f"Saved to {folder}: the model, {CONFIG_FILE}, {ENVIRONMENT_FILE}, {METRICS_FILE}, {PLOT_FILE}")

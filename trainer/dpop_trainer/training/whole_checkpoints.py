@@ -4,27 +4,35 @@ transformers writes a checkpoint file by file into its final place. Here it is w
 renamed, with a record of what it holds (`checkpoints`) and of what makes the run what it is (`run_identity`).
 """
 
+import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+from peft import PeftModel
 from safetensors import SafetensorError
 
+from dpop_trainer.models.adapters import base_model
+from dpop_trainer.reference.keys import plain_config
+from dpop_trainer.reference.recall import fingerprint
 from dpop_trainer.run_folder.checkpoints import (
     INCOMPLETE,
     STATE_FILE,
     CheckpointError,
-    check_checkpoint,
     check_same_run,
+    checkpoint_problem,
     last_checkpoint,
     remove_incomplete,
     remove_old,
     write_record,
 )
-from dpop_trainer.run_folder.files import flush_folder, move_folder
-from dpop_trainer.run_folder.identity import identity_of
+from dpop_trainer.run_folder.files import move_folder
+from dpop_trainer.run_folder.identity import differences_of_ranks, identity_of
+from dpop_trainer.run_folder.lock import held
 from dpop_trainer.training.given_weights import GivenWeights, use_given_weights
 from dpop_trainer.training.hf_hooks import HfHooks
 from dpop_trainer.training.speed import TrainingClock
@@ -34,6 +42,8 @@ class WholeCheckpoints(HfHooks):
     """transformers.Trainer with these checkpoints. `run_config` is what tells a run from another."""
 
     run_config: dict[str, Any]
+    _identity: dict[str, Any]
+    """Of the training under way."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.resumed_from: Path | None = None
@@ -49,10 +59,33 @@ class WholeCheckpoints(HfHooks):
             args, kwargs: as in transformers.
 
         Raises:
-            CheckpointError: the checkpoint is not whole; or, with True, it belongs to a run with another
-                configuration, data or number of processes. With a folder such a difference is a warning.
+            CheckpointError: another run is going on in the output folder; the checkpoint is not whole; or, with True,
+                it belongs to a run with another configuration, data or number of processes. With a folder such a
+                difference is a warning.
             NonFiniteError: a value was NaN or infinite.
         """
+        with self.folder_held():
+            return self._train_there(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def folder_held(self) -> Iterator[None]:
+        """The output folder, with no other run in it; `train` holds it too.
+
+        Raises:
+            CheckpointError: on all processes together: another run is going on there.
+        """
+        assert self.args.output_dir is not None
+        with ExitStack() as stack:
+            problem = None
+            if self.is_world_process_zero():
+                try:
+                    stack.enter_context(held(self.args.output_dir))
+                except CheckpointError as error:
+                    problem = str(error)
+            self._raise_together(problem)
+            yield
+
+    def _train_there(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         assert self.args.output_dir is not None
         if self.is_world_process_zero():
             remove_incomplete(self.args.output_dir)
@@ -66,14 +99,46 @@ class WholeCheckpoints(HfHooks):
                     f"resume_from_checkpoint: expected a checkpoint in {str(self.args.output_dir)!r}, found none. "
                     "Train without it to begin."
                 )
+        self._identity = identity_of(
+            self.run_config,
+            num_processes=self.accelerator.num_processes,
+            dataset=self.train_dataset,
+            model={"config": plain_config(base_model(self.model)), "base": self.base_fingerprint},
+        )
+        self._raise_together(self._other_on_this_rank())
         if checkpoint is not None:
-            check_checkpoint(checkpoint)
-            check_same_run(checkpoint, self._identity(), strict=resume_from_checkpoint is True)
+            # one process of each node reads the files
+            self._raise_together(checkpoint_problem(checkpoint) if self.is_local_process_zero() else None)
+            check_same_run(checkpoint, self._identity, strict=resume_from_checkpoint is True)
         self.resumed_from = checkpoint
         return super().train(str(checkpoint) if checkpoint is not None else None, *args, **kwargs)
 
-    def _identity(self) -> dict[str, Any]:
-        return identity_of(self.run_config, num_processes=self.accelerator.num_processes, dataset=self.train_dataset)
+    def _raise_together(self, problem: str | None) -> None:
+        """
+        Raises:
+            CheckpointError: on all processes, where one of them has a problem, so that none waits for it.
+        """
+        found = next(filter(None, gather_object([problem])), None)
+        if found is not None:
+            raise CheckpointError(found)
+
+    def _other_on_this_rank(self) -> str | None:
+        """What this process would train on or with, other than the first one; None where they agree."""
+        first = gather_object([self._identity])[0]
+        changes = differences_of_ranks(first, self._identity)
+        if not changes:
+            return None
+        told = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changes.items())
+        return (
+            f"process {self.args.process_index}: expected the configuration, data and model of process 0, got another "
+            f"{told}. Start all processes with the same command, files and versions."
+        )
+
+    @functools.cached_property
+    def base_fingerprint(self) -> str | None:
+        """Of what stays as it is under an adapter, before anything is sharded; None without one, or where it cannot be
+        read."""
+        return fingerprint(self.model, False) if isinstance(self.model, PeftModel) else None
 
     def save_checkpoint(self, output_dir: Path, write: Callable[[str], None]) -> None:
         """transformers' checkpoint, written aside and renamed into place once it is whole.
@@ -113,14 +178,12 @@ class WholeCheckpoints(HfHooks):
         """Add to a checkpoint what a subclass has summed up so far and takes up again when the run is resumed."""
 
     def _publish_checkpoint(self, part: Path, final: Path) -> None:
-        identity = self._identity() if self.is_local_process_zero() else {}
         self.accelerator.wait_for_everyone()
         # nodes that do not share a disk each have a part of their own
         for is_mine in (self.is_world_process_zero(), self.is_local_process_zero()):
             if is_mine and part.is_dir():
                 try:
-                    write_record(part, identity)
-                    flush_folder(part)
+                    write_record(part, self._identity)
                     move_folder(part, final, part.with_name(f"replaced-{final.name}"))
                 except OSError as error:
                     shutil.rmtree(part, ignore_errors=True)

@@ -9,8 +9,7 @@ from peft import LoraConfig, PeftConfig
 
 from dpop_kernels import needs_reference
 from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.data.mixture import parse_sources
-from dpop_trainer.inputs.data_sets import load_train_data
+from dpop_trainer.inputs.data_sets import load_train_data, train_paths
 from dpop_trainer.inputs.model_setup import check_bits, init_kwargs, lora_config
 from dpop_trainer.models.adapters import find_adapter_base
 from dpop_trainer.models.dtypes import autocast_dtype, named_dtype
@@ -184,9 +183,7 @@ def _pairs(model: ModelArguments, data: DataArguments, config: PlanConfig, plan:
 
 def _is_at_hand(data: DataArguments) -> bool:
     """Whether pairs are named, all of them on this machine: from the hub they are fetched where --data asks for it."""
-    names: list[str] = [data.dataset_name] if data.dataset_name else []
-    if data.dataset_mixture:
-        names += [source.path for source in parse_sources(data.dataset_mixture, "dataset_mixture")]
+    names = train_paths(data)
     return bool(names) and all(Path(name).expanduser().exists() for name in names)
 
 
