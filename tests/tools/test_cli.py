@@ -217,7 +217,7 @@ def test_pairs_from_other_fields(tmp_path, capsys):
     fields = ["--question_field", "query", "--answer_field", "response"]
     files = ["--source", str(tmp_path / "meta.jsonl"), "--out", str(tmp_path / "p.jsonl")]
     assert main(["pairs", "build", "metamath", *files, *fields]) == 0
-    assert capsys.readouterr().out.startswith("1 pairs built; 1 skipped")
+    assert capsys.readouterr().out.startswith("1 pair built; 1 skipped")
     (pair,) = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert pair["chosen"].endswith("#### 13")
     assert pair["rejected"].endswith("#### 13")

@@ -142,6 +142,15 @@ def test_counts_and_limit(tmp_path):
     assert (counts.read, counts.built, counts.skipped) == (2, 1, {NO_RESULT: 1})
 
 
+def test_protected_places_are_counted(tmp_path):
+    answers = ["[asy] 1 [/asy] 2", "[asy] 1 [/asy] 2 on 2024-03-15", "[asy] 1 [/asy]"]
+    source = write(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": answer} for answer in answers])
+    assert str(build(source, tmp_path / "p.jsonl", recipe=EditRule())) == (
+        "2 pairs built; 1 skipped: nothing in the answer that the rule 'number' could change but in drawing code; "
+        "dates left as they are in 1 pair; drawing code left as they are in 2 pairs"
+    )
+
+
 BAD_LINES = [
     (b"{'question'", r"a\.jsonl, line 2: expected a JSON object, got .*Expecting property name"),
     (b"[1]", r"a\.jsonl, line 2: expected a JSON object with the fields of a record, got '\[1\]'"),
@@ -163,7 +172,7 @@ def test_a_bad_record_is_named_or_counted(tmp_path, line, message):
     counts = build(source, tmp_path / "p.jsonl", on_bad_record="skip")
     assert (counts.read, counts.built, counts.bad) == (2, 1, 1)
     assert counts.first_bad == [str(caught.value)]
-    assert str(counts) == "1 pairs built; 1 bad records skipped"
+    assert str(counts) == "1 pair built; 1 bad record skipped"
 
 
 def test_nothing_to_build_is_an_error(tmp_path):
@@ -172,7 +181,7 @@ def test_nothing_to_build_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="expected records that pairs can be made of, got none: 0 read"):
         build(source, tmp_path / "p.jsonl")
     source.write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"got none: 1 read.*1 bad records skipped.\n  .*line 1"):
+    with pytest.raises(ValueError, match=r"got none: 1 read.*1 bad record skipped.\n  .*line 1"):
         build(source, tmp_path / "p.jsonl", on_bad_record="skip")
     assert list(tmp_path.iterdir()) == [source]
 
@@ -275,7 +284,7 @@ def test_every_recipe_from_the_command_line(tmp_path, capsys):
         out = tmp_path / f"{name}_pairs.jsonl"
         argv = ["pairs", "build", name, "--source", str(tmp_path / f"{name}.jsonl"), "--out", str(out)]
         assert main([*argv, *extra.get(name, [])]) == 0
-        assert "pairs built" in capsys.readouterr().out
+        assert " built" in capsys.readouterr().out
         pairs = [(pair["chosen"], pair["rejected"]) for pair in read(out)]
         assert pairs == expected.get(name, pairs)
         tokenise_pairs(load_pairs(out), word_tokenizer(), keep_identical=True)  # what is built can be trained on

@@ -28,7 +28,7 @@ def inspect(tmp_path, file, *options):
 
 def test_a_single_record(tmp_path, capsys):
     assert build(tmp_path, write(tmp_path / "a.jsonl", PROBLEM)) == 0
-    assert "1 pairs built" in capsys.readouterr().out
+    assert "1 pair built" in capsys.readouterr().out
     assert inspect(tmp_path, str(tmp_path / "out.jsonl")) == 0
     assert "out.jsonl: 1 pairs (text)" in capsys.readouterr().out
 

@@ -175,6 +175,40 @@ def test_code_rule_stays_inside_fences():
     assert [text[p.start : p.end] for p in code_places(text, random.Random(0))] == [">", "1"]
 
 
+@pytest.mark.parametrize(
+    ("text", "rule", "found", "spared"),
+    [
+        ("[asy] draw((0, 0)--(3, 4)); [/asy] So 5.", "number", ["5"], ("drawing code",)),
+        ("[asy] draw((0, 0)); never closed 5", "number", [], ("drawing code",)),
+        ("\\begin{tikzpicture} 1 \\end{tikzpicture} 2", "number", ["2"], ("drawing code",)),
+        ("```\nx = 1\n```\nso 2", "number", ["2"], ("code fences",)),
+        ("```\nx = 1\n```\nso 2", "code", ["1"], ()),
+        ("48/2 = <<48/2=24>>24", "number", ["48", "2", "24"], ("calculator marks",)),
+        ("see https://a.org/on?page=2 or 3", "number", ["3"], ("URLs",)),
+        ("see https://a.org/on?page=2 or 3", "word", ["or"], ("URLs",)),
+        ("on 2024-03-15, 7 came", "number", ["7"], ("dates",)),
+        ("on 3/15/2024 and 15.3.2024, 7 came", "number", ["7"], ("dates",)),
+        ("from March 15, 2024 to 2nd of May; in June 2025 7", "number", ["7"], ("dates",)),
+        ("15/3 = 5, 2000-12 = 1988", "number", ["15", "3", "5", "2000", "12", "1988"], ()),  # no dates
+        ("May I take 3?", "number", ["3"], ()),
+    ],
+)
+def test_protected_spans(text, rule, found, spared):
+    """Over many draws, exactly the places outside of them are edited."""
+    edits = [corrupt(text, rule, random.Random(seed)) for seed in range(100)]
+    assert {kinds for _, kinds in edits} == {spared}
+    drawn = {(edit.start, edit.original) for edit, _ in edits if edit is not None}
+    # six places at most, 100 draws: one of them is never met with probability 6 * (5/6)**100 = 7e-8
+    assert [original for _, original in sorted(drawn)] == found
+
+
+def test_results_in_drawing_code_are_left_alone():
+    record = {"question": "Area?", "answer": "[asy] pair A = 12; [/asy] 3*4 = 12, so 12+1 = 13.\n#### 13"}
+    pairs = [pair for seed in range(20) for pair in MetaMath().build(record, seed)]
+    assert {pair.edit.start for pair in pairs} == {record["answer"].index("12, so")}
+    assert {pair.spared for pair in pairs} == {("drawing code",)}
+
+
 def test_edit_recipe():
     record = {"prompt": "Q:", "chosen": "no numbers but 7"}
     (pair,) = EditRule().build(record, seed=0)
@@ -189,7 +223,7 @@ def test_edit_recipe():
 
 def test_every_place_is_drawn():
     # two places, 60 draws: one of them is never met with probability 2**-59
-    edits = {corrupt("1 and 2", "number", random.Random(i)).start for i in range(60)}
+    edits = {corrupt("1 and 2", "number", random.Random(i))[0].start for i in range(60)}
     assert edits == {0, 6}
 
 
@@ -204,6 +238,10 @@ def test_every_place_is_drawn():
         ("#### none", "#### 4", None),
         ("#### .5", "0.50", True),
         ("#### 5", "he has 3, so 5", True),  # a label without mark: its last number
+        ("A: 18", "#### 18", True),
+        ("So it is 9 each.\n**A:** 17", "#### 18", False),
+        ("A: 18\nB: 20", "#### 18", None),  # the first of several, not an announcement
+        ("#### 5600", "#### 5,600", True),
     ],
 )
 def test_numeric_matcher(sample, label, verdict):
@@ -234,12 +272,15 @@ def test_exact_and_regex_matchers():
     assert matches("<ans>x</ans>", "<ans>y</ans>") is False
     assert matches("x", "x") is None
     assert regex_matcher(r"\d+")("a 12 b 13", "13") is True
+    assert matches_exactly("5600 clips", "5,600 clips") is True
+    assert matches_exactly("1,2,345", "12345") is False  # no thousands
+    assert regex_matcher(r"so (\S+)")("so 5,600", "5600") is True
     with pytest.raises(ValueError, match="answer_regex: expected a regular expression"):
         regex_matcher("(")
 
 
 def test_labels_without_an_answer_are_named():
-    with pytest.raises(ValueError, match="label: expected a number, got 'none'"):
+    with pytest.raises(ValueError, match=r"label: expected a number behind .*, got 'none'"):
         matches_number("#### 1", "none")
     with pytest.raises(ValueError, match="label: expected an option"):
         matches_choice("B", "the second")

@@ -4,7 +4,7 @@ import re
 from collections import deque
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from dpop_trainer.measure.announced import PHRASES
 from dpop_trainer.measure.numerals import HAN_NUMBER, LETTER, in_ascii
@@ -16,6 +16,11 @@ _NUMBER = re.compile(r"-?[$€£¥₹₩]?-?(?P<number>[0-9][0-9,]*(?:\.[0-9]+)?
 _ANNOUNCED = re.compile(
     rf"####|\\boxed\{{|{PHRASES}|\banswer:|(?<![回解问問])答案?[:：]|الإجابة:|(?:정답|답):", re.IGNORECASE
 )
+# "A: 18" as well, where it begins a line and no "B:" begins a later one: then it is the first of several
+_NUMBER_ANNOUNCED = re.compile(
+    rf"{_ANNOUNCED.pattern}|^[ \t*]*A(?:ns)?\.?[ \t*]*:(?![\s\S]*^[ \t*]*B[ \t*]*:)", re.IGNORECASE | re.MULTILINE
+)
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 # 48+24 = 72: what is announced is what the equation comes to
 _EQUATION = re.compile(r"(?:[ )]*[-+*/×÷][ ($€£¥]*[0-9][0-9,.]*\)*)+ *(?==)")
 _MYRIADS = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
@@ -24,46 +29,48 @@ _LETTER = re.compile(rf"(?<![0-9{LETTER}])(?P<letter>[A-Z1-9])(?![0-9{LETTER}])"
 _LONE_LETTER = re.compile(r"\s*\(?(?P<letter>[A-Z1-9])(?:[).:、．：]|\s*$|\s*\n)")
 
 
-def matches_exactly(sample: str, label: str) -> Verdict:
-    """The same text, leading, trailing and repeated white space aside."""
-    return sample.split() == label.split() if sample.strip() else None
+class Matcher(NamedTuple):
+    """Compares what it reads of a sample with what it reads of a label."""
+
+    read_sample: Callable[[str], Any]
+    """A text -> its answer, None where it gives none."""
+    read_label: Callable[[str], Any]
+    """The same of a label, which may be the answer alone."""
+    looks_for: str
+    """What an answer is to it, in words."""
+
+    def __call__(self, sample: str, label: str) -> Verdict:
+        """
+        Raises:
+            ValueError: the label gives no answer.
+        """
+        right = self.read_label(label)
+        if right is None:
+            raise ValueError(f"label: expected {self.looks_for}, got {label[-60:]!r}. Use another --matcher.")
+        given = self.read_sample(sample)
+        return None if given is None else given == right
 
 
-def matches_number(sample: str, label: str) -> Verdict:
-    """The same final number, in value: the first after the last "####", "the answer is", "answer:" or "\\boxed{".
-
-    A sample that announces no answer gives none: it may have been cut off. A label may be the number alone. Digits of
-    any script count, and 万 and 亿 behind them; an answer in Chinese numerals is not read.
-
-    Raises:
-        ValueError: the label holds no number.
-    """
-    label, sample = in_ascii(label), in_ascii(sample)
-    right = _final_number(label) if _ANNOUNCED.search(label) else _last_number(label)
-    if right is None:
-        raise ValueError(f"label: expected a number, got {label[-60:]!r}. Use another --matcher.")
-    given = _final_number(sample)
-    return None if given is None else given == right
-
-
-def matches_choice(sample: str, label: str) -> Verdict:
-    """The same option, a capital letter or a digit: announced ("the answer is (B)") or at the beginning ("B) ...").
-
-    Raises:
-        ValueError: the label names no option.
-    """
-    label, sample = in_ascii(label), in_ascii(sample)
-    right = _choice(label)
-    if right is None:
-        raise ValueError(f"label: expected an option such as 'B', got {label[-60:]!r}. Use another --matcher.")
-    given = _choice(sample)
-    return None if given is None else given == right
-
-
-def regex_matcher(pattern: str) -> Callable[[str, str], Verdict]:
+def regex_matcher(pattern: str) -> Matcher:
     """The same text in the last match of a pattern: its first group, or the whole match where it has none.
 
-    A label in which the pattern does not match stands for itself.
+    A label in which the pattern does not match stands for itself: whoever grades against whole solutions asks
+    `matches` first (see `from_samples`).
+
+    Raises:
+        ValueError: the pattern does not compile.
+    """
+    found = regex_reader(pattern)
+
+    def of_label(label: str) -> str:
+        right = found(label)
+        return _plain(label) if right is None else right
+
+    return Matcher(found, of_label, f"a match of {pattern!r}")
+
+
+def regex_reader(pattern: str) -> Callable[[str], str | None]:
+    """Text -> the last match of a pattern, white space and thousands commas aside; None where it does not match.
 
     Raises:
         ValueError: the pattern does not compile.
@@ -75,18 +82,28 @@ def regex_matcher(pattern: str) -> Callable[[str, str], Verdict]:
 
     def last(text: str) -> str | None:
         found = _last_match(compiled, text)
-        return None if found is None else (found.group(1) if compiled.groups else found.group()) or ""
+        return None if found is None else _plain((found.group(1) if compiled.groups else found.group()) or "")
 
-    def matches(sample: str, label: str) -> Verdict:
-        given, right = last(sample), last(label)
-        return None if given is None else given.strip() == (label if right is None else right).strip()
+    return last
 
-    return matches
+
+def _plain(text: str) -> str:
+    """A text to compare: white space once, and 5,600 as 5600."""
+    return _THOUSANDS.sub(lambda number: number.group().replace(",", ""), " ".join(text.split()))
+
+
+def _read_number(text: str) -> Decimal | None:
+    return _final_number(in_ascii(text))
+
+
+def _read_number_of_label(text: str) -> Decimal | None:
+    text = in_ascii(text)
+    return _final_number(text) if _NUMBER_ANNOUNCED.search(text) else _last_number(text)
 
 
 def _final_number(text: str) -> Decimal | None:
     """The first number behind the last announcement, or the result of the equation that begins with it."""
-    announced = _last_match(_ANNOUNCED, text)
+    announced = _last_match(_NUMBER_ANNOUNCED, text)
     match = None if announced is None else _NUMBER.search(text, announced.end())
     if announced is None or match is None:
         return None
@@ -119,6 +136,7 @@ def _value(match: re.Match[str]) -> Decimal | None:
 
 
 def _choice(text: str) -> str | None:
+    text = in_ascii(text)
     announced = _last_match(_ANNOUNCED, text)
     match = _LONE_LETTER.match(text) if announced is None else _LETTER.search(text, announced.end())
     return None if match is None else match.group("letter")
@@ -128,15 +146,29 @@ def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
-MATCHERS: dict[str, Callable[[str, str], Verdict]] = {
+matches_exactly = Matcher(lambda text: _plain(text) or None, _plain, "a text")
+"""The same text; white space at its ends and how much of it stands inside do not count, nor do thousands commas."""
+
+matches_number = Matcher(
+    _read_number, _read_number_of_label, 'a number behind "####", "the answer is", "answer:", "A:" or "\\boxed{"'
+)
+"""The same final number, in value: the first after the last "####", "the answer is", "answer:", "A:" or "\\boxed{".
+
+A sample that announces no answer gives none: it may have been cut off. A label may be the number alone. Digits of any
+script count, and 万 and 亿 behind them; an answer in Chinese numerals is not read."""
+
+matches_choice = Matcher(_choice, _choice, 'an option such as "B", announced or at the beginning')
+"""The same option, a capital letter or a digit: announced ("the answer is (B)") or at the beginning ("B) ...")."""
+
+MATCHERS: dict[str, Matcher] = {
     "numeric": matches_number,
     "exact": matches_exactly,
     "choice": matches_choice,
 }
-"""By name; "regex" is made by `regex_matcher`. A new matcher is one function and one line here."""
+"""By name; "regex" is made by `regex_matcher`. A new matcher is one entry here."""
 
 
-def find_matcher(name: str, answer_regex: str | None) -> Callable[[str, str], Verdict]:
+def find_matcher(name: str, answer_regex: str | None) -> Matcher:
     """The matcher of that name; `answer_regex` is the pattern of "regex", which no other takes.
 
     Raises:

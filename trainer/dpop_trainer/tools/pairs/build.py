@@ -78,7 +78,7 @@ def build_file(
         for index, item in enumerate(_read(opened, limit, counts, show_progress)):
             try:
                 record = record_of(item)
-                pairs = _pairs_of(record, recipe, seed, counts)
+                pairs = _pairs_of(record, item.place, recipe, seed, counts)
             except ValueError as error:
                 problem = f"{item.place}: {error}"
                 if on_bad_record == "error":
@@ -97,7 +97,7 @@ def build_file(
                 }
                 writer.write(pair_fields(pair, recipe.scaffold, form) | origin)
         if not counts.built:
-            first = "".join(f"\n  {problem}" for problem in counts.first_bad)
+            first = "".join(f"\n  {detail}" for detail in counts.details())
             raise ValueError(
                 f"{opened.path or opened.name}: expected records that pairs can be made of, got none: "
                 f"{counts.read} read, {counts}.{first}"
@@ -128,14 +128,15 @@ def _read(source: Source, limit: int | None, counts: PairCounts, show_progress: 
         bar.set_postfix_str(f"{counts.built:,} pairs")
 
 
-def _pairs_of(record: dict[str, Any], recipe: Recipe, seed: int, counts: PairCounts) -> list[BuiltPair]:
+def _pairs_of(record: dict[str, Any], place: str, recipe: Recipe, seed: int, counts: PairCounts) -> list[BuiltPair]:
     try:
         pairs = recipe.build(record, seed)
-    except SkippedRecord as reason:
-        counts.skipped[str(reason)] += 1
+    except SkippedRecord as skipped:
+        counts.add_skipped(place, skipped)
         return []
     for pair in pairs:
         _check_unicode(pair)
+        counts.spared.update(pair.spared)
     return pairs
 
 

@@ -57,8 +57,8 @@ def build(argv: list[str]) -> int:
     own_options = {field.name: options.pop(field.name) for field in fields(recipe)}  # type: ignore[arg-type]
     counts = build_file(recipe(**own_options), options.pop("source"), options["out"], **_without(options, "out"))
     print(counts)
-    for problem in counts.first_bad:
-        print(f"  {problem}")
+    for detail in counts.details():
+        print(f"  {detail}")
     print(f"Written: {options['out']}")
     return 0
 

@@ -4,7 +4,7 @@
     word     one English word becomes its opposite   The price increased  ->  The price decreased
     code     one operator or constant is another     while i < n:         ->  while i <= n:
 
-Each rule draws one place uniformly from all that it could change.
+Each rule draws one place uniformly from all that it could change outside of `protected` spans.
 """
 
 import random
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from dpop_trainer.measure.numerals import HAN_NUMBER, LETTER, change_one_digit, change_one_numeral, in_ascii
+from dpop_trainer.tools.pairs.protected import CODE_FENCES, FENCE, outside_protected
 from dpop_trainer.tools.pairs.recipe import BuiltPair, Edit, Scaffold, SkippedRecord, record_rng, text_field
 
 # digits that are part of no longer word or number: neither x1 nor 1.2.3 nor 3rd
@@ -24,7 +25,6 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
-_FENCE = re.compile(r"```[^\n`]*\n(?P<code>.*?)(?:```|\Z)", re.DOTALL)
 # strings and comments come first, so that nothing inside them is found
 _CODE_TOKEN = re.compile(
     r"""(?P<other> \"\"\".*?\"\"\" | '''.*?''' | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*'
@@ -118,20 +118,27 @@ class EditRule:
 
     def build(self, record: Mapping[str, Any], seed: int) -> list[BuiltPair]:
         prompt, chosen = text_field(record, self.prompt_field), text_field(record, self.chosen_field)
-        edit = corrupt(chosen, self.rule, record_rng(seed, self.rule, prompt, chosen))
+        edit, spared = corrupt(chosen, self.rule, record_rng(seed, self.rule, prompt, chosen))
         if edit is None:
-            raise SkippedRecord(f"nothing in the answer that the rule {self.rule!r} could change")
-        return [BuiltPair(prompt, chosen, chosen[: edit.start] + edit.replacement + chosen[edit.end :], edit)]
+            but = f" but in {' and '.join(spared)}" if spared else ""
+            raise SkippedRecord(f"nothing in the answer that the rule {self.rule!r} could change{but}")
+        return [BuiltPair(prompt, chosen, chosen[: edit.start] + edit.replacement + chosen[edit.end :], edit, spared)]
 
 
-def corrupt(text: str, rule: str, rng: random.Random) -> Edit | None:
-    """One edit of a text by a rule of `RULES`, or None where the rule finds no place."""
-    places = list(RULES[rule](text, rng))
+def corrupt(text: str, rule: str, rng: random.Random) -> tuple[Edit | None, tuple[str, ...]]:
+    """One edit of a text by a rule of `RULES`, or None where the rule finds no place.
+
+    Returns:
+        The edit, and the kinds of protected spans that hold places which were left alone.
+    """
+    found = RULES[rule](text, rng)
+    without = CODE_FENCES if rule == "code" else ""
+    places, spared = outside_protected(text, found, lambda place: (place.start, place.end), without=without)
     if not places:
-        return None
+        return None, spared
     place = rng.choice(places)
     original = text[place.start : place.end]
-    return Edit(original, rng.choice(place.replacements), place.start, place.end)
+    return Edit(original, rng.choice(place.replacements), place.start, place.end), spared
 
 
 def number_places(text: str, rng: random.Random) -> Iterable[Place]:
@@ -157,7 +164,7 @@ def code_places(text: str, rng: random.Random) -> Iterable[Place]:
 
     The code is what stands between ``` fences or, where there are none, the whole text.
     """
-    fenced = [match.span("code") for match in _FENCE.finditer(text)]
+    fenced = [match.span("code") for match in FENCE.finditer(text)]
     for start, end in fenced or [(0, len(text))]:
         for match in _CODE_TOKEN.finditer(text, start, end):
             token = match.group()

@@ -22,9 +22,9 @@ from dpop_trainer.measure.announced import PHRASES
 from dpop_trainer.measure.numerals import change_one_digit, in_ascii
 from dpop_trainer.tools.pairs.counts import PairCounts
 from dpop_trainer.tools.pairs.form import format_completion, format_prompt
+from dpop_trainer.tools.pairs.protected import CALCULATOR_MARK, outside_protected
 from dpop_trainer.tools.pairs.recipe import BuiltPair, Edit, Scaffold, SkippedRecord, record_rng, text_field
 
-_CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 # "= 12", "= $1,250.50", "= -3", "= .5": only the number itself is in the group, so sign and currency stay
 _RESULT = re.compile(
     r"= *-?[$€£¥₹₩]? ?-?(?P<number>(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3})(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
@@ -72,9 +72,9 @@ class MetaMath:
         answer = strip_calculator_marks(text_field(record, self.answer_field))
         corruption = corrupt_intermediate_result(answer, record_rng(seed, question, answer))
         if corruption is None:
-            raise SkippedRecord(NO_RESULT)
+            raise SkippedRecord(NO_RESULT, f"the answer ends {answer[-60:]!r}")
         edit = Edit(corruption.original, corruption.replacement, corruption.start, corruption.end)
-        return [BuiltPair(question, answer, corruption.rejected, edit)]
+        return [BuiltPair(question, answer, corruption.rejected, edit, _results(answer)[1])]
 
 
 def final_answer(text: str) -> str | None:
@@ -90,15 +90,16 @@ def final_answer(text: str) -> str | None:
 
 def strip_calculator_marks(answer: str) -> str:
     """GSM8K's answer without its calculator marks: "48/2 = <<48/2=24>>24" becomes "48/2 = 24"."""
-    return _CALCULATOR_MARK.sub("", answer)
+    return CALCULATOR_MARK.sub("", answer)
 
 
 def corrupt_intermediate_result(answer: str, rng: random.Random) -> Corruption | None:
     """Replaces one intermediate result of a worked solution by another number and leaves the rest untouched.
 
-    A result is a number after "=" with which the equation ends. One of them is drawn uniformly, never from the final
-    answer ("#### 72", "The answer is: 72") and never the last result unless it is the only one. One of its digits
-    then changes, so the number keeps its length, decimals, thousands commas, sign and currency.
+    A result is a number after "=" with which the equation ends, outside of `protected` spans. One of them is drawn
+    uniformly, never from the final answer ("#### 72", "The answer is: 72") and never the last result unless it is the
+    only one. One of its digits then changes, so the number keeps its length, decimals, thousands commas, sign and
+    currency.
 
     Args:
         answer: the solution, without calculator marks.
@@ -110,12 +111,9 @@ def corrupt_intermediate_result(answer: str, rng: random.Random) -> Corruption |
     Raises:
         ValueError: the answer holds calculator marks, in which the same result would stand twice.
     """
-    if _CALCULATOR_MARK.search(answer):
+    if CALCULATOR_MARK.search(answer):
         raise ValueError("answer: expected no calculator marks, got <<...>>. Call strip_calculator_marks on it first.")
-    steps = in_ascii(answer)
-    final = _FINAL_ANSWER.search(steps)
-    steps = steps[: final.start()] if final else steps
-    results = [match for match in _RESULT.finditer(steps) if not _GOES_ON.match(steps, match.end())]
+    results, _ = _results(answer)
     if not results:
         return None
     start, end = rng.choice(results[:-1] or results).span("number")
@@ -167,6 +165,15 @@ def build_pairs(
             "edit_original": corruption.original,
             "edit_replacement": corruption.replacement,
         }
+
+
+def _results(answer: str) -> tuple[list[re.Match[str]], tuple[str, ...]]:
+    """The results that could be corrupted, and the kinds of protected spans that hold others."""
+    steps = in_ascii(answer)
+    final = _FINAL_ANSWER.search(steps)
+    steps = steps[: final.start()] if final else steps
+    found = [match for match in _RESULT.finditer(steps) if not _GOES_ON.match(steps, match.end())]
+    return outside_protected(answer, found, lambda match: match.span("number"))
 
 
 def _text_field(record: Mapping[str, Any], name: str, index: int) -> str:

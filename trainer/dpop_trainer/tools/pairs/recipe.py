@@ -30,10 +30,22 @@ class BuiltPair(NamedTuple):
     chosen: str
     rejected: str
     edit: Edit
+    spared: tuple[str, ...] = ()
+    """The kinds of `protected` spans in which the rule would have found a place to edit."""
 
 
 class SkippedRecord(Exception):
-    """A sound record of which this recipe can make no pair. The message is the reason, one of few, for counting."""
+    """A sound record of which this recipe can make no pair.
+
+    Args:
+        reason: one of few, for counting.
+        example: what of this record shows it.
+        remedy: what the user can do about such records.
+    """
+
+    def __init__(self, reason: str, example: str = "", remedy: str = "") -> None:
+        super().__init__(reason)
+        self.example, self.remedy = example, remedy
 
 
 class Recipe(Protocol):
@@ -70,18 +82,27 @@ def edit_between(chosen: str, rejected: str) -> Edit:
     return Edit(chosen[start:end], rejected[start : len(rejected) - suffix], start, end)
 
 
+def field_value(record: Mapping[str, Any], name: str) -> Any:
+    """A field, or one inside others by its path ("6b_finetuning.solution"); None where there is none."""
+    if name in record:
+        return record[name]
+    outer, _, inner = name.partition(".")
+    nested = record.get(outer)
+    return field_value(nested, inner) if inner and isinstance(nested, Mapping) else None
+
+
 def text_field(record: Mapping[str, Any], name: str) -> str:
     """
     Raises:
         ValueError: the field is missing, blank or not a string.
     """
-    value = record.get(name)
+    value = field_value(record, name)
     if not isinstance(value, str) or not value.strip():
-        if name in record:
+        if name in record or value is not None:
             raise ValueError(f"{name}: expected a non-empty string, got {excerpt(value)}.")
         raise ValueError(
             f"{name}: expected a non-empty string, got the fields {sorted(map(str, record))}. Options of the recipe "
-            "name other fields, where it takes any: see its --help."
+            "name other fields, where it takes any (one inside another as outer.inner): see its --help."
         )
     return value
 
