@@ -11,6 +11,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer.run_folder.checkpoints import CheckpointError
 from dpop_trainer.training.non_finite import NonFiniteError
 from peft import LoraConfig
 from ranks import launch, launcher_environment
@@ -127,6 +128,9 @@ def run_all(rank, folder):
     with pytest.raises(NonFiniteError) as raised:
         train(folder / "bad", num_ranks=2, layout="rows", bad_pair=3)
     (folder / f"error{rank}.txt").write_text(str(raised.value))
+    with pytest.raises(CheckpointError) as raised:  # before the first step
+        train(folder / "other", num_ranks=2, layout="rows", seed=3 + rank, num_pairs=11 - rank, max_steps=5 + rank)
+    (folder / f"other{rank}.txt").write_text(str(raised.value))
     if rank == 0:
         torch.save(results, folder / "results.pt")
 
@@ -178,3 +182,10 @@ def check_folders(tmp_path, results):
     with_pair = int(report.stem.removeprefix("report_rank"))
     assert "pair ids [3]" in errors[with_pair]
     assert "no pair of this rank" in errors[1 - with_pair]
+    # and neither trains on what the other has not
+    one, other = [(tmp_path / f"other{rank}.txt").read_text() for rank in range(2)]
+    assert one == other
+    assert one.startswith("process 1: expected the configuration, data and model of process 0, got another ")
+    for told in ("max_steps: 5 there, 6 here", "seed: 3 there, 4 here", "training data (digest): "):
+        assert told in one
+    assert not (tmp_path / "other" / "metrics.jsonl").exists()

@@ -97,6 +97,17 @@ def test_gradient_overflow_saves_all_of_the_step(tmp_path):
     assert report["not_finite"] == "the gradient norm"
 
 
+def test_weights_that_the_last_update_broke_are_not_saved(tmp_path):
+    """1e39 is a finite setting, and an infinite step in fp32; the loss of no batch is computed after it."""
+    run = make_trainer(tmp_path, learning_rate=1e39, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(NonFiniteError, match=r"step 1: expected finite weights to save, got .* in model\.embed_tok"):
+        run.train()
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    with pytest.raises(NonFiniteError, match="Nothing was saved"):
+        run.save_model()
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
 def test_full_disk_does_not_hide_a_nan(tmp_path, monkeypatch, caplog):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -9,12 +9,14 @@ import shutil
 import signal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from dpop_trainer import DPOPConfig
 from dpop_trainer.cli import main
-from dpop_trainer.data import load_pairs, tokenise_pairs
+from dpop_trainer.data import load_pairs, read_pairs, tokenise_pairs
 from dpop_trainer.models.trained import load_trained
 from dpop_trainer.run_folder.checkpoints import checkpoint_problem
 from dpop_trainer.run_folder.files import append_lines
@@ -435,21 +437,56 @@ def test_best_checkpoint_keeps_its_place(setting):
     assert state["best_metric"] == max(margins.values())
 
 
-@pytest.mark.parametrize("which", ["the data set", "its tokens"])
-def test_cache_cut_short_is_made_anew(setting, monkeypatch, caplog, which):
+def cut_a_batch(path):
+    """Arrow that ends where a batch of records does reads as a whole file with fewer rows."""
+    reader = pa.ipc.open_stream(path.read_bytes())
+    schema, batches = reader.schema, list(reader)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch.slice(0, len(batch) - 1))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, cut_a_batch])
+def test_a_cache_that_is_not_what_was_written_is_made_anew(setting, monkeypatch, caplog, damage):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", setting / "cache")
     source = setting / "pairs.jsonl"
-    expected, _ = tokenise_pairs(load_pairs(str(source)), word_tokenizer())
-    expected = expected.to_list()
-    for path in (setting / "cache").rglob("*.arrow"):
-        if path.name.startswith("cache-") == (which == "its tokens"):
-            truncate(path)
-    again, _ = tokenise_pairs(load_pairs(str(source)), word_tokenizer())
-    assert again.to_list() == expected
-    assert "anew" in caplog.text
-    caplog.clear()
-    tokenise_pairs(load_pairs(str(source)), word_tokenizer())  # and is sound from then on
-    assert "anew" not in caplog.text
+
+    def read():
+        return tokenise_pairs(read_pairs(str(source)), word_tokenizer())[0].to_list()
+
+    def told():
+        lines, _ = caplog.text.count("Reading the data anew"), caplog.clear()
+        return lines
+
+    expected = read()
+    assert told() == 0
+    files = sorted((setting / "cache").rglob("*.arrow"), key=lambda path: path.name.startswith("cache-"))
+    rows, tokens = files
+    for path in (tokens, rows):
+        damage(path)
+        assert read() == expected
+        assert told() == 1
+        assert read() == expected  # and is sound from then on
+        assert told() == 0
+    newest = max((setting / "cache").rglob("cache-*.seal"), key=lambda seal: seal.stat().st_mtime_ns)
+    newest.unlink()  # as where a kill came between the two
+    assert read() == expected
+    assert told() == 1
+
+
+def test_a_parquet_cache_that_was_cut_is_made_anew(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(pa.Table.from_pylist(text_pairs(4)), path)
+    assert len(load_pairs(str(path))) == 4
+    (cached,) = (tmp_path / "cache").rglob("*.arrow")
+    for seal in ("kept", "gone"):  # without one, the rows are counted
+        cut_a_batch(cached)
+        if seal == "gone":
+            cached.with_name(f"{cached.name}.seal").unlink()
+        caplog.clear()
+        assert load_pairs(str(path)).to_list() == text_pairs(4)
+        assert caplog.text.count("Reading the data anew") == 1
 
 
 def test_cache_that_cannot_be_written_is_named(setting, monkeypatch):

@@ -9,9 +9,9 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from dpop_trainer.data.arrow_cache import cached_arrow, replacing
+from dpop_trainer.data.arrow_cache import cached_arrow
 from dpop_trainer.data.read_json import PlacedRecord, all_records
-from dpop_trainer.data.sound_cache import drop_unreadable
+from dpop_trainer.data.sound_cache import cached_rows, load_or_load_anew
 from dpop_trainer.data.source_path import check_source_path, loader_of
 
 
@@ -78,7 +78,7 @@ def open_source(
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
         try:
-            return datasets.load_dataset(str(path), name, split=split, **options)
+            return load_or_load_anew(str(path), name, split=split, **options)
         except (DatasetGenerationError, FileNotFoundError) as error:
             reason = str(error.__cause__ or error).partition("\n")[0]  # schemas of all columns follow
             raise ValueError(
@@ -92,12 +92,12 @@ def open_source(
         if loader == "json":
             return _read_json(path)
         try:
-            return datasets.load_dataset(loader, data_files=str(path), split="train", **options)
+            return load_or_load_anew(loader, data_files=str(path), split="train", **options)
         except (DatasetGenerationError, pa.ArrowException) as error:
             reason = error.__cause__ or error
             raise ValueError(f"source: expected a readable {path.suffix} file, got {path} ({reason}).") from error
     try:
-        return datasets.load_dataset(source, name, split=split, revision=revision, **options)
+        return load_or_load_anew(source, name, split=split, revision=revision, **options)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"source: expected a file, a folder or a data set on the hub, got {source!r}, which is neither of the "
@@ -107,14 +107,13 @@ def open_source(
 
 
 def _read_json(path: Path) -> Dataset:
-    cached = cached_arrow(path, "raw")
-    drop_unreadable(cached)
-    if not cached.exists():
+    def write(partial: Path) -> None:
         records = all_records(path)
         if not records:
             raise ValueError(f"source: expected at least one pair, got none in {path}.")
-        _write_arrow(_as_table(records), cached)
-    return Dataset.from_file(str(cached))
+        _write_arrow(_as_table(records), partial)
+
+    return cached_rows(cached_arrow(path, "raw"), write)
 
 
 def _as_table(records: list[PlacedRecord]) -> pa.Table:
@@ -153,9 +152,5 @@ def _first_misfit(values: list) -> int:
 
 
 def _write_arrow(table: pa.Table, path: Path) -> None:
-    with (
-        replacing(path) as partial,
-        pa.OSFile(str(partial), "wb") as sink,
-        pa.ipc.new_stream(sink, table.schema) as writer,
-    ):
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=1000)

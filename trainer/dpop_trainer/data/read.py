@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from dpop_trainer.data.arrow_cache import cached_arrow, replacing
+from dpop_trainer.data.arrow_cache import cached_arrow
 from dpop_trainer.data.arrow_nulls import without_filled_nulls
 from dpop_trainer.data.convert import (
     ROW_FEATURES,
@@ -24,6 +24,7 @@ from dpop_trainer.data.forms import Form
 from dpop_trainer.data.load import load_pairs, open_source
 from dpop_trainer.data.read_json import PlacedRecord, progress, read_json_records
 from dpop_trainer.data.records import BadRecord, raise_bad_records
+from dpop_trainer.data.sound_cache import cached_rows
 from dpop_trainer.data.source_path import check_plain_split, is_json
 
 Item = PlacedRecord | BadRecord
@@ -66,14 +67,14 @@ def read_pairs(
         origin = str(source) if isinstance(source, str | os.PathLike) else ""
         return convert_pairs(dataset, origin=origin, completions=completions, num_proc=num_proc)
     check_plain_split(split)
-    cached = cached_arrow(path, "rows", str(path), completions)
-    if not cached.exists():
+
+    def write(partial: Path) -> None:
         items = progress(path, read_json_records(path))
         first = list(itertools.islice(items, SAMPLE_SIZE))
         form = recognise_items(first, str(path), completions=completions)
-        with replacing(cached) as partial:
-            _write_rows((item_row(item, form) for item in itertools.chain(first, items)), partial)
-    return Dataset.from_file(str(cached))
+        _write_rows((item_row(item, form) for item in itertools.chain(first, items)), partial)
+
+    return cached_rows(cached_arrow(path, "rows", str(path), completions), write)
 
 
 def json_file(source: Any) -> Path | None:

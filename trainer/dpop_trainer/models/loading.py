@@ -1,6 +1,7 @@
 """Models by name or path, with the checks that save a wasted run."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -114,11 +115,27 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, qua
     found_by = {key: kwargs[key] for key in (*WHERE, "subfolder", "gguf_file", "trust_remote_code") if key in kwargs}
     try:
         config = kwargs["config"] if "config" in kwargs else AutoConfig.from_pretrained(name_or_path, **found_by)
-        model = auto_class(config).from_pretrained(name_or_path, **kwargs)
+        model, told = auto_class(config).from_pretrained(name_or_path, **kwargs, output_loading_info=True)
     except OSError as error:
         raise ValueError(f"model: expected a hub id or a folder with a model, got {name_or_path!r}. {error}") from error
+    _check_all_loaded(name_or_path, told, kwargs)
     make_trainable(model)
     return model
+
+
+def _check_all_loaded(name_or_path: str, told: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+    """transformers draws at random what a checkpoint lacks. What it has and the model does not take, as a head for
+    another task, is in transformers' own warning."""
+    absent = sorted(told.get("missing_keys") or ())
+    if not kwargs.get("ignore_mismatched_sizes"):
+        absent += sorted(str(entry[0]) for entry in told.get("mismatched_keys") or ())
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise ValueError(
+            f"model: expected all weights of {name_or_path!r} in its files, found none that fits for {absent[0]}{more}"
+            ", which would be random numbers. Fetch the model anew: a shard or a head is missing, or config.json is of "
+            "another model."
+        )
 
 
 def load_adapter(

@@ -11,7 +11,7 @@ from dpop_trainer.run_folder.private import SecretFreeRepr
 from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
 from dpop_trainer.settings.errors import UsageError
 from dpop_trainer.settings.loss_fields import check_with_losses, option_values
-from dpop_trainer.settings.ranges import check_ranges
+from dpop_trainer.settings.ranges import check_finite, check_ranges
 from dpop_trainer.settings.recipes import run_recipe
 from dpop_trainer.settings.run_parser import RunParser, check_yaml_value, sections, training_arguments
 from dpop_trainer.settings.source_classes import class_from_source, function_from_source
@@ -78,6 +78,7 @@ class ModelArguments(SecretFreeRepr):
             raise ValueError(f"peft_config: expected a mapping of LoraConfig's fields, got {self.peft_config!r}.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_8bit: expected false together with load_in_4bit, got both. Choose one.")
+        check_finite(self)
         if self.lora_task_type != "CAUSAL_LM":
             raise ValueError(f"lora_task_type: expected 'CAUSAL_LM', got {self.lora_task_type!r}.")
         if self.lora_r < 1:

@@ -1,5 +1,6 @@
 """Ranges of transformers' own numbers, which it checks late, without naming them, or not at all."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,19 @@ _INTERVALS = (
 )
 
 
+def check_finite(settings: Any) -> None:
+    """
+    Args:
+        settings: a dataclass.
+
+    Raises:
+        ValueError: a number is NaN or infinite; named.
+    """
+    for name, value in vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}. Give one, or leave it out.")
+
+
 def check_ranges(args: "TrainingArguments") -> None:
     """
     Args:
@@ -37,7 +51,7 @@ def check_ranges(args: "TrainingArguments") -> None:
             raise ValueError(f"{name}: expected at least 1, got {getattr(args, name)}. {remedy}")
     for name, remedy in _NOT_NEGATIVE.items():
         value: Any = getattr(args, name)
-        if value is not None and not value >= 0:  # NaN is no number >= 0 either
+        if value is not None and not value >= 0:
             raise ValueError(f"{name}: expected a number >= 0, got {value}. {remedy}")
     if args.max_steps != -1 and args.max_steps < 1:
         raise ValueError(
@@ -55,3 +69,4 @@ def check_ranges(args: "TrainingArguments") -> None:
                 f"{name}: expected a number of steps > 0, or below 1 a fraction of all, got {value}. "
                 f"For none set {strategy} to 'no'."
             )
+    check_finite(args)

@@ -190,7 +190,13 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`transformers.Trainer.save_model`, and beside it what the policy gives: `policy_probe.json`, by which what is
-        made of the files later can be held against what was trained."""
+        made of the files later can be held against what was trained.
+
+        Raises:
+            NonFiniteError: there are weights that are no numbers.
+        """
+        if not _internal_call:
+            self.check_weights()
         super().save_model(output_dir, _internal_call)
         is_sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if is_sharded or not self.args.should_save or not self.has_own_collator():

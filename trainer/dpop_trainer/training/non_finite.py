@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dpop_trainer.batches import Batch
 from dpop_trainer.data.records import TOKEN_COLUMNS
@@ -108,6 +109,21 @@ def non_finite_message(step: int, what: str, pair_ids: list[int], folder: Path) 
         f"applied. The batch, its texts and its reference log-probs are in {folder}. Look at these pairs; if they are "
         "sound, lower learning_rate or dpop_lambda, or train in bf16, not fp16."
     )
+
+
+def weight_not_finite(model: nn.Module) -> str | None:
+    """The name of a trained weight with a NaN or infinity in this process's part of it; None where all are finite.
+    One look at the device."""
+    names, flags = [], []
+    for name, parameter in model.named_parameters():
+        value: Any = parameter.detach()
+        value = value.to_local() if isinstance(value, DTensor) else value
+        if parameter.requires_grad and value.is_floating_point() and value.numel() and not value.is_meta:
+            names.append(name)
+            flags.append(torch.isfinite(value).all())
+    if not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()):
+        return None
+    return next(name for name, flag in zip(names, flags, strict=True) if not bool(flag))
 
 
 def load_non_finite(folder: str | Path, rank: int = 0) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:

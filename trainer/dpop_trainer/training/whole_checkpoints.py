@@ -35,6 +35,7 @@ from dpop_trainer.run_folder.identity import differences_of_ranks, identity_of
 from dpop_trainer.run_folder.lock import held
 from dpop_trainer.training.given_weights import GivenWeights, use_given_weights
 from dpop_trainer.training.hf_hooks import HfHooks
+from dpop_trainer.training.non_finite import NonFiniteError, weight_not_finite
 from dpop_trainer.training.speed import TrainingClock
 
 
@@ -145,6 +146,7 @@ class WholeCheckpoints(HfHooks):
 
         Raises:
             CheckpointError: it cannot be written, as on a full disk. The checkpoints that there are stay as they are.
+            NonFiniteError: there are weights that are no numbers.
         """
         name = f"checkpoint-{self.state.global_step}"
         part, final = output_dir / INCOMPLETE / name, output_dir / name
@@ -153,6 +155,7 @@ class WholeCheckpoints(HfHooks):
                 shutil.rmtree(part, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             use_given_weights(self.optimizer)
+            self.check_weights()
             try:
                 write(INCOMPLETE)
                 self._finish_checkpoint(part, final)
@@ -164,6 +167,21 @@ class WholeCheckpoints(HfHooks):
                 remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             if self.args.push_to_hub:
                 self.push_checkpoint(final)
+
+    def check_weights(self) -> None:
+        """Before they are saved.
+
+        Raises:
+            NonFiniteError: on all processes together: a trained weight is NaN or infinite; names it.
+        """
+        found = next(filter(None, gather_object([weight_not_finite(self.model)])), None)  # type: ignore[arg-type]
+        if found is not None:
+            kept = last_checkpoint(str(self.args.output_dir))
+            rest = "There is no earlier checkpoint" if kept is None else f"{kept} is from before"
+            raise NonFiniteError(
+                f"step {self.state.global_step}: expected finite weights to save, got a NaN or infinity in {found}. "
+                f"Nothing was saved. {rest}. Lower learning_rate, or train in bf16, not fp16."
+            )
 
     def _finish_checkpoint(self, part: Path, final: Path) -> None:
         """Add what transformers leaves out: the paths as they will be, and what a subclass has summed up."""
