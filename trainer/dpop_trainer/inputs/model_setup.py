@@ -1,7 +1,7 @@
 """From `ModelArguments` to what a model, its tokenizer and its adapter are made with."""
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.models.adapters import find_adapter_base
+from dpop_trainer.models.gguf import folder_of_gguf
 from dpop_trainer.models.quantised import check_bitsandbytes, compute_dtype, four_bit_config
 from dpop_trainer.models.tokenizer_loading import load_tokenizer
 from dpop_trainer.settings.arguments import ModelArguments
@@ -29,6 +30,16 @@ def tokenizer_of(arguments: ModelArguments, config: HeadConfig) -> PreTrainedTok
     base = find_adapter_base(name, {"revision": arguments.model_revision})
     options: Any = {"revision": arguments.model_revision, "trust_remote_code": config.trust_remote_code}
     return load_tokenizer(name, base, **options)
+
+
+def with_model_folder(arguments: ModelArguments) -> ModelArguments:
+    """The same arguments with a folder for each model that is named by its GGUF file; see `folder_of_gguf`."""
+    folders: Any = {
+        name: folder_of_gguf(getattr(arguments, name))
+        for name in ("model_name_or_path", "ref_model_name_or_path")
+        if getattr(arguments, name)
+    }
+    return replace(arguments, **folders)
 
 
 def init_kwargs(arguments: ModelArguments, config: HeadConfig) -> dict[str, Any]:

@@ -8,11 +8,22 @@ ADAPTER_CONFIG = "adapter_config.json"
 MODEL_FILES = ("config.json", ADAPTER_CONFIG)
 
 
+def is_gguf(name_or_path: str) -> bool:
+    """Whether the name is that of a model in one GGUF file that is there."""
+    return name_or_path.endswith(".gguf") and Path(name_or_path).expanduser().is_file()
+
+
 def check_model_path(name_or_path: str) -> None:
     """
     Raises:
         ValueError: the name is that of a local folder, and there is no such folder with a model or an adapter.
     """
+    if is_gguf(name_or_path):
+        folder_name = f"{Path(name_or_path).stem}-model"
+        raise ValueError(
+            f"model: expected a folder with {' or '.join(MODEL_FILES)}, got the file {name_or_path!r}. `dpop train` "
+            f"and `dpop sft` make a folder of it, {folder_name}/ beside it; in Python, models.gguf.folder_of_gguf does."
+        )
     folder = Path(name_or_path).expanduser()
     if looks_local(name_or_path) and not any((folder / file).exists() for file in MODEL_FILES):
         raise ValueError(

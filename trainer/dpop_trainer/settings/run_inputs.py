@@ -5,7 +5,13 @@ from pathlib import Path
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.run_folder.files import check_writable
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
-from dpop_trainer.settings.model_paths import adapter_on_adapter, check_local_path, check_model_path, is_adapter_folder
+from dpop_trainer.settings.model_paths import (
+    adapter_on_adapter,
+    check_local_path,
+    check_model_path,
+    is_adapter_folder,
+    is_gguf,
+)
 
 
 def check_inputs(model: ModelArguments, data: DataArguments, output_dir: str | None) -> None:
@@ -57,6 +63,8 @@ def model_name(arguments: ModelArguments) -> str:
     """
     if not arguments.model_name_or_path:
         raise ValueError("model_name_or_path: expected a hub id or a local folder, got none. Set it in the YAML file.")
+    if is_gguf(arguments.model_name_or_path):
+        return arguments.model_name_or_path  # a run begins by making a folder of it
     check_model_path(arguments.model_name_or_path)
     if (arguments.use_peft or arguments.peft_config) and is_adapter_folder(arguments.model_name_or_path):
         raise ValueError(adapter_on_adapter(arguments.model_name_or_path))

@@ -9,7 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.data.encode import check_tokenizer
 from dpop_trainer.inputs.data_sets import first_pairs, load_eval_data, load_train_data, train_paths
-from dpop_trainer.inputs.model_setup import init_kwargs, lora_config, quantization_config, tokenizer_of
+from dpop_trainer.inputs.model_setup import (
+    init_kwargs,
+    lora_config,
+    quantization_config,
+    tokenizer_of,
+    with_model_folder,
+)
 from dpop_trainer.run_folder.checkpoints import last_checkpoint
 from dpop_trainer.run_folder.files import check_writable
 from dpop_trainer.run_folder.finished import is_finished, mark_finished
@@ -44,9 +50,10 @@ def run_train(
     Raises:
         ValueError: an argument or the data cannot be used, or the folder holds another run.
     """
-    whole_config = run_config(model_arguments, data_arguments, config)
     check_writable(str(config.output_dir))
     check_not_running(str(config.output_dir))
+    model_arguments = with_model_folder(model_arguments)
+    whole_config = run_config(model_arguments, data_arguments, config)
     if is_finished(config.output_dir, whole_config):
         return None
     train_dataset = load_train_data(data_arguments, config)
@@ -79,9 +86,10 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
     Raises:
         ValueError: an argument or the data cannot be used, or the folder holds another run.
     """
-    whole_config = run_config(model_arguments, data_arguments, config)
     check_writable(str(config.output_dir))
     check_not_running(str(config.output_dir))
+    model_arguments = with_model_folder(model_arguments)
+    whole_config = run_config(model_arguments, data_arguments, config)
     if is_finished(config.output_dir, whole_config):
         return None
     train_dataset = load_train_data(data_arguments, config, completions=True)

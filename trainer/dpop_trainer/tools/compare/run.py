@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import transformers
 
+from dpop_trainer.inputs.model_setup import with_model_folder
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import load_trained
 from dpop_trainer.run_folder.private import without_secrets
@@ -55,6 +56,7 @@ def run_comparison(
     Raises:
         ValueError: a method or a seed cannot be used, there are no held-out pairs, or a run fails on its input.
     """
+    model_arguments = with_model_folder(model_arguments)
     plan = plan_runs(model_arguments, data_arguments, config, comparison)
     folder = Path(config.output_dir)  # type: ignore[arg-type]
     results: list[RunResult] = []
