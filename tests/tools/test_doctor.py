@@ -115,7 +115,8 @@ def test_answers_that_differ_in_white_space_alone(tmp_path):
 
 
 def test_over_represented_prompts(tmp_path):
-    records = [pair("often", f"a{i}", f"b{i}") for i in range(10)] + [pair(f"q{i}", "a", "b") for i in range(50)]
+    records = [pair("often", f"a{i}", f"b{i}") for i in range(10)]
+    records += [pair(f"q{i}", *("ab" if i % 2 else "ba")) for i in range(50)]  # neither letter tells the side
     seen = examine(tmp_path, records)
     assert found(seen) == {"over_represented": list(range(10))}
     assert "the most frequent: 10 pairs" in seen.findings[0].message
@@ -145,6 +146,20 @@ def test_length_as_a_cue(tmp_path):
     assert "length_cue" not in found(examine(tmp_path, [*records, pair("s", "short", "long answer")]))
     seen = examine(tmp_path, [pair(p["prompt"], p["rejected"], p["chosen"]) for p in records])
     assert "the shorter answer as the chosen one: 70%" in seen.findings[0].message
+
+
+@pytest.mark.parametrize(("mark", "level"), [("<<1>>", "serious"), ("!", "warning")])
+def test_what_the_surface_gives_away(tmp_path, mark, level):
+    """A mark in every rejected answer is a format; one in 80% of them gives most pairs away."""
+    records = [pair(f"q{i}", f"{i}", f"{i + 1}{mark if level == 'serious' or i % 5 else ''}") for i in range(200)]
+    seen = examine(tmp_path, records)
+    assert levels(seen)["surface"] == level
+    (finding,) = [finding for finding in seen.findings if finding.name == "surface"]
+    guessed, share = ("100%", "100%") if level == "serious" else ("90%", "80%")  # 0.8 + 0.2 / 2
+    assert finding.message.startswith(f"Side guessed right from the surface alone in {guessed} of 200 pairs (")
+    assert f"in 0% of the chosen and {share} of the rejected answers" in finding.message
+    swapped = [pair(p["prompt"], p["rejected"], p["chosen"]) if i % 2 else p for i, p in enumerate(records)]
+    assert "surface" not in found(examine(tmp_path, swapped))
 
 
 def test_low_edit_pairs(tmp_path):

@@ -15,6 +15,7 @@ from dpop_trainer.data.outcomes import NOTE_COLUMNS
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.records import TOKEN_COLUMNS
 from dpop_trainer.data.truncate import TruncationMode, truncate_pair
+from dpop_trainer.measure.surface import Surface, SurfaceSample
 from dpop_trainer.tools.doctor.findings import Evidence, Finding, find_all, rows_to_drop
 from dpop_trainer.tools.doctor.measure import CUT, EMPTY, FITS, Measures, fingerprints_of, measure_pairs
 from dpop_trainer.tools.doctor.pair_file import PairFile
@@ -42,6 +43,8 @@ class Examination:
     drop: dict[int, str]
     """Rows that should not be trained on -> the finding that says so."""
     model_scores: "ModelScores | None"
+    surface: Surface
+    """What tells the two sides apart without reading them."""
 
     @property
     def num_pairs(self) -> int:
@@ -156,19 +159,22 @@ def examine_pairs(
             notes=True,
         )
         notes = _notes_of(tokenised, pair_file.num_pairs)
+    sample = SurfaceSample()
     measures, fingerprints = measure_pairs(
         pair_file,
         tokenised,
         eos_token_id=None if tokenizer is None else tokenizer.eos_token_id,  # type: ignore[arg-type]
         max_length=max_length,
         truncation_mode=truncation_mode,
+        sample=sample,
         desc="Measuring pairs" if show_progress else None,
     )
     held_out = None
     if eval_source is not None:
         desc = "Reading evaluation pairs" if show_progress else None
         held_out = fingerprints_of(PairFile.open(eval_source, eval_split, config), desc=desc)
-    findings = find_all(Evidence(measures, fingerprints, held_out, max_length, notes))
+    surface = sample.surface()
+    findings = find_all(Evidence(measures, fingerprints, held_out, max_length, notes, surface))
     scores = None
     if model is not None:
         assert tokenizer is not None
@@ -190,6 +196,7 @@ def examine_pairs(
         recommendations=recommend(measures, findings, None if tokenizer is None else max_length),
         drop=rows_to_drop(findings),
         model_scores=scores,
+        surface=surface,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dpop_trainer.measure.surface import SURFACE_REMEDY, Surface
 from dpop_trainer.tools.doctor.measure import CUT, EMPTY, NO_ROOM, SAME_AFTER_CUT, Measures
 from dpop_trainer.tools.doctor.texts import Fingerprints
 
@@ -71,6 +72,7 @@ class Evidence(NamedTuple):
     max_length: int | None
     notes: Mapping[str, NDArray[np.bool_]]
     """What tokenising says of each pair, by column of `outcomes.NOTE_COLUMNS`, and "endless"; empty without it."""
+    surface: Surface
 
     @property
     def num_pairs(self) -> int:
@@ -251,6 +253,15 @@ def _length_cue(evidence: Evidence) -> list[Finding]:
     )
 
 
+def _surface(evidence: Evidence) -> list[Finding]:
+    if not evidence.surface.gives_away:
+        return []
+    level: Level = "serious" if evidence.surface.is_format else "warning"
+    rows = np.flatnonzero(~evidence.measures.identical)
+    told = str(evidence.surface)
+    return [Finding("surface", level, rows, evidence.num_pairs, told[:1].upper() + told[1:], SURFACE_REMEDY)]
+
+
 def _low_edit(evidence: Evidence) -> list[Finding]:
     measures = evidence.measures
     low = (measures.distance <= LOW_EDIT) & ~measures.identical
@@ -357,6 +368,7 @@ CHECKS: tuple[Callable[[Evidence], list[Finding]], ...] = (
     _over_represented,
     _leaked,
     _length_cue,
+    _surface,
     _low_edit,
     _noted,
     _hidden_characters,

@@ -21,6 +21,7 @@ from dpop_trainer.data.edits import common_prefix_length, common_suffix_length
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.records import TOKEN_COLUMNS
 from dpop_trainer.data.truncate import TruncationMode, truncate_pair
+from dpop_trainer.measure.surface import SurfaceSample
 from dpop_trainer.tools.doctor.pair_file import PairFile, rows_of
 from dpop_trainer.tools.doctor.texts import Fingerprints, PairTexts, pair_texts
 
@@ -95,6 +96,7 @@ def measure_pairs(
     eos_token_id: int | None = None,
     max_length: int | None = None,
     truncation_mode: TruncationMode = "keep_start",
+    sample: SurfaceSample | None = None,
     desc: str | None = "Measuring pairs",
 ) -> tuple[Measures, Fingerprints]:
     """
@@ -104,6 +106,7 @@ def measure_pairs(
         eos_token_id: what ends an answer and is not compared.
         max_length: what the training run will use.
         truncation_mode: likewise.
+        sample: is shown each pair of texts or messages.
         desc: of the progress bar; None shows none.
     """
     num_pairs = pair_file.num_pairs
@@ -115,6 +118,8 @@ def measure_pairs(
             texts = pair_texts(pair)
             _put_texts(measures, row, texts, by_character=tokenised is None)
             fingerprints.put(row, texts)
+            if sample is not None and not isinstance(pair, PairIds):
+                sample.add(*texts)
             if row == next_row:
                 assert next_ids is not None
                 _put_ids(measures, row, next_ids, eos_token_id, max_length, truncation_mode)

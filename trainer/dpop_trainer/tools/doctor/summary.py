@@ -42,6 +42,7 @@ def as_dict(examination: Examination) -> dict[str, Any]:
         "recommendations": [item._asdict() for item in examination.recommendations],
         "num_to_drop": len(examination.drop),
         "statistics": examination.statistics(),
+        "surface": {**examination.surface._asdict(), "cues": [cue._asdict() for cue in examination.surface.cues]},
         "model": model_summary(examination),
         "versions": versions(),
     }

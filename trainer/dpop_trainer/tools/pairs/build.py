@@ -56,7 +56,7 @@ def build_file(
         show_progress: a progress bar on stderr.
 
     Returns:
-        How many pairs were built, and why records were skipped.
+        How many pairs were built, why records were skipped, and whether the pairs' surface gives their sides away.
 
     Raises:
         FileNotFoundError: there is no such source.
@@ -70,10 +70,12 @@ def build_file(
     if form not in ("text", "messages"):
         raise ValueError(f"form: expected 'text' or 'messages', got {form!r}.")
     writer = PairWriter(out)
+    from dpop_trainer.measure.surface import SurfaceSample  # numpy: not for --help
+
     opened = open_source(source, split=split, config=config)
     found = license_of(opened.path) if license is None and opened.path is not None else None
     license = found[0] if found else license or opened.license
-    counts = PairCounts()
+    counts, sample = PairCounts(), SurfaceSample()
     with writer:
         for index, item in enumerate(_read(opened, limit, counts, show_progress)):
             try:
@@ -87,6 +89,7 @@ def build_file(
                 continue
             for pair in pairs:
                 counts.built += 1
+                sample.add(*pair[:3])
                 origin = {
                     "recipe": recipe.name,
                     "seed": seed,
@@ -104,6 +107,7 @@ def build_file(
             )
     if found is not None:
         shutil.copyfile(found[1], writer.path.with_name(f"{writer.path.name}.LICENSE"))
+    counts.surface = sample.surface()
     return counts
 
 

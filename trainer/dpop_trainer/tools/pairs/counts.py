@@ -2,9 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dpop_trainer.settings.wording import counted
 from dpop_trainer.tools.pairs.recipe import SkippedRecord
+
+if TYPE_CHECKING:
+    from dpop_trainer.measure.surface import Surface
 
 _MAX_NAMED = 5
 
@@ -27,6 +31,9 @@ class PairCounts:
     """Records that could not be used, with on_bad_record="skip"."""
     first_bad: list[str] = field(default_factory=list)
     """The first five of them: where they stand and what is wrong."""
+
+    surface: "Surface | None" = None
+    """What tells the two sides of the pairs apart without reading them, once all are built."""
 
     def add_bad(self, problem: str) -> None:
         """Count a record that cannot be used, and keep its description if it is among the first."""
