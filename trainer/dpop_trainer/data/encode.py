@@ -7,8 +7,6 @@ the three part, which is before the prompt's end if tokens merge across it.
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
-
 from dpop_trainer.data.edits import common_prefix_length
 from dpop_trainer.data.left_out import has_foreign_turns, leaves_out
 from dpop_trainer.data.messages import Message
@@ -23,13 +21,11 @@ from dpop_trainer.data.seams import (
     without_second_bos,
     without_specials,
 )
+from dpop_trainer.data.templates import TEMPLATE_ERRORS, TemplateLimitError, render_within
 from dpop_trainer.data.tool_arguments import as_objects, as_texts, has_tool_calls, is_in_python
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# what a template's expressions raise on a message of another shape than they were written for
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 class EncodedPair(NamedTuple):
@@ -205,11 +201,16 @@ def _render_as_is(pair: MessagesPair, tokenizer: "PreTrainedTokenizerBase") -> t
     prompt_options: dict[str, Any] = {**options, "add_generation_prompt": True}
     try:
         return (
-            str(tokenizer.apply_chat_template(pair.prompt, **prompt_options)),
-            str(tokenizer.apply_chat_template(pair.prompt + pair.chosen, **options)),
-            str(tokenizer.apply_chat_template(pair.prompt + pair.rejected, **options)),
+            render_within(lambda: str(tokenizer.apply_chat_template(pair.prompt, **prompt_options))),
+            render_within(lambda: str(tokenizer.apply_chat_template(pair.prompt + pair.chosen, **options))),
+            render_within(lambda: str(tokenizer.apply_chat_template(pair.prompt + pair.rejected, **options))),
         )
-    except _TEMPLATE_ERRORS as error:
+    except TemplateLimitError as error:
+        return Refused(
+            f"expected messages that the chat template of {tokenizer.name_or_path!r} renders, got none: {error}. Use "
+            "another template (chat_template_path), or remove the record."
+        )
+    except TEMPLATE_ERRORS as error:
         return Refused(
             f"expected messages that the chat template accepts, got its error: {error}. "
             "Correct the record's roles and their order, or use another template."

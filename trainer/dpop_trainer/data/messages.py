@@ -50,11 +50,33 @@ def read_turns(value: Any, name: str) -> list[Message]:
     return [_read_turn(turn, f"{name}[{index}]") for index, turn in enumerate(value)]
 
 
+# of transformers' apply_chat_template: what is no variable of a template, and how answers are told from prompts
+TEMPLATE_ARGUMENTS = frozenset(
+    {
+        "conversation",
+        "messages",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+
+
 def read_template_options(record: dict[str, Any]) -> dict[str, Any]:
     """What the chat template is called with besides the messages: the fields `tools` and `chat_template_kwargs`.
 
     Raises:
-        ValueError: `tools` is neither a list nor the JSON of one, or `chat_template_kwargs` is no object.
+        ValueError: `tools` is neither a list nor the JSON of one, or `chat_template_kwargs` is no object, or holds what
+            is no variable of a template.
     """
     tools = record.get("tools")
     if isinstance(tools, str):
@@ -65,6 +87,12 @@ def read_template_options(record: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(
             f"chat_template_kwargs: expected an object, got {described(options)}. Correct or empty the field."
+        )
+    fixed = sorted(TEMPLATE_ARGUMENTS & options.keys())
+    if fixed:
+        raise ValueError(
+            f"chat_template_kwargs: expected variables of the chat template, got {fixed[0]!r}, by which "
+            "a record would be rendered in another way than the others. Remove it."
         )
     # null for an empty list: some templates write tool instructions for that too
     return {"tools": tools or None, **options}

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -16,6 +17,16 @@ from dpop_trainer.data.source_path import json_suffix
 
 _BLOCK = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# a record is held whole, and tokenised whole
+LONGEST_RECORD = 16 << 20
+# text that people write is packed to a tenth; gzip's most is a thousandth
+MOST_UNPACKED = 200
+_UNPACKED_FREELY = 64 << 20
+# a file's first bytes in other encodings of Unicode: their mark, or, without one, where the zeros of JSON's "{" are
+_OTHER_ENCODINGS = (
+    ("UTF-32", re.compile(rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff|[^\x00]\x00\x00\x00|\x00\x00\x00[^\x00]", re.DOTALL)),
+    ("UTF-16", re.compile(rb"\xff\xfe|\xfe\xff|[^\x00]\x00[^\x00]\x00|\x00[^\x00]\x00[^\x00]", re.DOTALL)),
+)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -41,9 +52,11 @@ def read_json_records(
     try:
         with (
             io.BufferedReader(_Followed(path, on_position or (lambda position: None))) as raw,
-            gzip.open(raw) if path.suffix == ".gz" else raw as opened,
+            io.BufferedReader(_Unpacked(raw, path)) if path.suffix == ".gz" else raw as opened,
         ):
             file: Any = opened
+            _check_encoding(file.read(4), path)
+            file.seek(0)
             if file.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:  # which some editors write
                 file.seek(0)
             if json_suffix(path) == ".json" and _begins_with_bracket(file):
@@ -101,6 +114,44 @@ class _Followed(io.FileIO):
         return size
 
 
+class _Unpacked(io.RawIOBase):
+    """What gzip unpacks, as long as it is not out of all proportion to the file."""
+
+    def __init__(self, packed: Any, path: Path) -> None:
+        self._file, self._path = gzip.GzipFile(fileobj=packed), path
+        self._most = max(_UNPACKED_FREELY, MOST_UNPACKED * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._file.readinto(buffer)
+        if self._file.tell() > self._most:
+            raise ValueError(
+                f"{self._path}: expected text, got a file that unpacks to more than {MOST_UNPACKED} times its size. "
+                "Unpack it yourself if that is what it should be."
+            )
+        return size
+
+
+def _check_encoding(start: bytes, path: Path) -> None:
+    """
+    Raises:
+        ValueError: the file is in another encoding than UTF-8.
+    """
+    name = next((name for name, first in _OTHER_ENCODINGS if first.match(start)), None)
+    if name is not None:
+        raise ValueError(
+            f"{path}: expected UTF-8, got {name}. Convert it: iconv -f {name} -t UTF-8 {path.name} > utf8_{path.name}"
+        )
+
+
 def _begins_with_bracket(file: IO[bytes]) -> bool:
     start = file.tell()
     first = b""
@@ -113,7 +164,16 @@ def _begins_with_bracket(file: IO[bytes]) -> bool:
 
 
 def _line_records(file: IO[bytes], path: Path) -> Iterator[PlacedRecord | BadRecord]:
-    for number, line in enumerate(file, start=1):
+    for number in itertools.count(1):
+        line = file.readline(LONGEST_RECORD + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_RECORD:
+            beginning = line
+            while line and not line.endswith(b"\n"):
+                line = file.readline(_BLOCK)
+            yield BadRecord(f"{path}, line {number}", _too_long(beginning))
+            continue
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -126,6 +186,13 @@ def _line_records(file: IO[bytes], path: Path) -> Iterator[PlacedRecord | BadRec
             )
             continue
         yield _placed(record, place)
+
+
+def _too_long(beginning: bytes | str) -> str:
+    return (
+        f"expected a record of at most {LONGEST_RECORD >> 20} MiB, got a longer one: {excerpt(beginning[:80])}. "
+        "Remove it, or cut its texts."
+    )
 
 
 def _list_records(file: IO[bytes], path: Path) -> Iterator[PlacedRecord | BadRecord]:
@@ -204,6 +271,9 @@ class _Text:
                 problem = ("", end)
             if self._ended:
                 raise self.error(f"record {index} ({problem[0]})", problem[1])
+            if len(self._buffer) - self.position > LONGEST_RECORD:
+                beginning = self._buffer[self.position : self.position + 80]
+                raise ValueError(f"{self._path}, record {index}: {_too_long(beginning)}")
             self._read(max(_BLOCK, len(self._buffer) - self.position))  # twice as much each time: linear in all
 
     def error(self, what: str, position: int) -> ValueError:

@@ -13,10 +13,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import jinja2
-
 from dpop_trainer.data.messages import Message
 from dpop_trainer.data.pair_tree import PairIds
+from dpop_trainer.data.templates import TEMPLATE_ERRORS, render_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,8 +134,8 @@ def _is_stray(answer: list[int], specials: Specials) -> bool:
 def _template_end(tokenizer: "PreTrainedTokenizerBase") -> str:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        text = render_within(lambda: str(tokenizer.apply_chat_template(turns, tokenize=False)))
+    except TEMPLATE_ERRORS:
         return ""  # it wants more than a question and an answer
     end = text.rpartition(_MARK)[2].strip()
     return end if _LIKE_A_TOKEN.fullmatch(end) else ""

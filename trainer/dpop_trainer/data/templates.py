@@ -1,0 +1,96 @@
+"""What a chat template may raise, and what it may take for one record: it is a program that came with a model.
+
+Jinja's sandbox bounds what a template reaches, and not how long it runs. The time is kept by a signal of the system's,
+and so in a process's main thread alone, which is where data are tokenised, in one process or in several.
+"""
+
+import contextlib
+import mmap
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jinja2
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+# what a template's expressions raise on a message of another shape than they were written for
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+SECONDS = 20.0
+MEMORY = 4 << 30  # bytes, besides what the process has
+LONGEST_TEXT = 64 << 20  # characters
+
+
+class TemplateLimitError(ValueError):
+    """A template took more than it may."""
+
+
+def render_within(render: Callable[[], str]) -> str:
+    """What `render` gives.
+
+    Raises:
+        TemplateLimitError: it takes too long, too much memory, or gives too much text.
+    """
+    try:
+        with _time_limit(), _memory_limit():
+            text = render()
+    except MemoryError:
+        raise TemplateLimitError(f"it took more than {MEMORY >> 30} GiB of memory") from None
+    if len(text) > LONGEST_TEXT:
+        raise TemplateLimitError(f"it gave {len(text)} characters, of at most {LONGEST_TEXT}")
+    return text
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not hasattr(signal, "setitimer") or signal.getitimer(signal.ITIMER_REAL)[0] > 0:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TemplateLimitError(f"it did not end within {SECONDS:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _memory_limit() -> Iterator[None]:
+    used = _address_space()
+    if resource is None or used is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    ceilings = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([used + MEMORY, *ceilings]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _address_space() -> int | None:
+    """Bytes; None where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[0]) * mmap.PAGESIZE
+    except (OSError, ValueError, IndexError):
+        return None
