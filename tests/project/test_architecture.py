@@ -197,7 +197,7 @@ NAMED_ON_PURPOSE = {
 }
 OTHER_MEANINGS = {"sft", "reference"}  # a command, a column of a report: not to be told from the names by a test
 COMMAND = {"trainer/dpop_trainer/settings/arguments.py", "trainer/dpop_trainer/tools/delivery/card.py"}
-COMMAND |= {"trainer/dpop_trainer/tools/doctor/commands.py"}  # "dpop" is the program's name there
+COMMAND |= {"trainer/dpop_trainer/settings/own_process.py"}  # "dpop" is the program's name there
 
 
 def test_losses_and_backends_are_named_in_their_registries_alone():

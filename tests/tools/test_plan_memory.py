@@ -1,5 +1,6 @@
 """A step on paper against steps that were run: what torch's allocator handed out, to two parts in a hundred."""
 
+import copy
 import random
 from dataclasses import replace
 
@@ -215,19 +216,30 @@ def test_flop_are_those_of_the_formula(lora, checkpointing):
     assert cost.flop["attention"] == pytest.approx(expected.attention * (forwards + 2.5) / (forwards + 2), rel=1e-6)
 
 
-def test_carrying_layers_on_is_running_them():
-    """Of two kinds of layers in turn, twelve of them: what four and six say of twelve, and all twelve."""
-    config = Gemma2Config(**(SIZES | {"num_hidden_layers": 12}), head_dim=32, sliding_window=512)
-    model = ModelSetting(torch.float32)
+@pytest.mark.parametrize(
+    ("name", "num_layers", "model", "checkpointing", "autocast", "reference", "layout"),
+    [  # kinds of layers in turn; products' inputs kept for a layer, an adapter's casts kept until the forward ends
+        ("gemma2", 12, ModelSetting(torch.float32), True, None, "copy", "rows"),
+        ("llama", 5, ModelSetting(torch.float32, bits=4, lora=LORA), True, torch.bfloat16, "adapter off", "flat"),
+        ("llama", 5, ModelSetting(torch.float32, bits=4, lora=LORA), False, torch.bfloat16, "adapter off", "flat"),
+        ("mixtral", 5, ModelSetting(torch.float32, lora=ON_ATTENTION), False, None, "none", "rows"),
+    ],
+)
+def test_carrying_layers_on_is_running_them(name, num_layers, model, checkpointing, autocast, reference, layout):
+    """Three periods of a model's layers, and the same without the middle one, say what all of its layers take."""
+    config = copy.deepcopy(CONFIGS[name])
+    values = config.to_dict() | {"num_hidden_layers": num_layers, "layer_types": None}
+    config = type(config)(**values)
     sizes = count(build(config, model))
-    assert (sizes.num_leading, sizes.period) == (0, 2)
-    batch = PairCollator(pad_token_id=0)([{**record, "pair_id": 0} for record in records(1, 60)])
-    setting = StepSetting(False, True, None, "copy", False, False)
-    carried = step_cost(config, sizes, model, setting, batch, is_flat=False)
-    at_once = replace(sizes, period=6)  # no shorter model would show such a pattern three times
-    whole = step_cost(config, at_once, model, setting, batch, is_flat=False)
-    assert carried.peak.total == pytest.approx(whole.peak.total, rel=1e-6)
-    assert carried.total_flop == pytest.approx(whole.total_flop, rel=1e-9)
+    batch = PairCollator(pad_token_id=0, layout=layout)([{**record, "pair_id": 0} for record in records(1, 60)])
+    setting = StepSetting(True, checkpointing, autocast, reference, False, True)
+    carried = step_cost(config, sizes, model, setting, batch, is_flat=layout == "flat")
+    at_once = replace(sizes, num_leading=num_layers)  # no model of fewer layers would show such a pattern
+    whole = step_cost(config, at_once, model, setting, batch, is_flat=layout == "flat")
+    assert carried.peak.total == whole.peak.total
+    assert carried.flop == whole.flop
+    for phase in ("reference", "forward", "optimizer"):
+        assert carried.moments.get(phase) == whole.moments.get(phase)
 
 
 @pytest.mark.parametrize(

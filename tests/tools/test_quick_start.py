@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import pickle
@@ -24,8 +25,10 @@ from dpop_trainer.settings.arguments import (
     check_arguments,
     parse_arguments,
 )
+from dpop_trainer.settings.own_process import hidden
 from dpop_trainer.settings.run_parser import RunParser
 from dpop_trainer.settings.source_classes import class_from_source, function_from_source
+from dpop_trainer.settings.under_way import under_way
 from dpop_trainer.tools.pairs.recipes import RECIPES
 from dpop_trainer.tools.plan.arguments import PlanArguments
 from tiny import text_pairs, word_tokenizer
@@ -240,6 +243,30 @@ def test_losses_and_their_options_are_checked_by_the_source_as_by_the_configurat
         else:
             with pytest.raises(ValueError, match=message):
                 check()
+
+
+def test_what_is_hidden_is_found_again(tmp_path, monkeypatch):
+    (tmp_path / "seldom_needed.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with hidden("seldom_needed"):
+        assert importlib.util.find_spec("seldom_needed") is None
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("seldom_needed")
+    module = importlib.import_module("seldom_needed")
+    with hidden("seldom_needed"):
+        assert sys.modules["seldom_needed"] is module  # which somebody uses
+    monkeypatch.delitem(sys.modules, "seldom_needed")
+
+
+def test_a_terminal_alone_shows_what_is_under_way(monkeypatch, capsys):
+    with under_way("Loading") as show:
+        show("Planning")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with under_way("Loading") as show:
+        show("Planning")
+    clear = "\r\033[K"
+    assert capsys.readouterr().err == f"{clear}Loading ...{clear}Planning ...{clear}"
 
 
 @pytest.fixture

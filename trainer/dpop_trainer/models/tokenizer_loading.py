@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpop_trainer.settings.model_paths import check_local_path
+from dpop_trainer.settings.own_process import hidden
 from dpop_trainer.settings.recipes import recipe_files
 
 if TYPE_CHECKING:
@@ -20,13 +21,12 @@ def transformers_without_torch() -> None:
     """
     if "torch" in sys.modules or "transformers" in sys.modules:
         return
-    sys.modules["torch"] = None  # type: ignore[assignment]  # which says that it cannot be imported
     advice = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would tell that models are not available
     try:
-        from transformers import AutoTokenizer  # noqa: F401
+        with hidden("torch"):
+            from transformers import AutoTokenizer  # noqa: F401
     finally:
-        del sys.modules["torch"]
         if advice is None:
             del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
 

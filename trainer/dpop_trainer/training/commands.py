@@ -3,6 +3,8 @@
 import os
 import sys
 
+from dpop_trainer.settings.under_way import LIBRARIES, under_way
+
 PRINT_CONFIG = ("--print-config", "--print_config")
 
 
@@ -28,13 +30,14 @@ def _run(argv: list[str], name: str, config_class: str) -> int:
         if not argv:  # nothing else can be wrong
             check_data(told[1])
         check_inputs(told[0], told[1], told[2].output_dir)
-    from dpop_trainer.settings import config
-
+    with under_way(LIBRARIES):
+        from dpop_trainer.settings import config
     parts = parse_arguments(getattr(config, config_class), argv, f"dpop {name}")
     if only_printed:
         print(format_config(*parts))
         return 0
-    from dpop_trainer.training.runs import run_sft, run_train
+    with under_way(LIBRARIES):
+        from dpop_trainer.training.runs import run_sft, run_train
 
     try:
         (run_train if name == "train" else run_sft)(*parts)

@@ -2,6 +2,7 @@
 
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.model_paths import check_trained_path
+from dpop_trainer.settings.under_way import LIBRARIES, under_way
 from dpop_trainer.tools.delivery.inputs import check_out, evaluation_file
 
 
@@ -13,7 +14,8 @@ def main(argv: list[str]) -> int:
         check_trained_path(options["base"])
     check_out(options["out"])
     evaluation_file(options["evaluation"])
-    from dpop_trainer.tools.delivery.export import run_export
+    with under_way(LIBRARIES):
+        from dpop_trainer.tools.delivery.export import run_export
 
     run_export(options.pop("run"), **options)
     return 0

@@ -2,6 +2,7 @@
 
 from dpop_trainer.run_folder.files import check_writable
 from dpop_trainer.settings.command_parser import CommandParser
+from dpop_trainer.settings.under_way import LIBRARIES, under_way
 
 
 def main(argv: list[str]) -> int:
@@ -19,11 +20,13 @@ def main(argv: list[str]) -> int:
     output_dir = options.output_dir or ("runs/demo-chat" if options.chat else "runs/demo")
     check_writable(output_dir)
     if options.chat:
-        from dpop_trainer.tools.demo.chat import run_chat_demo
+        with under_way(LIBRARIES):
+            from dpop_trainer.tools.demo.chat import run_chat_demo
 
         run_chat_demo(output_dir, model=options.model, seed=options.seed)
     else:
-        from dpop_trainer.tools.demo.run import run_demo
+        with under_way(LIBRARIES):
+            from dpop_trainer.tools.demo.run import run_demo
 
         run_demo(output_dir, seed=options.seed)
     return 0

@@ -1,7 +1,6 @@
 """`dpop pairs inspect` as the command line calls it."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +8,8 @@ from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.data.truncate import check_truncation
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.model_paths import check_local_path
+from dpop_trainer.settings.own_process import is_own_process
+from dpop_trainer.settings.under_way import LIBRARIES, under_way
 
 EPILOG = """exit code: 0 nothing serious, 1 the file cannot be examined, 2 wrong usage, 3 something serious was found
 (--exit_zero turns 3 into 0). Written to --out: report.html, doctor.json, measures.parquet."""
@@ -50,9 +51,10 @@ def inspect_pairs(argv: list[str]) -> int:
     name = options.tokenizer or options.model
     if name:
         check_local_path(name, "")
-    from dpop_trainer.tools.doctor.examine import examine_pairs
-    from dpop_trainer.tools.doctor.report import write_report
-    from dpop_trainer.tools.doctor.summary import as_text, write_clean, write_json, write_measures
+    with under_way(LIBRARIES if options.model else "Loading datasets"):
+        from dpop_trainer.tools.doctor.examine import examine_pairs
+        from dpop_trainer.tools.doctor.report import write_report
+        from dpop_trainer.tools.doctor.summary import as_text, write_clean, write_json, write_measures
 
     tokenizer = model = None
     stop_ids: list[int] = []
@@ -65,7 +67,7 @@ def inspect_pairs(argv: list[str]) -> int:
             transformers_without_torch,
         )
 
-        if options.model is None and _is_own_process():
+        if options.model is None and is_own_process():
             transformers_without_torch()
         tokenizer = load_tokenizer(name)
         prepare_tokenizer(tokenizer)
@@ -112,9 +114,3 @@ class _Named(NamedTuple):
     """What a model names as its stop tokens, without the model."""
 
     generation_config: Any
-
-
-def _is_own_process() -> bool:
-    """Whether this process is the console command's, which nobody asks for a model afterwards."""
-    program = Path(sys.argv[0])
-    return program.stem == "dpop" or program.parent.name == "dpop_trainer"

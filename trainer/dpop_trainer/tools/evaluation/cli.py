@@ -5,6 +5,7 @@ from pathlib import Path
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.model_paths import check_trained_path
+from dpop_trainer.settings.under_way import LIBRARIES, under_way
 from dpop_trainer.tools.evaluation.tasks import LEADERBOARD, SUITE, parse_tasks
 
 
@@ -19,7 +20,8 @@ def main(argv: list[str]) -> int:
         check_trained_path(model)
     if what["pairs"]:
         check_source_path(what["pairs"])
-    from dpop_trainer.tools.evaluation.run import EvalSettings, run_eval
+    with under_way(LIBRARIES):
+        from dpop_trainer.tools.evaluation.run import EvalSettings, run_eval
 
     settings = EvalSettings(**options)
     run_eval(what.pop("models"), settings, **what)

@@ -5,6 +5,7 @@ from pathlib import Path
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.model_paths import check_trained_path
+from dpop_trainer.settings.under_way import LIBRARIES, under_way
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +17,8 @@ def main(argv: list[str]) -> int:
         check_trained_path(options["ref_model"])
     if options["out"] and Path(options["out"]).expanduser().is_file():
         raise ValueError(f"out: expected a folder, got the file {options['out']!r}. Choose another.")
-    from dpop_trainer.tools.inspect.inspection import run_inspect
+    with under_way(LIBRARIES):
+        from dpop_trainer.tools.inspect.inspection import run_inspect
 
     run_inspect(**options)
     return 0

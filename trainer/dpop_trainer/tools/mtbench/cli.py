@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.model_paths import check_trained_path
+from dpop_trainer.settings.under_way import LIBRARIES, under_way
 from dpop_trainer.tools.mtbench.files import read_questions
 
 
@@ -18,7 +19,8 @@ def main(argv: list[str]) -> int:
 def _answer(options: dict) -> int:
     check_trained_path(options["model"])
     read_questions(options["questions"])
-    from dpop_trainer.tools.mtbench.answer import AnswerSettings, run_answer
+    with under_way(LIBRARIES):
+        from dpop_trainer.tools.mtbench.answer import AnswerSettings, run_answer
 
     where = {name: options.pop(name) for name in ("model", "questions", "out", "model_id", "limit")}
     run_answer(**where, settings=AnswerSettings(**options))

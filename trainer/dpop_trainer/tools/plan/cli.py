@@ -2,12 +2,15 @@
 
 import importlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments, check_arguments
+from dpop_trainer.settings.own_process import hidden, is_own_process
 from dpop_trainer.settings.run_parser import RunParser
 from dpop_trainer.settings.source_classes import class_from_source
+from dpop_trainer.settings.under_way import LIBRARIES, under_way
 from dpop_trainer.tools.plan.arguments import PlanArguments
 from dpop_trainer.tools.plan.devices import find_device
 
@@ -19,18 +22,23 @@ EXIT_CODES = "Exit codes: 0 the run fits; 3 it does not; 1 it cannot be planned,
 def main(argv: list[str]) -> int:
     """-> 0 where the setting that was asked for fits, 3 where it does not."""
     _check(argv)
-    from dpop_trainer.tools.plan.options import parse_plan
-    from dpop_trainer.tools.plan.report import as_json, as_text
-    from dpop_trainer.tools.plan.search import longest_pair, search
-    from dpop_trainer.tools.plan.setup import make_planner
+    with under_way(LIBRARIES) as show:
+        # peft would import it, and the compiler with it; packed weights have stand-ins here
+        with hidden("bitsandbytes") if is_own_process() else nullcontext():
+            from dpop_trainer.tools.plan.options import parse_plan
+            from dpop_trainer.tools.plan.report import as_json, as_text
+            from dpop_trainer.tools.plan.search import longest_pair, search
+            from dpop_trainer.tools.plan.setup import make_planner
 
-    model, data, config, plan = parse_plan(argv)
-    planner, choice, notes = make_planner(model, data, config, plan)
-    asked = planner.outcome(choice)
-    if plan.sharding == "auto" and plan.devices > 1 and not asked.fits:
-        asked = planner.outcome(replace(choice, sharding="fsdp2"))
-    found = search(planner, asked) if plan.search else None
-    longest = longest_pair(planner, asked.choice) if plan.search and planner.run.budget is None else None
+        show("Building the model without its weights")
+        model, data, config, plan = parse_plan(argv)
+        planner, choice, notes = make_planner(model, data, config, plan)
+        planner.show = show
+        asked = planner.outcome(choice)
+        if plan.sharding == "auto" and plan.devices > 1 and not asked.fits:
+            asked = planner.outcome(replace(choice, sharding="fsdp2"))
+        found = search(planner, asked) if plan.search else None
+        longest = longest_pair(planner, asked.choice) if plan.search and planner.run.budget is None else None
     if plan.json:
         print(json.dumps(as_json(planner, asked, found, longest, notes), indent=2))
     else:

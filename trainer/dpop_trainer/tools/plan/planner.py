@@ -1,5 +1,6 @@
 """A run as it is configured, and what any setting of it takes: memory of a device, time and cost of an epoch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -102,9 +103,11 @@ class Planner:
 
     Args:
         run: what is given.
+        show: told what is worked out, each time that it takes a second or two.
     """
 
     run: Run
+    show: Callable[[str], object] = str
     _costs: dict[Any, StepCost] = field(default_factory=dict)
     _sizes: dict[int | None, Sizes] = field(default_factory=dict)
     _batches: dict[BatchSetting, Batches] = field(default_factory=dict)
@@ -217,6 +220,9 @@ class Planner:
         ends = batch["trie_ends"].numpy().tobytes() if is_flat else bool(batch.attention_mask.all())
         key = bits, setting, shapes, ends
         if key not in self._costs:
+            packed = "" if bits is None else f", {bits}-bit base"
+            kept = ", gradient checkpointing" if setting.checkpointing else ""
+            self.show(f"A step of {batch.input_ids.numel():,} positions on paper{packed}{kept}")
             self._costs[key] = step_cost(
                 self.run.config, self.sizes(bits), self._model(bits), setting, batch, is_flat=is_flat
             )

@@ -61,8 +61,8 @@ def longest_pair(planner: Planner, choice: Choice) -> int:
         if high - low <= max(STEP, PRECISION * low):
             break
         middle = low + (high - low) * spare_low / (spare_low - spare_high)
-        # a parabola's root lies beyond its chord's
-        middle = min(high - STEP, max(low + STEP, -(-int(middle + STEP) // STEP) * STEP))
+        # at the chord's root or beyond, where a parabola's root lies
+        middle = min(high - STEP, max(low + STEP, (int(middle) // STEP + 1) * STEP))
         value = spare(middle)
         if value >= 0:
             low, spare_low = middle, value
@@ -139,19 +139,16 @@ def _largest_batches(planner: Planner, base: Choice, *, most: int = MOST_PAIRS) 
         return []
     if len(sizes) == 1:
         return [first]
-    second = outcome_of(2) if 2 in sizes else None
     reserve = RESERVE * planner.run.device.memory_bytes
-    if second is None or second.spare < reserve:
-        return [first]
-    per_pair = max(1.0, first.spare - second.spare)
-    for num_pairs in reversed(sizes):
-        if num_pairs <= 2:
-            return [second]
-        if second.spare - reserve >= (num_pairs - 2) * per_pair * 0.95:
+    # memory is a line in the number of pairs; the setting that was asked for is one that has been worked out
+    other = base.num_pairs if base.num_pairs in sizes[1:] else sizes[1]
+    per_pair = max(1.0, (first.spare - outcome_of(other).spare) / (other - 1))
+    for num_pairs in reversed(sizes[1:]):
+        if num_pairs == 2 or first.spare - reserve >= (num_pairs - 1) * per_pair * 0.95:
             outcome = outcome_of(num_pairs)
             if outcome.spare >= reserve:
                 return [outcome]
-    return [second]
+    return [first]
 
 
 def _nearest(planner: Planner, asked: Choice) -> Outcome | None:

@@ -1,8 +1,8 @@
 """One training step on paper: bytes at its worst moments, by part, and its matrix products; carried on to all layers.
 
-A model of a few layers is run twice, with one period of its layers more the second time. In each phase of the step what
-a layer adds is the same, so both its bytes and its FLOP are straight lines in the number of layers; the step's peak is
-the highest of the lines:
+A model of a few layers is run, and counted twice: as it is, and without what happened in one period of its layers. In
+each phase of the step what a layer adds is the same, so both its bytes and its FLOP are straight lines in the number of
+layers; the step's peak is the highest of the lines:
 
     reference        a forward of which nothing stays
     forward          activations stay, or the layers' inputs alone; the head at its end
@@ -105,31 +105,32 @@ def step_cost(
         batch: from `PairCollator`.
         is_flat: the layout is "flat".
     """
-    short = sizes.num_leading + 2 * sizes.period
-    long = short + sizes.period
-    if sizes.num_layers <= long:
-        return _run(build(config, model), setting, batch, is_flat=is_flat, sizes=sizes)
-    first, second = (
-        _run(build(config, model, num_layers=count), setting, batch, is_flat=is_flat, sizes=sizes)
-        for count in (short, long)
-    )
-    share = (sizes.num_layers - long) / (long - short)
+    few = sizes.num_leading + 3 * sizes.period
+    if sizes.num_layers <= few:
+        tape = _run(build(config, model), setting, batch, is_flat=is_flat, sizes=sizes)
+        return StepCost(tape.moments(), tape.flop())
+    tape = _run(build(config, model, num_layers=few), setting, batch, is_flat=is_flat, sizes=sizes)
+    middle = range(sizes.num_leading + sizes.period, sizes.num_leading + 2 * sizes.period)
+    share = (sizes.num_layers - few) / sizes.period
 
     def carry_on(low: float, high: float) -> float:
         return max(0.0, high + share * (high - low))
 
     moments = {}
-    for phase in first.moments:
-        low, high = first.moments[phase], second.moments[phase]
+    shorter, longer = tape.moments(without=middle), tape.moments()
+    for phase, high in longer.items():
+        if phase == BETWEEN:
+            continue
+        low = shorter[phase]
         names = {**low.parts, **high.parts}
         parts = {name: carry_on(low.parts.get(name, 0), high.parts.get(name, 0)) for name in names}
         moments[phase] = Moment(sum(parts.values()), parts)
-    flop = {kind: carry_on(first.flop.get(kind, 0.0), value) for kind, value in second.flop.items()}
-    return StepCost(moments, flop)
+    shorter_flop, longer_flop = tape.flop(without=middle), tape.flop()
+    return StepCost(moments, {kind: carry_on(shorter_flop[kind], flop) for kind, flop in longer_flop.items()})
 
 
-def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes: Sizes) -> StepCost:
-    """A model of the meta device through one step."""
+def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes: Sizes) -> Tape:
+    """A model of the meta device through one step, written down."""
     mode = FakeTensorMode()
     if setting.in_compute_dtype and setting.autocast is not None:
         for parameter in model.parameters():
@@ -158,7 +159,9 @@ def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes
                 parameter.grad = torch.empty_like(parameter)
             known += [parameter.grad for parameter in trained if parameter.grad is not None]
         tape = Tape(known)
-        _name_phases(model, tape, sizes)
+        layers = decoder_layers(model)
+        layer_of = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
+        _name_phases(layers, tape, sizes)
         step = _Step(model, head, setting, has_padding=has_padding, is_flat=is_flat)
         with tape:
             loss = step.forward(tape, inputs)
@@ -168,10 +171,13 @@ def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes
             tape.assign((p.grad for p in trained if p.grad is not None), "gradients")
             tape.enter("optimizer")
             if setting.optimizer_temporaries:
-                temporaries = [torch.empty_like(parameter) for parameter in trained]
+                temporaries = []
+                for parameter in trained:
+                    tape.enter_layer(layer_of.get(id(parameter), 0))
+                    temporaries.append(torch.empty_like(parameter))
                 tape.assign(temporaries, "optimizer's temporaries")
                 del temporaries
-    return StepCost(tape.moments(), dict(tape.flop))
+    return tape
 
 
 @dataclass
@@ -222,11 +228,10 @@ def _frozen(model: nn.Module) -> Any:
         parameter.requires_grad_(True)
 
 
-def _name_phases(model: Any, tape: Tape, sizes: Sizes) -> None:
-    """Let the backward say where it is: a layer begins when the gradient of its output arrives."""
-    layers = decoder_layers(model)
+def _name_phases(layers: list[nn.Module], tape: Tape, sizes: Sizes) -> None:
+    """Let the step say where it is: in the backward, a layer begins when the gradient of its output arrives."""
 
-    def watch(index: int) -> Any:
+    def watch(index: int, layer: nn.Module) -> None:
         phase = BETWEEN
         if index < sizes.num_leading + sizes.period:
             phase = ENDS
@@ -236,9 +241,14 @@ def _name_phases(model: Any, tape: Tape, sizes: Sizes) -> None:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
             if states.requires_grad:
-                states.register_hook(lambda gradient: tape.enter(phase))
+                states.register_hook(enter)
 
-        return hook
+        def enter(gradient: Tensor) -> None:
+            tape.enter(phase)
+            tape.enter_layer(index)
+
+        layer.register_forward_pre_hook(lambda module, arguments: tape.enter_layer(index))
+        layer.register_forward_hook(hook)
 
     for index, layer in enumerate(layers):
-        layer.register_forward_hook(watch(index))
+        watch(index, layer)

@@ -1,8 +1,8 @@
 """Every allocation of a step and every matrix product, written down as it happens, on tensors without data."""
 
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,6 +25,15 @@ class Moment(NamedTuple):
     """By what holds them."""
 
 
+class _Event(NamedTuple):
+    """Bytes that are allocated, or freed where negative."""
+
+    phase: str
+    layer: int
+    serial: int
+    num_bytes: int
+
+
 class Tape(TorchDispatchMode):
     """Records while it is entered.
 
@@ -34,19 +43,23 @@ class Tape(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.flop: dict[str, float] = defaultdict(float)
-        """By kind: layers, attention, head."""
         self._known = [tensor.untyped_storage() for tensor in known]
         self._storages = {storage._cdata for storage in self._known}
-        self._events: list[tuple[str, int, int]] = []  # phase, serial number, bytes: freed where negative
+        self._events: list[_Event] = []
+        self._flop: dict[tuple[str, int], float] = defaultdict(float)  # by kind and layer
         self._parts: dict[int, str] = {}  # by serial number
         self._serials: dict[int, int] = {}  # by storage
         self._phase = "forward"
         self._part = "activations"
+        self._layer = 0
 
     def enter(self, phase: str) -> None:
         """What happens from now on belongs to this phase."""
         self._phase = phase
+
+    def enter_layer(self, index: int) -> None:
+        """What happens from now on, until another layer is entered, belongs to this layer."""
+        self._layer = index
 
     def __enter__(self):
         _OPEN.append(self)
@@ -63,26 +76,64 @@ class Tape(TorchDispatchMode):
             if serial is not None:
                 self._parts[serial] = part
 
-    def moments(self) -> dict[str, Moment]:
-        """The worst moment of every phase, in the order of the phases."""
+    def moments(self, *, without: Collection[int] = ()) -> dict[str, Moment]:
+        """The worst moment of every phase, in the order of the phases.
+
+        Args:
+            without: layers that are left out, as if the model had none in their place: all that happened while they
+                were under way, and the end of what they made, but for what stands in place of what they were handed.
+        """
         now: dict[str, float] = defaultdict(float)
         total = 0
         worst: dict[str, Moment] = {}
-        for phase, serial, num_bytes in self._events:
-            total += num_bytes
-            now[self._parts[serial]] += num_bytes
-            if phase not in worst or total > worst[phase].total:
-                worst[phase] = Moment(total, dict(now))
+        for event in self._without(without):
+            total += event.num_bytes
+            now[self._parts[event.serial]] += event.num_bytes
+            if event.phase not in worst or total > worst[event.phase].total:
+                worst[event.phase] = Moment(total, dict(now))
         return worst
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def _without(self, layers: Collection[int]) -> Iterator[_Event]:
+        if not layers:
+            yield from self._events
+            return
+        made_in = {event.serial: event.layer for event in self._events if event.num_bytes > 0}
+        # hidden states and their gradients: a layer hands on as much as it was handed
+        handed = Counter(
+            -event.num_bytes
+            for event in self._events
+            if event.num_bytes < 0 and event.layer in layers and made_in[event.serial] not in layers
+        )
+        for event in self._events:
+            if event.layer in layers:
+                continue
+            if event.num_bytes < 0 and made_in[event.serial] in layers:
+                if not handed[-event.num_bytes]:
+                    continue
+                handed[-event.num_bytes] -= 1
+            yield event
+
+    def flop(self, *, without: Collection[int] = ()) -> dict[str, float]:
+        """By kind: layers, attention, head."""
+        sums: dict[str, float] = defaultdict(float)
+        for (kind, layer), flop in self._flop.items():
+            sums[kind] += 0.0 if layer in without else flop
+        return dict(sums)
+
+    def add_flop(self, kind: str, flop: float) -> None:
+        """Products of a kind, at the layer that is under way."""
+        self._flop[kind, self._layer] += flop
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all calls, and no operator
+            return args[0].fake_device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func in _ATTENTION:
-            self.flop["attention"] += _ATTENTION[func](*args, **kwargs)
+            self.add_flop("attention", _ATTENTION[func](*args, **kwargs))
         else:
             count: Any = flop_registry.get(getattr(func, "_overloadpacket", None))
-            self.flop["layers"] += 0 if count is None else count(*args, **kwargs, out_val=result)
+            self.add_flop("layers", 0 if count is None else count(*args, **kwargs, out_val=result))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor)
@@ -97,13 +148,13 @@ class Tape(TorchDispatchMode):
         self._parts[serial] = self._part
         self._storages.add(key)
         self._serials[key] = serial
-        self._events.append((self._phase, serial, num_bytes))
+        self._events.append(_Event(self._phase, self._layer, serial, num_bytes))
         weakref.finalize(storage, self._free, key, serial, num_bytes)
 
     def _free(self, key: int, serial: int, num_bytes: int) -> None:
         self._storages.discard(key)
         self._serials.pop(key, None)
-        self._events.append((self._phase, serial, -num_bytes))
+        self._events.append(_Event(self._phase, self._layer, serial, -num_bytes))
 
 
 @contextmanager
@@ -123,7 +174,7 @@ def part(name: str) -> Iterator[None]:
 def add_flop(kind: str, flop: float) -> None:
     """Products that no operator shows, if a tape is running."""
     if _OPEN:
-        _OPEN[-1].flop[kind] += flop
+        _OPEN[-1].add_flop(kind, flop)
 
 
 def attention_flop(query: Tensor, key: Tensor, *, is_causal: bool) -> float:

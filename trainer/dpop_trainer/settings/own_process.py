@@ -1,0 +1,28 @@
+"""What the console command may do in a process of its own: leave out of its imports what this command never needs."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def is_own_process() -> bool:
+    """Whether this process is the console command's, which nobody asks for anything else afterwards."""
+    program = Path(sys.argv[0])
+    return program.stem == "dpop" or program.parent.name == "dpop_trainer"
+
+
+@contextmanager
+def hidden(package: str) -> Iterator[None]:
+    """Inside, a package that is not imported yet cannot be found.
+
+    What a library finds missing at its import stays missing for the whole process.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # which says that it cannot be imported
+    try:
+        yield
+    finally:
+        del sys.modules[package]
