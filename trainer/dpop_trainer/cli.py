@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpop_trainer.settings.command_parser import did_you_mean
-from dpop_trainer.settings.errors import UsageError
+from dpop_trainer.settings.errors import UsageError, folder_written_to, printable, what_was_done
 
 # name -> the function that runs it, as "module:function", and a line of help
 COMMAND_TABLE = {
@@ -110,19 +110,30 @@ def _told(command: str, error: Exception) -> int:
 
     if os.environ.get("DPOP_DEBUG"):
         print(text_without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
+    doing = what_was_done(error)
+    while_doing = "" if doing is None else f"while {doing}: "
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        told = f"no space left on a disk ({error}). {_free_space()}"
-    elif isinstance(error, (ValueError, FileNotFoundError)):  # which say by themselves what was expected
-        told = str(error)
+        told = f"{while_doing}no space left on a disk ({error}). {_free_space(folder_written_to(error))}"
+    elif isinstance(error, (ValueError, FileNotFoundError)) and (doing is None or _is_ours(error)):
+        told = str(error)  # which says by itself what was expected
     else:
-        told = f"{type(error).__name__}: {error}\nSet DPOP_DEBUG=1 in the environment to see where."
-    print(f"dpop {command}: {text_without_secrets(told)}", file=sys.stderr)
+        told = f"{while_doing}{type(error).__name__}: {error}\nSet DPOP_DEBUG=1 in the environment to see where."
+    print(printable(f"dpop {command}: {text_without_secrets(told)}"), file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
 
 
-def _free_space() -> str:
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it, in its own words, or a library did."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
+def _free_space(folder: str | None) -> str:
     """Where a run writes, and how much room there is: the error itself seldom says which file it was."""
-    places = {"the working directory": ".", "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
+    places = {} if folder is None else {"the folder written to": str(folder)}
+    places |= {"the working directory": ".", "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
     if "datasets" in sys.modules:
         places["HF_DATASETS_CACHE"] = str(sys.modules["datasets"].config.HF_DATASETS_CACHE)
     free = [

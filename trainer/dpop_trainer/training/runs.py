@@ -23,6 +23,7 @@ from dpop_trainer.run_folder.lock import check_not_running
 from dpop_trainer.run_folder.run_files import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, PLOT_FILE
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.settings.config import DPOPConfig, HeadConfig, SFTConfig
+from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.run_inputs import model_name
 from dpop_trainer.training.base import HeadTrainer
 from dpop_trainer.training.sft import SFTTrainer
@@ -56,23 +57,26 @@ def run_train(
     whole_config = run_config(model_arguments, data_arguments, config)
     if is_finished(config.output_dir, whole_config):
         return None
-    train_dataset = load_train_data(data_arguments, config)
-    eval_dataset = load_eval_data(data_arguments, config)
+    with doing(_reading(data_arguments)):
+        train_dataset = load_train_data(data_arguments, config)
+        eval_dataset = load_eval_data(data_arguments, config)
     if max_eval_pairs is not None:
         eval_dataset = first_pairs(eval_dataset, max_eval_pairs)
-    tokenizer = _tokenizer_for(model_arguments, config, train_dataset, eval_dataset)
+    with doing(f"loading the tokenizer of {model_arguments.model_name_or_path!r}"):
+        tokenizer = _tokenizer_for(model_arguments, config, train_dataset, eval_dataset)
     config.model_init_kwargs = init_kwargs(model_arguments, config)
-    trainer = DPOPTrainer(
-        model_name(model_arguments),
-        ref_model=model_arguments.ref_model_name_or_path,
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        quantization_config=quantization_config(model_arguments, config),
-        peft_config=lora_config(model_arguments),
-        run_config=whole_config,
-    )
+    with doing(_preparing(model_arguments, data_arguments), str(config.output_dir)):
+        trainer = DPOPTrainer(
+            model_name(model_arguments),
+            ref_model=model_arguments.ref_model_name_or_path,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            quantization_config=quantization_config(model_arguments, config),
+            peft_config=lora_config(model_arguments),
+            run_config=whole_config,
+        )
     _train_and_save(trainer, config, data_arguments)
     return trainer
 
@@ -92,20 +96,23 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
     whole_config = run_config(model_arguments, data_arguments, config)
     if is_finished(config.output_dir, whole_config):
         return None
-    train_dataset = load_train_data(data_arguments, config, completions=True)
-    eval_dataset = load_eval_data(data_arguments, config, completions=True)
-    tokenizer = _tokenizer_for(model_arguments, config, train_dataset, eval_dataset)
+    with doing(_reading(data_arguments)):
+        train_dataset = load_train_data(data_arguments, config, completions=True)
+        eval_dataset = load_eval_data(data_arguments, config, completions=True)
+    with doing(f"loading the tokenizer of {model_arguments.model_name_or_path!r}"):
+        tokenizer = _tokenizer_for(model_arguments, config, train_dataset, eval_dataset)
     config.model_init_kwargs = init_kwargs(model_arguments, config)
-    trainer = SFTTrainer(
-        model_name(model_arguments),
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        quantization_config=quantization_config(model_arguments, config),
-        peft_config=lora_config(model_arguments),
-        run_config=whole_config,
-    )
+    with doing(_preparing(model_arguments, data_arguments), str(config.output_dir)):
+        trainer = SFTTrainer(
+            model_name(model_arguments),
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            quantization_config=quantization_config(model_arguments, config),
+            peft_config=lora_config(model_arguments),
+            run_config=whole_config,
+        )
     _train_and_save(trainer, config, data_arguments)
     return trainer
 
@@ -127,6 +134,14 @@ def _tokenizer_for(
     return tokenizer
 
 
+def _reading(arguments: DataArguments) -> str:
+    return f"reading the data {', '.join(train_paths(arguments)) or '(none named)'}"
+
+
+def _preparing(model: ModelArguments, data: DataArguments) -> str:
+    return f"loading the model {model.model_name_or_path!r} and preparing {', '.join(train_paths(data))}"
+
+
 def _train_and_save(trainer: HeadTrainer, config: HeadConfig, data_arguments: DataArguments) -> None:
     assert config.output_dir is not None
     folder = Path(config.output_dir)
@@ -136,11 +151,14 @@ def _train_and_save(trainer: HeadTrainer, config: HeadConfig, data_arguments: Da
             checkpoint = True
         if checkpoint is not None and trainer.is_world_process_zero():
             print(f"Resuming from {last_checkpoint(folder) if checkpoint is True else checkpoint}")
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        begun = "" if checkpoint is None else f", from {last_checkpoint(folder) if checkpoint is True else checkpoint}"
+        with doing(f"training in {folder}{begun}", folder):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        with doing(f"saving the model to {folder}", folder):
+            trainer.save_model()
+            trainer.save_state()
+            trainer.log_metrics("train", result.metrics)
+            trainer.save_metrics("train", result.metrics)
         if trainer.is_world_process_zero():
             mark_finished(
                 folder, trainer.run_config, step=trainer.state.global_step, sources=train_paths(data_arguments)

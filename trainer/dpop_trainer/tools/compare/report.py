@@ -15,6 +15,7 @@ from dpop_trainer.measure.token_shift import TokenShift, mean_token_shift, token
 from dpop_trainer.report import html_page
 from dpop_trainer.report.graphemes import columns, pad, pad_left
 from dpop_trainer.report.plots import plot_logratios, plot_token_shift
+from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.tools.compare.answers import Answers
 
 
@@ -136,7 +137,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         "config": comparison.config,
         "versions": comparison.versions,
     }
-    (folder / "compare.json").write_text(json.dumps(record, indent=2))
+    write_atomically(folder / "compare.json", json.dumps(record, indent=2))
     plot_logratios(curves(comparison), folder / "curves.png")
     plot_token_shift(token_shifts(comparison), folder / "token_shift.png")
     shown = _columns(comparison)

@@ -14,6 +14,7 @@ import transformers
 from dpop_trainer.inputs.model_setup import with_model_folder
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import load_trained
+from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.private import without_secrets
 from dpop_trainer.run_folder.run_files import read_metrics
 from dpop_trainer.run_folder.versions import versions
@@ -147,7 +148,7 @@ def _train_and_measure(run: PlannedRun, held_out: HeldOut, comparison: Compariso
         ref_answers=measured.ref_answers,
     )
     record = {"config": _identity(run, comparison), **result.as_dict()}
-    (run.folder / RESULT_FILE).write_text(json.dumps(record, indent=2))
+    write_atomically(run.folder / RESULT_FILE, json.dumps(record, indent=2))
     if not comparison.keep_models:
         for path in run.folder.rglob("*.safetensors"):
             path.unlink()

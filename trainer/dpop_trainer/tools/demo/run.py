@@ -26,6 +26,7 @@ from dpop_trainer.measure.pairs_under_model import (
     pair_token_logps,
 )
 from dpop_trainer.report.plots import plot_logratios, plot_token_shift
+from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.versions import versions
 from dpop_trainer.settings.config import DPOPConfig, SFTConfig
 from dpop_trainer.tools.demo.report import format_table, write_report
@@ -127,7 +128,7 @@ def run_demo(
     plot_token_shift({names[key]: m.evaluation.shift for key, m in methods.items()}, folder / "token_shift.png")
     summary["histories"] = {names[key]: method.history for key, method in methods.items()}
     summary["seconds"] = time.perf_counter() - start
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
     figures = [
         ("Log-ratio to the reference over training", folder / "logratios.png"),
         ("Change per token before, at and after the edit", folder / "token_shift.png"),

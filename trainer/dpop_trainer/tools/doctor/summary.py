@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dpop_trainer.data.write import PairWriter
+from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.tools.doctor.examine import Examination
 
 _ROWS_LISTED = 100
@@ -158,4 +159,4 @@ def _without_nan(value: Any) -> Any:
 
 def write_json(examination: Examination, path: Path) -> None:
     """`as_dict` to a file."""
-    path.write_text(json.dumps(as_dict(examination), indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(as_dict(examination), indent=2) + "\n")

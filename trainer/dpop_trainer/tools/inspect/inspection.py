@@ -21,6 +21,7 @@ from dpop_trainer.models.trained import load_trained, read_run_config
 from dpop_trainer.reference.of_run import RunReference, reference_of_run
 from dpop_trainer.report.plots import plot_checkpoints, plot_token_shift
 from dpop_trainer.report.token_text import token_texts
+from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.versions import versions
 from dpop_trainer.tools.inspect.report import AnswerTokens, Inspection, PairChange, format_inspection, write_inspection
 
@@ -154,7 +155,7 @@ def _write(inspection: Inspection, folder: Path) -> None:
         "worst": [pair.as_dict() for pair in inspection.worst],
         "versions": versions(),
     }
-    (folder / "inspect.json").write_text(json.dumps(record, indent=2))
+    write_atomically(folder / "inspect.json", json.dumps(record, indent=2))
     plot_token_shift({inspection.name: inspection.evaluation.shift}, folder / "shift.png")
     figures = [("Change per token of the chosen answers, before, at and after the edit", folder / "shift.png")]
     if inspection.history:
