@@ -1,5 +1,6 @@
 """Every form of pairs is recognised by its columns and read as it was written, and bad records of each are named."""
 
+import gzip
 import importlib
 import json
 import logging
@@ -10,11 +11,12 @@ from pathlib import Path
 import datasets.config
 import pytest
 from datasets import Dataset
-from dpop_trainer.data import check_pairs, forms, read_pairs
+from dpop_trainer.data import check_pairs, forms, read_pairs, tokenise_pairs
 from dpop_trainer.data.convert import ROW_FEATURES, convert_pairs, row_pair
 from dpop_trainer.data.forms import FORMS, FORMS_BY_NAME, recognise_form
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.records import MessagesPair, TextPair
+from tiny import word_tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -63,6 +65,8 @@ EXAMPLES = {
     "messages": PAIR,
     "messages as JSON": PAIR,
     "question and answers": PAIR,
+    "two answers and a label": PAIR,
+    "answers with scores": PAIR,
     "transcripts (Human, Assistant)": PAIR,
     "text": TEXT,
     "text that begins with its prompt": TextPair("2 + 2?", " 4", " 5"),
@@ -280,6 +284,9 @@ OPENAI = {"input": {"messages": [ASKED]}, "preferred_output": [RIGHT], "non_pref
 QUESTION = {"question": "q", "system": "s", "chosen": "a", "rejected": "b"}
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
 WHOLE = {"chosen": "2 + 2? 4", "rejected": "2 + 2? 5"}
+TWO = {"input": "q", "output_1": "a", "output_2": "b", "label": 1}
+SCORED = {"instruction": "q", "completions": ["a", "b"], "scores": [2, 1]}
+RATED = {"instruction": "q", "completions": [{"response": "a", "score": 2}, {"response": "b", "score": 1}]}
 TOKENS = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
 MESSAGES = {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]}
 WHOLE_TURNS = {
@@ -311,6 +318,16 @@ BAD_RECORDS = [
     (QUESTION, {"rejected": 5}, "rejected: expected text, got int 5"),
     (QUESTION, {"chosen": ""}, "chosen: expected an answer with text"),
     (QUESTION, {"history": [["q"]]}, r"history\[0\]: expected \[question, answer\]"),
+    (TWO, {"label": 0}, r"label: expected 1 \(output_1 is better\), 2 \(output_2\) or 'tie' \(neither\), got int 0"),
+    (TWO, {"label": True}, "label: expected 1 .* got bool True"),
+    (TWO, {"label": None}, "label: expected 1 .* got null"),
+    (TWO, {"output_2": None}, "output_2: expected text, got null"),
+    (TWO, {"input": None}, "input: expected text, got null"),
+    (SCORED, {"completions": ["a"]}, "completions: expected a list of two answers or more"),
+    (SCORED, {"completions": ["a", None]}, r"completions\[1\]: expected an answer as text, got null"),
+    (SCORED, {"scores": [1]}, "scores: expected a score for each answer, got null"),
+    (RATED, {"completions": [*RATED["completions"], {"response": "c"}]}, r"completions\[2\]: expected a score .*null"),
+    (RATED, {"completions": [*RATED["completions"], {"score": 3}]}, r"completions\[2\]: expected an answer as text"),
     (HH, {"chosen": "Hello"}, "chosen: expected a transcript that begins with 'Human:'"),
     (HH, {"rejected": "\n\nHuman: other\n\nAssistant: b"}, "chosen: .* no turn in common"),
     (HH, {"rejected": "\n\nHuman: q\n\nHuman: b"}, "rejected: .* got role 'user'"),
@@ -362,6 +379,74 @@ def test_every_form_has_bad_records(name):
     assert name in tried, f"{name}: add a record that it cannot use, and what is said of it, to BAD_RECORDS"
 
 
+@pytest.mark.parametrize(
+    ("record", "better", "worse"),
+    [
+        (TWO, "a", "b"),
+        ({**TWO, "label": "2"}, "b", "a"),
+        ({"input": "q", "response_1": "a", "response_2": "b", "label": 2}, "b", "a"),
+        ({"prompt": "q", "response 1": "a", "response 2": "b", "label": 0}, "a", "b"),
+        ({"prompt": "q", "response 1": "a", "response 2": "b", "label": 1}, "b", "a"),
+        (SCORED, "a", "b"),
+        ({**SCORED, "completions": ["a", "c", "b"], "scores": [2, 1.5, -1]}, "a", "b"),
+        # overall_score calls the first the best by mistake, the mean of the aspects does not
+        (
+            {
+                "instruction": "q",
+                "completions": [
+                    {"response": "b", "overall_score": 10.0, "fine-grained_score": 1.0},
+                    {"response": "a", "overall_score": 7.0, "fine-grained_score": 4.25},
+                ],
+            },
+            "a",
+            "b",
+        ),
+    ],
+)
+def test_the_better_answer_is_the_chosen_one(tmp_path, record, better, worse):
+    expected = MessagesPair(
+        [turn("user", "q")], [turn("assistant", better)], [turn("assistant", worse)], {"tools": None}
+    )
+    assert set(map(repr, both_ways(tmp_path, record))) == {repr(expected)}
+
+
+TIES = [
+    ({"input": "w1", "output_1": "w2", "output_2": "w3", "label": "Tie"}, {"label": 1}),
+    ({"prompt": "w1", "response 1": "w2", "response 2": "w3", "label": 2}, {"label": 1}),
+    ({"instruction": "w1", "completions": ["w2", "w3"], "scores": [3, 3.0]}, {"scores": [3.0, 4.0]}),
+]
+
+
+@pytest.mark.parametrize(("tie", "change"), TIES)
+def test_ties_are_counted_and_left_out(tmp_path, tie, change):
+    """They are no bad records: a run goes on, and says how many there were."""
+    rows = read_pairs(write(tmp_path / "pairs.jsonl", tie, {**tie, **change}, tie))
+    assert (rows["kind"], rows["problem"]) == (["tie", "messages", "tie"], [None] * 3)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    tokenised, counts = tokenise_pairs(rows, tokenizer)
+    assert (counts.num_pairs_in, counts.num_pairs, counts.dropped_tied, counts.skipped_bad) == (3, 1, 2, 0)
+    assert tokenised["pair_id"][:] == [1]
+    assert "1 of 3 pairs kept; dropped: 2 that are ties." in counts.summary()
+    assert check_pairs(rows) == "messages"
+    with pytest.raises(ValueError, match="pairs: expected one that prefers an answer, got 2 ties"):
+        check_pairs(rows.select([0, 2]))
+
+
+def test_transcripts_from_a_gzip_as_they_are_published(tmp_path):
+    """Whole conversations; the answer that ends with nothing said is a bad record, and named."""
+    before = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"
+    records = [{"chosen": before + " because", "rejected": before + text} for text in (" no", "", " never\n\nreally")]
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
+    first, bad, last = read_pairs(path)
+    assert bad["problem"] == "rejected: expected an answer with text, got empty messages. Remove the record."
+    pair = row_pair(last["kind"], last["pair"])
+    assert [message["content"] for message in pair.prompt] == ["hi", "hello", "why?"]
+    assert (pair.chosen, pair.rejected) == ([turn("assistant", "because")], [turn("assistant", "never\n\nreally")])
+    assert first["problem"] is None
+
+
 def test_tool_arguments_arrive_as_written(tmp_path):
     """Arrow merges the keys of all records; what JSON says stays as it is, and null keys do not reach a template."""
     calls = [[{"function": {"name": "f", "arguments": arguments}}] for arguments in ({"a": 1}, {"b": "x"})]
@@ -382,7 +467,7 @@ def test_unknown_columns_name_the_file_and_the_forms(tmp_path):
     assert "prompt and chosen and rejected are missing" in str(raised.value)
     with pytest.raises(ValueError, match="rejected is missing: rename the columns"):
         read_pairs(write(path, {"prompt": "a", "chosen": "b"}))
-    with pytest.raises(ValueError, match=r"got \['prompt', 'completion'\]"):  # a form for supervised fine-tuning alone
+    with pytest.raises(ValueError, match=r"got \['prompt', 'completion'\]. Train .* `dpop sft`, or with KTOTrainer"):
         read_pairs(write(path, {"prompt": "a", "completion": "b"}))
 
 

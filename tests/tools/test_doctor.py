@@ -7,6 +7,7 @@ import pytest
 from dpop_trainer.tools.doctor.examine import examine_pairs
 from dpop_trainer.tools.doctor.findings import percent, repeated
 from dpop_trainer.tools.doctor.measure import CUT, EMPTY, FITS, NO_ROOM, SAME_AFTER_CUT, has_hidden_characters
+from dpop_trainer.tools.doctor.summary import as_dict, as_text, write_clean
 from dpop_trainer.tools.doctor.texts import PairTexts, fingerprint, normalised, pair_texts
 from tiny import tiny_llama, token_pairs, word_tokenizer
 
@@ -222,11 +223,48 @@ def test_a_single_pair_and_no_pair(tmp_path):
 
 def test_bad_records_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"pairs\.jsonl, line 2: chosen: expected text, got null"):
-        examine(tmp_path, [pair(), {**pair(), "chosen": None}])
+        examine(tmp_path, [pair(), {**pair(), "chosen": None}], on_bad_record="error")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 1: chosen: expected text, got null"):
+        examine(tmp_path, [{**pair(), "chosen": None}])  # nothing is left
     with pytest.raises(ValueError, match="max_scored: expected at least 1, got 0"):
         examine(tmp_path, [pair()], max_scored=0)
     with pytest.raises(ValueError, match="tokenizer: expected the model's tokenizer"):
         examine(tmp_path, [pair()], model=tiny_llama())
+
+
+def test_bad_records_and_ties_do_not_stop_it(tmp_path):
+    """HH-RLHF has answers in which nothing is said. Rows are those of the file, whatever was left out before them."""
+    records = [
+        {**pair("w1"), "chosen": None},
+        pair("w1"),
+        pair(""),  # no token from which the first of an answer is predicted: the tokenizer's word
+        pair("w2", " w3", " w3"),
+        {**pair("w4"), "rejected": 3},
+        pair("w5"),
+    ]
+    seen = examine(tmp_path, records, tokenizer=word_tokenizer())
+    assert (seen.num_pairs, seen.pair_file.num_records) == (3, 6)
+    assert [bad.place.rpartition(" ")[2] for bad in seen.pair_file.bad] == ["1", "5", "3"]
+    assert seen.pair_file.numbers.tolist() == [1, 3, 5]
+    assert found(seen)["identical"] == [1]
+    result, text = as_dict(seen), as_text(seen)
+    assert [finding["rows"] for finding in result["findings"] if finding["name"] == "identical"] == [[3]]
+    assert (result["num_bad"], result["num_ties"]) == (3, 0)
+    assert "left out: 3 records of 6 that cannot be used" in text
+    assert "line 1: chosen: expected text, got null. Fill the field or remove the record." in text
+    assert write_clean(seen, tmp_path / "clean.jsonl") == 2
+    assert [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()] == [
+        pair("w1"),
+        pair("w5"),
+    ]
+    assert json.loads((tmp_path / "clean.dropped.jsonl").read_text()) == {"row": 3, "reason": "identical"}
+
+    two = {"input": "w1", "output_1": "w2", "output_2": "w3"}
+    seen = examine(tmp_path, [{**two, "label": label} for label in (1, "tie", 2)])
+    assert (seen.num_pairs, seen.pair_file.num_ties) == (2, 1)
+    assert "left out: 1 tie, which the trainer leaves out too" in as_text(seen)
+    with pytest.raises(ValueError, match=r"expected at least one pair, got none in .*, but 1 tie"):
+        examine(tmp_path, [{**two, "label": "tie"}])
 
 
 def test_another_models_tokenizer_is_named(tmp_path):

@@ -159,7 +159,7 @@ def test_clean_file_keeps_records_as_they_are(folder, capsys):
     [
         (["nowhere.jsonl"], "expected an existing file or folder, got nowhere.jsonl"),
         (["empty.jsonl"], "expected at least one pair, got none"),
-        (["broken.jsonl"], "broken.jsonl, line 2: expected a JSON object"),
+        (["broken.jsonl", "--on_bad_record", "error"], "broken.jsonl, line 2: expected a JSON object"),
         (["good.jsonl", "--max_length", "1"], "max_length: expected at least 2"),
         (["good.jsonl", "--tokenizer", "./nowhere"], "expected a folder with a tokenizer, found none at './nowhere'"),
         (["good.jsonl", "--write_clean", "clean.csv"], "write_clean: expected a file ending in .jsonl, got clean.csv"),

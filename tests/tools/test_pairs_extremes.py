@@ -30,7 +30,7 @@ def test_a_single_record(tmp_path, capsys):
     assert build(tmp_path, write(tmp_path / "a.jsonl", PROBLEM)) == 0
     assert "1 pair built" in capsys.readouterr().out
     assert inspect(tmp_path, str(tmp_path / "out.jsonl")) == 0
-    assert "out.jsonl: 1 pairs (text)" in capsys.readouterr().out
+    assert "out.jsonl: 1 pair (text)" in capsys.readouterr().out
 
 
 def test_an_empty_file(tmp_path, capsys):
@@ -47,7 +47,7 @@ def test_a_line_broken_in_the_middle_of_the_file(tmp_path, capsys):
     assert build(tmp_path, source) == 1
     assert "a.jsonl, line 4: expected a JSON object" in capsys.readouterr().err
     pairs = write(tmp_path / "b.jsonl", *[PAIR] * 3, '{"prompt": "w1', *[PAIR] * 3)
-    assert inspect(tmp_path, pairs) == 1
+    assert inspect(tmp_path, pairs, "--on_bad_record", "error") == 1
     assert "b.jsonl, line 4: expected a JSON object" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
 

@@ -5,10 +5,10 @@ import random
 
 import pytest
 from dpop_trainer.measure.matchers import matches_choice, matches_exactly, matches_number, regex_matcher
+from dpop_trainer.tools.pairs.arc import NO_LABEL as NO_GOLD
 from dpop_trainer.tools.pairs.arc import NO_WRONG_OPTION, Arc
 from dpop_trainer.tools.pairs.edit import OPPOSITES, EditRule, code_places, corrupt, number_places, word_places
 from dpop_trainer.tools.pairs.from_samples import ALL_RIGHT, NO_ANSWER, NO_LABEL, FromSamples
-from dpop_trainer.tools.pairs.hellaswag import NO_LABEL as NO_GOLD
 from dpop_trainer.tools.pairs.hellaswag import HellaSwag, clean
 from dpop_trainer.tools.pairs.metamath import MetaMath
 from dpop_trainer.tools.pairs.recipe import Edit, SkippedRecord, edit_between
@@ -94,6 +94,15 @@ def test_hellaswag_prepared():
     record = {"ind": 3, "query": "Tango: They [sic]", "choices": ["dance.", "sleep."], "gold": 0}
     (pair,) = HellaSwag().build(record, seed=0)
     assert (pair.prompt, pair.chosen, pair.rejected) == ("Tango: They [sic]", "dance.", "sleep.")  # left as it is
+
+
+@pytest.mark.parametrize("query", ["What flies?", "Question: What flies?\nAnswer:"])
+def test_arc_prepared(query):
+    """The frame that an evaluation has put around the question is not put there twice."""
+    (pair,) = Arc().build({"query": query, "choices": ["a stone", "a bird"], "gold": "1"}, seed=0)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("What flies?", "a bird", "a stone")
+    with pytest.raises(ValueError, match="gold: expected the index of one of 1 choices, got 1"):
+        Arc().build({"query": query, "choices": ["a stone"], "gold": 1}, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ from dpop_trainer.data.pair_weights import MARGIN_COLUMN, WEIGHT_COLUMN, read_we
 from dpop_trainer.data.records import (
     ALL_REF_COLUMNS,
     PAIR_TYPES,
+    TIE,
     BadRecord,
     Kind,
     Pair,
+    TiedRecord,
     raise_bad_records,
     read_ref_logps,
 )
@@ -61,13 +63,15 @@ SAMPLE_SIZE = 100  # records from which a form is recognised
 
 
 def convert_record(record: dict[str, Any], place: str, form: Form) -> dict[str, Any]:
-    """One row of `ROW_FEATURES`: the record's pair, or the problem with it."""
+    """One row of `ROW_FEATURES`: the record's pair, that it is a tie, or the problem with it."""
     row = {**dict.fromkeys(ROW_FEATURES), "place": place}
     try:
         pair = form.convert(record)
         refs = read_ref_logps(record)
         notes = {"score_gap": _score_gap(record), "weight": read_weight(record)}
         row |= {"kind": _KINDS[type(pair)], "pair": _as_json(pair), **notes, **refs}
+    except TiedRecord:
+        row["kind"] = TIE
     except ValueError as error:
         row["problem"] = str(error)
     except RecursionError:
@@ -142,7 +146,10 @@ def check_pairs(dataset: Dataset) -> Kind:
     """
     rows = convert_pairs(dataset)
     raise_bad_records("pairs", len(rows), bad_records(rows))
-    return rows[0]["kind"]
+    kinds = [kind for kind in rows.unique("kind") if kind != TIE]
+    if not kinds:
+        raise ValueError(f"pairs: expected one that prefers an answer, got {len(rows)} ties.")
+    return kinds[0]
 
 
 def bad_records(rows: Dataset) -> list[BadRecord]:

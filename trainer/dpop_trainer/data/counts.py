@@ -22,6 +22,8 @@ class TokeniseCounts(NamedTuple):
     """Pairs whose answers differ only in what `max_length` cut off."""
     dropped_zero_weight: int
     """Pairs of weight 0, which are not tokenised."""
+    dropped_tied: int
+    """Records whose two answers are equally good by the data set's own word."""
     truncated_prompts: int
     """Prompts that lost tokens to `max_length`."""
     truncated_chosen: int
@@ -72,6 +74,7 @@ class TokeniseCounts(NamedTuple):
                 "with identical answers": self.dropped_identical,
                 "with answers identical after truncation": self.dropped_identical_after_truncation,
                 "of weight zero": self.dropped_zero_weight,
+                "that are ties": self.dropped_tied,
             }
         )
         changed = _listed(

@@ -7,6 +7,7 @@ columns; docs/data.md shows an example of each, in the same order.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from dpop_trainer.data.records import (
     MessagesPair,
     Pair,
     TextPair,
+    TiedRecord,
     read_messages_pair,
     read_text_pair,
     read_token_pair,
@@ -29,6 +31,15 @@ Sample = Mapping[str, Any]
 
 _QUESTIONS = ("question", "instruction", "prompt", "input")
 _ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+# two answers -> what `label` says where the first is better, the second, and neither
+_LABELLED = {
+    ("output_1", "output_2"): (1, 2, "tie"),  # LLMBar
+    ("response_1", "response_2"): (1, 2, "tie"),
+    ("response 1", "response 2"): (0, 1, 2),  # Auto-J
+}
+# what a scored answer is called, and its score; UltraFeedback's overall_score is wrong in places, the other is not
+_COMPLETION_TEXTS = ("response", "text", "content", "completion")
+_COMPLETION_SCORES = ("fine-grained_score", "overall_score", "score", "rating", "reward")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -58,6 +69,11 @@ def recognise_form(sample: Sample, *, completions: bool = False) -> Form:
         if form.recognise(sample):
             return form
     columns = list(sample)
+    if {"prompt", "completion"} <= set(columns):
+        raise ValueError(
+            f"columns: expected two answers to each prompt, got {columns}. Train on answers without a rejected one "
+            "with `dpop sft`, or with KTOTrainer where a boolean label says which are good."
+        )
     if {"chosen", "rejected"} <= set(columns):
         raise ValueError(
             "columns: expected chosen and rejected as texts or as lists of messages, got "
@@ -105,9 +121,71 @@ def openai_pair(record: dict[str, Any]) -> MessagesPair:
 
 def question_pair(record: dict[str, Any]) -> MessagesPair:
     """A question and two answers as text, with a system prompt, further input or earlier turns where there are any."""
-    chosen, rejected = next((names for names in _ANSWERS if record.get(names[0]) is not None), _ANSWERS[0])
+    names = next((names for names in _ANSWERS if record.get(names[0]) is not None), _ANSWERS[0])
+    return _asked(record, {name: record.get(name) for name in names})
+
+
+def labelled_pair(record: dict[str, Any]) -> MessagesPair:
+    """A question, two answers and the label that says which is better.
+
+    Raises:
+        TiedRecord: neither is.
+    """
+    names = next((names for names in _LABELLED if names[0] in record), next(iter(_LABELLED)))
+    first, second, tie = _LABELLED[names]
+    label = record.get("label")
+    said = label.strip().casefold() if isinstance(label, str) else None if isinstance(label, bool) else label
+    by_label = {str(first): names, str(second): names[::-1]}
+    if str(said) == str(tie):
+        raise TiedRecord
+    if str(said) not in by_label:
+        raise ValueError(
+            f"label: expected {first} ({names[0]} is better), {second} ({names[1]}) or {tie!r} (neither), got "
+            f"{described(label)}. Number them so, or remove the record."
+        )
+    return _asked(record, {name: record.get(name) for name in by_label[str(said)]})
+
+
+def scored_pair(record: dict[str, Any]) -> MessagesPair:
+    """A question and several answers with scores: the best against the worst.
+
+    Raises:
+        TiedRecord: all have the same score.
+    """
+    completions = record.get("completions")
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise ValueError(
+            f"completions: expected a list of two answers or more, got {described(completions)}. Remove the record."
+        )
+    texts, scores = [], []
+    for i, completion in enumerate(completions):
+        if isinstance(completion, dict):
+            text = completion.get(_first_given(completion, _COMPLETION_TEXTS))
+            score, place = completion.get(_first_given(completion, _COMPLETION_SCORES)), f"completions[{i}]"
+        else:
+            given = record.get("scores")
+            text, place = completion, "scores"
+            score = given[i] if isinstance(given, list) and len(given) == len(completions) else None
+        if not isinstance(text, str):
+            raise ValueError(f"completions[{i}]: expected an answer as text, got {described(completion)}. Remove it.")
+        try:
+            scores.append(float(score))  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            scores.append(math.nan)
+        if isinstance(score, bool) or not math.isfinite(scores[-1]):
+            raise ValueError(f"{place}: expected a score for each answer, got {described(score)}. Remove the record.")
+        texts.append(text)
+    best, worst = (scores.index(end(scores)) for end in (max, min))
+    if scores[best] == scores[worst]:
+        raise TiedRecord
+    return _asked(record, {f"completions[{i}]": texts[i] for i in (best, worst)})
+
+
+def _asked(record: dict[str, Any], answers: dict[str, Any]) -> MessagesPair:
+    """The pair of the record's question and two answers, the better first, by the names of their fields."""
+    chosen, rejected = answers
     field = _first_given(record, _QUESTIONS)
-    texts = {name: record.get(name) for name in (field, chosen, rejected)}
+    texts = {field: record.get(field), **answers}
     question_fields = [field]
     if field == "instruction" and record.get("input") is not None:
         texts["input"] = record["input"]
@@ -324,6 +402,26 @@ FORMS = (
         (*_QUESTIONS, "system", "history", "tools", *(name for names in _ANSWERS for name in names)),
         _is_question,
         question_pair,
+    ),
+    Form(
+        "two answers and a label",
+        (*_QUESTIONS, "label", "system", "history", "tools", *(name for names in _LABELLED for name in names)),
+        lambda sample: (
+            "label" in sample
+            and any(set(names) <= set(sample) for names in _LABELLED)
+            and any(isinstance(sample.get(name), str) for name in _QUESTIONS)
+        ),
+        labelled_pair,
+    ),
+    Form(
+        "answers with scores",
+        (*_QUESTIONS, "completions", "scores", "system", "history", "tools"),
+        lambda sample: (
+            isinstance(sample.get("completions"), list)
+            and any(isinstance(sample.get(name), str) for name in _QUESTIONS)
+            and "chosen" not in sample
+        ),
+        scored_pair,
     ),
     Form("transcripts (Human, Assistant)", ("chosen", "rejected"), _is_transcript, transcript_pair),
     Form("text", TEXT_COLUMNS, _has(*TEXT_COLUMNS), read_text_pair),

@@ -24,7 +24,7 @@ class Outcomes(NamedTuple):
     """What becomes of the rows of a table of `tokenise.tokenised_features`."""
 
     names: np.ndarray
-    """[rows] of text: kept, identical, identical_after_truncation, no_room, empty, zero_weight or bad."""
+    """[rows] of text: kept, identical, identical_after_truncation, no_room, empty, zero_weight, tied or bad."""
     kept: np.ndarray
     """[rows] of bool: the pair is trained on."""
     endless: np.ndarray
@@ -83,6 +83,7 @@ def count_outcomes(table: pa.Table, outcomes: Outcomes) -> TokeniseCounts:
         dropped_identical=dropped["identical"],
         dropped_identical_after_truncation=dropped["identical_after_truncation"],
         dropped_zero_weight=dropped["zero_weight"],
+        dropped_tied=dropped["tied"],
         truncated_prompts=total(table["prompt_cut"]),
         truncated_chosen=total(table["chosen_cut"]),
         truncated_rejected=total(table["rejected_cut"]),

@@ -51,6 +51,14 @@ Pair: TypeAlias = TextPair | MessagesPair | PairIds
 PAIR_TYPES: dict[Kind, type[Pair]] = {"text": TextPair, "messages": MessagesPair, "tokens": PairIds}
 
 
+TIE = "tie"
+"""What a row has for a kind whose record calls both answers equally good."""
+
+
+class TiedRecord(Exception):
+    """A sound record that prefers neither answer: no pair, and nothing wrong."""
+
+
 class BadRecord(NamedTuple):
     """A record that cannot be used."""
 

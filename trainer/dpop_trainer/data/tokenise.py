@@ -19,7 +19,7 @@ from dpop_trainer.data.encode import EncodedPair, Refused, check_tokenizer, enco
 from dpop_trainer.data.outcomes import CUT_COLUMNS, END_COLUMNS, NOTE_COLUMNS, count_outcomes, judge_outcomes
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.pair_weights import WEIGHT_COLUMN, PairWeight, check_pair_weight, weight_of
-from dpop_trainer.data.records import ALL_REF_COLUMNS, TOKEN_COLUMNS, BadRecord, raise_bad_records
+from dpop_trainer.data.records import ALL_REF_COLUMNS, TIE, TOKEN_COLUMNS, BadRecord, raise_bad_records
 from dpop_trainer.data.sound_cache import map_or_map_anew
 from dpop_trainer.data.truncate import TruncationMode, check_truncation, truncate_pair
 
@@ -193,8 +193,10 @@ def tokenise_rows(
     """Rows of `convert.ROW_FEATURES` -> their token ids and what became of each, as columns; as many as came in."""
     finished, weights = [_bad(problem) for problem in rows["problem"]], [1.0] * len(rows["problem"])
     good = []
-    for row, problem in enumerate(rows["problem"]):
-        if problem is not None:
+    for row, (kind, problem) in enumerate(zip(rows["kind"], rows["problem"], strict=True)):
+        if kind == TIE:
+            finished[row] = {**_bad(None), "outcome": "tied"}
+        if kind == TIE or problem is not None:
             continue
         try:
             weights[row] = weight_of(pair_weight, rows[WEIGHT_COLUMN][row], rows["score_gap"][row])

@@ -39,6 +39,12 @@ def inspect_pairs(argv: list[str]) -> int:
         "--chat_template_path",
         help="chat template for a tokenizer without one: chatml, a .jinja file, a model to take it from, or the text",
     )
+    parser.add_argument(
+        "--on_bad_record",
+        choices=["skip", "error"],
+        default="skip",
+        help="count it, show the first and go on (default), or stop at it",
+    )
     parser.add_argument("--out", help="folder of the report (default runs/doctor/<name of FILE>)")
     parser.add_argument("--write_clean", metavar="OUT.jsonl", help="write the pairs that need not be dropped")
     parser.add_argument("--exit_zero", action="store_true", help="exit with 0 also where something serious was found")
@@ -96,6 +102,7 @@ def inspect_pairs(argv: list[str]) -> int:
         max_scored=options.max_scored,
         batch_size=options.batch_size,
         num_proc=options.num_proc,
+        on_bad_record=options.on_bad_record,
     )
     out = Path(options.out or Path("runs") / "doctor" / (Path(options.file).stem or "pairs"))
     out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.data.outcomes import NOTE_COLUMNS
 from dpop_trainer.data.pair_tree import PairIds
-from dpop_trainer.data.records import TOKEN_COLUMNS
+from dpop_trainer.data.records import TOKEN_COLUMNS, BadRecord, raise_bad_records
+from dpop_trainer.data.tokenise import NoPairsError, OnBadRecord
 from dpop_trainer.data.truncate import TruncationMode, truncate_pair
 from dpop_trainer.measure.surface import Surface, SurfaceSample
 from dpop_trainer.tools.doctor.findings import Evidence, Finding, find_all, rows_to_drop
@@ -116,6 +117,7 @@ def examine_pairs(
     max_scored: int = 512,
     batch_size: int = 8,
     num_proc: int | None = None,
+    on_bad_record: OnBadRecord = "skip",
     show_progress: bool = True,
 ) -> Examination:
     """Examine pairs.
@@ -136,28 +138,41 @@ def examine_pairs(
         max_scored: pairs that the model looks at, spread evenly over the data set.
         batch_size: pairs per forward of the model.
         num_proc: processes that tokenise.
+        on_bad_record: "skip" counts and leaves out what cannot be used; "error" names it and stops.
         show_progress: progress bars on stderr.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: records cannot be used (they are named), or the tokenizer does not suit them.
+        ValueError: no record can be used, or with "error" one cannot (they are named), or the tokenizer does not suit
+            them.
     """
     if max_scored < 1:
         raise ValueError(f"max_scored: expected at least 1, got {max_scored}.")
     if model is not None and tokenizer is None:
         raise ValueError("tokenizer: expected the model's tokenizer, got None.")
-    pair_file = PairFile.open(source, split, config)
+    pair_file = PairFile.open(source, split, config, on_bad_record=on_bad_record)
     tokenised, notes = None, {}
     if tokenizer is not None:
-        tokenised, _ = tokenise_pairs(
-            pair_file.dataset,
-            tokenizer,
+        vocab_size = None if model is None else model.get_input_embeddings().weight.shape[0]
+        tokenise = functools.partial(
+            tokenise_pairs,
+            processing_class=tokenizer,
             num_proc=num_proc,
             keep_identical=True,
-            vocab_size=None if model is None else model.get_input_embeddings().weight.shape[0],
+            vocab_size=vocab_size,
             stop_ids=stop_ids,
+            on_bad_record=on_bad_record,
             notes=True,
         )
+        refused: list[BadRecord] = []
+        try:
+            tokenised, _ = tokenise(pair_file.dataset, on_skipped=refused.extend)
+        except NoPairsError:
+            raise_bad_records("pairs", pair_file.num_pairs, refused)
+            raise
+        if refused:
+            pair_file = pair_file.without(refused)
+            tokenised, _ = tokenise(pair_file.dataset)
         notes = _notes_of(tokenised, pair_file.num_pairs)
     sample = SurfaceSample()
     measures, fingerprints = measure_pairs(

@@ -12,34 +12,72 @@ from dpop_trainer.data import read_pairs
 from dpop_trainer.data.convert import bad_records, row_pair
 from dpop_trainer.data.pair_weights import WEIGHT_COLUMN
 from dpop_trainer.data.read import stream_items
-from dpop_trainer.data.records import BadRecord, raise_bad_records
+from dpop_trainer.data.records import TIE, BadRecord, raise_bad_records
+from dpop_trainer.data.tokenise import SKIP_REMEDY, OnBadRecord
+from dpop_trainer.settings.wording import counted
 
 _BATCH = 1000
 
 
 class PairFile(NamedTuple):
-    """Pairs that can be used, every one of them."""
+    """The pairs of a file that can be used, every one of them, and what else it holds."""
 
     source: str
     split: str
     config: str | None
     dataset: Dataset
-    """One row per record, from `read_pairs`: what `tokenise_pairs` takes. Memory-mapped."""
+    """One row per pair, from `read_pairs`: what `tokenise_pairs` takes. Memory-mapped."""
     form: str
     """text, messages or tokens."""
+    numbers: NDArray[np.int64]
+    """[n] where each pair stands among all records of the file, from 0."""
+    num_records: int
+    bad: list[BadRecord]
+    """Records that cannot be used."""
+    num_ties: int
+    """Records that prefer neither answer."""
 
     @classmethod
-    def open(cls, source: str, split: str = "train", config: str | None = None) -> "PairFile":
+    def open(
+        cls, source: str, split: str = "train", config: str | None = None, *, on_bad_record: OnBadRecord = "skip"
+    ) -> "PairFile":
         """
         Raises:
             FileNotFoundError: there is no such file, folder or hub data set.
-            ValueError: it cannot be read, or records cannot be used; names them.
+            ValueError: it cannot be read; there is no pair that can be used, or, with on_bad_record "error", a record
+                that cannot. Names such records.
         """
         rows = read_pairs(source, split, name=config)
-        raise_bad_records("pairs", len(rows), bad_records(rows))
-        if not len(rows):
-            raise ValueError(f"source: expected at least one pair, got none in {source}.")
-        return cls(source, split, config, rows, " and ".join(sorted(rows.unique("kind"))))
+        bad = bad_records(rows)
+        kinds = np.array(rows["kind"][:], dtype=object)
+        is_pair = np.array([kind is not None and kind != TIE for kind in kinds], np.bool_)
+        num_ties = int((kinds == TIE).sum())
+        if on_bad_record == "error" or not is_pair.any():
+            raise_bad_records("pairs", len(rows), bad, SKIP_REMEDY if is_pair.any() else "")
+        if not is_pair.any():
+            raise ValueError(
+                f"source: expected at least one pair, got none in {source}"
+                + (f", but {counted(num_ties, 'tie')}." if num_ties else ".")
+            )
+        numbers = np.flatnonzero(is_pair)
+        used = rows if is_pair.all() else rows.select(numbers)
+        return cls(
+            source,
+            split,
+            config,
+            used,
+            " and ".join(sorted(used.unique("kind"))),
+            numbers,
+            len(rows),
+            bad,
+            num_ties,
+        )
+
+    def without(self, refused: list[BadRecord]) -> "PairFile":
+        """The same file less pairs that a tokenizer or a model cannot use."""
+        places = {bad.place for bad in refused}
+        kept = [i for i, place in enumerate(self.dataset["place"][:]) if place not in places]
+        return self._replace(dataset=self.dataset.select(kept), numbers=self.numbers[kept], bad=[*self.bad, *refused])
 
     @property
     def num_pairs(self) -> int:
@@ -60,10 +98,14 @@ class PairFile(NamedTuple):
         return pc.fill_null(column, 1.0).to_numpy()
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The records as they were, all fields."""
-        for item in stream_items(self.source, self.split, name=self.config):
-            assert not isinstance(item, BadRecord)  # `open` has refused the file
-            yield item.record
+        """The records of the pairs as they were, all fields."""
+        numbers = iter(map(int, self.numbers))
+        wanted = next(numbers, None)
+        for number, item in enumerate(stream_items(self.source, self.split, name=self.config)):
+            if number == wanted:
+                assert not isinstance(item, BadRecord)  # else it would be among the bad ones
+                yield item.record
+                wanted = next(numbers, None)
 
 
 def rows_of(dataset: Dataset) -> Iterator[dict[str, Any]]:

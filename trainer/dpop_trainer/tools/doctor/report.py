@@ -170,9 +170,10 @@ def _tiles(examination: Examination) -> str:
 def _findings(examination: Examination) -> str:
     if not examination.findings:
         return "<p>None.</p>"
+    numbers = examination.pair_file.numbers
     rows = "".join(
         f'<tr><td class="level {finding.level}">{finding.level}</td><td>{_text(finding.message)}.</td>'
-        f"<td>{_text(finding.remedy)}</td><td class=n>{_text(_first_rows(finding.rows))}</td></tr>"
+        f"<td>{_text(finding.remedy)}</td><td class=n>{_text(_first_rows(numbers[finding.rows[:4]]))}</td></tr>"
         for finding in examination.findings
     )
     thresholds = ", ".join(
@@ -290,7 +291,11 @@ def _pair(examination: Examination, example: _Example, tokenizer: "PreTrainedTok
     texts = pair_texts(examination.pair_file.pair(example.row))
     chosen, rejected = _marked(examination, example.row, texts.chosen, texts.rejected, tokenizer)
     measures = examination.measures
-    facts = [f"row {example.row:,}", example.why, f"edit distance {measures.distance[example.row]:.3f}"]
+    facts = [
+        f"row {examination.pair_file.numbers[example.row]:,}",
+        example.why,
+        f"edit distance {measures.distance[example.row]:.3f}",
+    ]
     if measures.chosen_tokens[example.row] >= 0:
         lengths = (measures.prompt_tokens, measures.chosen_tokens, measures.rejected_tokens)
         facts.append("prompt {}, chosen {}, rejected {} tokens".format(*(f"{c[example.row]:,}" for c in lengths)))

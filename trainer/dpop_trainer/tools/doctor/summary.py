@@ -8,9 +8,12 @@ import numpy as np
 
 from dpop_trainer.data.write import PairWriter
 from dpop_trainer.run_folder.files import write_atomically
+from dpop_trainer.settings.wording import counted
 from dpop_trainer.tools.doctor.examine import Examination
+from dpop_trainer.tools.doctor.pair_file import PairFile
 
 _ROWS_LISTED = 100
+_BAD_SHOWN = 3
 
 EDIT_DISTANCE_IS_NOT_ALL = (
     "Edit distance says how alike two answers look, CHES how alike they are to the model. Razin et al. "
@@ -22,10 +25,15 @@ def as_dict(examination: Examination) -> dict[str, Any]:
     """Everything but the texts, as plain values. NaN becomes null; of each finding at most 100 rows are listed."""
     from dpop_trainer.run_folder.versions import versions
 
+    numbers, pair_file = examination.pair_file.numbers, examination.pair_file
     values = {
         "source": examination.pair_file.source,
         "form": examination.pair_file.form,
         "num_pairs": examination.num_pairs,
+        "num_records": pair_file.num_records,
+        "num_bad": len(pair_file.bad),
+        "bad_records": [bad._asdict() for bad in pair_file.bad[:_ROWS_LISTED]],
+        "num_ties": pair_file.num_ties,
         "settings": examination.settings,
         "is_serious": examination.is_serious,
         "findings": [
@@ -36,7 +44,7 @@ def as_dict(examination: Examination) -> dict[str, Any]:
                 "share": finding.share,
                 "message": finding.message,
                 "remedy": finding.remedy,
-                "rows": finding.rows[:_ROWS_LISTED].tolist(),
+                "rows": numbers[finding.rows[:_ROWS_LISTED]].tolist(),
             }
             for finding in examination.findings
         ],
@@ -64,13 +72,15 @@ def model_summary(examination: Examination) -> dict[str, Any] | None:
         "prefers_chosen": float((scores.margins > 0).mean()),
         "prefers_chosen_per_token": float((scores.normalised_margins > 0).mean()),
         "rank_correlation_ches_edit_distance": rank_correlation(scores.ches_normalised, distance),
-        "highest_ches_rows": scores.rows[order][:_ROWS_LISTED].tolist(),
+        "highest_ches_rows": examination.pair_file.numbers[scores.rows[order]][:_ROWS_LISTED].tolist(),
     }
 
 
 def as_text(examination: Examination) -> str:
     """The examination for a terminal."""
-    lines = [f"{examination.pair_file.source}: {examination.num_pairs:,} pairs ({examination.pair_file.form})", ""]
+    pair_file = examination.pair_file
+    pairs = counted(examination.num_pairs, "pair")
+    lines = [f"{pair_file.source}: {pairs} ({pair_file.form})", *left_out(pair_file), ""]
     for finding in examination.findings:
         lines.append(f"  {finding.level.upper():8} {finding.message}.")
         lines.append(f"           {finding.remedy}")
@@ -96,12 +106,26 @@ def as_text(examination: Examination) -> str:
     return "\n".join(lines)
 
 
+def left_out(pair_file: PairFile) -> list[str]:
+    """What of a file's records is no pair, a line for each kind and for the first bad ones."""
+    lines = []
+    if pair_file.num_ties:
+        lines.append(f"  left out: {counted(pair_file.num_ties, 'tie')}, which the trainer leaves out too")
+    if pair_file.bad:
+        lines.append(
+            f"  left out: {counted(len(pair_file.bad), 'record')} of {pair_file.num_records:,} that cannot be used; "
+            "train with on_bad_record skip, or correct them:"
+        )
+        lines += [f"    {bad.place}: {bad.reason}" for bad in pair_file.bad[:_BAD_SHOWN]]
+    return lines
+
+
 def write_measures(examination: Examination, path: Path) -> None:
     """All measures of all pairs as Parquet, one row per pair in the file's order, with the reason for dropping."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, Any] = {"row": np.arange(examination.num_pairs), **examination.measures._asdict()}
+    columns: dict[str, Any] = {"row": examination.pair_file.numbers, **examination.measures._asdict()}
     reasons = np.full(examination.num_pairs, None, object)
     for row, reason in examination.drop.items():
         reasons[row] = reason
@@ -138,7 +162,7 @@ def write_clean(examination: Examination, path: Path) -> int:
                 writer.write(record)
     with PairWriter(path.with_suffix(".dropped.jsonl")) as writer:
         for row, reason in examination.drop.items():
-            writer.write({"row": row, "reason": reason})
+            writer.write({"row": int(examination.pair_file.numbers[row]), "reason": reason})
     return kept
 
 

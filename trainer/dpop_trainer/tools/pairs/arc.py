@@ -4,9 +4,12 @@
     chosen     cellular telephone
     rejected   television
 
+Reads ARC's own form (question, choices.text, choices.label, answerKey) and the prepared one (query, choices, gold).
+
 Source: Pal et al. 2024, arXiv:2402.13228 (the paper's ARC pairs); Clark et al. 2018, arXiv:1803.05457 (the data).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,16 +17,23 @@ from typing import Any, ClassVar
 from dpop_trainer.tools.pairs.recipe import BuiltPair, Scaffold, SkippedRecord, edit_between, excerpt, text_field
 
 NO_WRONG_OPTION = "no option that differs from the right one"
+NO_LABEL = "no label: a test split keeps its answers secret"
+
+_SCAFFOLD = re.compile(r"Question: (?P<question>.*)\nAnswer:", re.DOTALL)  # which `form` puts around a question itself
 
 
 @dataclass(frozen=True)
 class Arc:
-    """Multiple-choice questions as ARC has them (question, choices.text, choices.label, answerKey)."""
+    """Multiple-choice questions (question, choices.text, choices.label, answerKey; or query, choices, gold)."""
 
     name: ClassVar[str] = "arc"
     scaffold: ClassVar[Scaffold] = "question"
 
     def build(self, record: Mapping[str, Any], seed: int) -> list[BuiltPair]:
+        if "query" in record:
+            query, options, right = read_prepared(record)
+            asked = _SCAFFOLD.fullmatch(query)
+            return right_against_wrong(asked["question"] if asked else query, options, right)
         question, choices, key = text_field(record, "question"), record.get("choices"), record.get("answerKey")
         texts: Any = choices.get("text") if isinstance(choices, Mapping) else None
         labels: Any = choices.get("label") if isinstance(choices, Mapping) else None
@@ -34,6 +44,36 @@ class Arc:
         if labels.count(key) != 1:
             raise ValueError(f"answerKey: expected exactly one of choices.label {labels}, got {excerpt(key)}.")
         return right_against_wrong(question, texts, labels.index(key))
+
+
+def read_prepared(record: Mapping[str, Any]) -> tuple[str, list[str], int]:
+    """A question, its options and the index of the right one, as evaluations prepare them (query, choices, gold).
+
+    Raises:
+        ValueError: a field cannot be used.
+        SkippedRecord: `gold` is empty, as in a test split.
+    """
+    return text_field(record, "query"), *read_options(record, "choices", "gold")
+
+
+def read_options(record: Mapping[str, Any], options_field: str, label_field: str) -> tuple[list[str], int]:
+    """Options, and the index of the right one.
+
+    Raises:
+        ValueError: a field cannot be used.
+        SkippedRecord: there is no label.
+    """
+    options, label = record.get(options_field), record.get(label_field)
+    if not _is_text_list(options):
+        raise ValueError(f"{options_field}: expected a list of non-empty strings, got {excerpt(options)}.")
+    assert isinstance(options, list)
+    if label == "":
+        raise SkippedRecord(NO_LABEL)
+    if isinstance(label, bool) or not str(label).isdecimal() or int(str(label)) >= len(options):
+        raise ValueError(
+            f"{label_field}: expected the index of one of {len(options)} {options_field}, got {excerpt(label)}."
+        )
+    return options, int(str(label))
 
 
 def right_against_wrong(prompt: str, options: list[str], right: int) -> list[BuiltPair]:

@@ -16,10 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dpop_trainer.tools.pairs.arc import right_against_wrong
-from dpop_trainer.tools.pairs.recipe import BuiltPair, Scaffold, SkippedRecord, excerpt, text_field
-
-NO_LABEL = "no label: a test split keeps its answers secret"
+from dpop_trainer.tools.pairs.arc import read_options, read_prepared, right_against_wrong
+from dpop_trainer.tools.pairs.recipe import BuiltPair, Scaffold, text_field
 
 _SENTENCE_MARK = re.compile(r"\.?\s*\[(?:title|step|substeps)\]\s*")
 _OTHER_MARK = re.compile(r"\[[^\[\]]*\]")
@@ -35,21 +33,9 @@ class HellaSwag:
 
     def build(self, record: Mapping[str, Any], seed: int) -> list[BuiltPair]:
         if "query" in record:
-            context, endings_field, label_field = text_field(record, "query"), "choices", "gold"
-        else:
-            context, endings_field, label_field = _context(record), "endings", "label"
-        endings, label = record.get(endings_field), record.get(label_field)
-        if not isinstance(endings, list) or not all(isinstance(ending, str) and ending.strip() for ending in endings):
-            raise ValueError(f"{endings_field}: expected a list of non-empty strings, got {excerpt(endings)}.")
-        if label == "":
-            raise SkippedRecord(NO_LABEL)
-        if isinstance(label, bool) or not str(label).isdecimal() or int(str(label)) >= len(endings):
-            raise ValueError(
-                f"{label_field}: expected the index of one of {len(endings)} {endings_field}, got {excerpt(label)}."
-            )
-        if endings_field == "endings":
-            endings = [clean(ending) for ending in endings]
-        return right_against_wrong(context, endings, int(str(label)))
+            return right_against_wrong(*read_prepared(record))
+        endings, right = read_options(record, "endings", "label")
+        return right_against_wrong(_context(record), [clean(ending) for ending in endings], right)
 
 
 def clean(text: str) -> str:
