@@ -35,6 +35,10 @@ HAS_SHARED = all((SHARED / name).is_dir() for name in ("data", "tokenizers", "mo
 def pytest_collection_finish():
     """What is imported by now stays until the end: transformers collects garbage after every training, and need not
     look through all objects of all libraries each time."""
+    if "triton.runtime.interpreter" in sys.modules:
+        from interpreter import patch_language_once
+
+        patch_language_once()
     gc.collect()
     gc.freeze()
 
