@@ -13,7 +13,7 @@ from dpop_kernels import linear_dpop_loss, linear_token_logps, logits_dpop_loss
 pytestmark = pytest.mark.usefixtures("on_its_device")
 
 SHAPES = {  # N, V, H; the interpreter's time goes by rows times tiles of columns, so both are few
-    "ragged": (23, 307, 48),  # nothing divides anything
+    "ragged": (13, 307, 48),  # nothing divides anything
     "one_token": (1, 257, 16),
     "one_column": (5, 1, 8),  # a vocabulary of one: log-prob 0, gradient 0
     "narrow": (16, 130, 7),  # H not a multiple of a vector
@@ -26,12 +26,19 @@ TRANSFORMS = {
 }
 
 
-@pytest.fixture(params=["one_tile", "many_tiles"])
-def _tiling(request, monkeypatch):
-    """The same numbers whether a call is one tile or ragged many: of 23 rows and 307 columns four by four in torch,
+TILINGS = ["one_tile", "many_tiles"]
+# every shape with every transform, and each of them in both tilings: the tilings take turns
+SHAPE_TRANSFORM_TILING = [
+    (shape, transform, TILINGS[(i + j) % 2]) for i, shape in enumerate(SHAPES) for j, transform in enumerate(TRANSFORMS)
+]
+
+
+@pytest.fixture
+def tiled(request, monkeypatch):
+    """The same numbers whether a call is one tile or ragged many: of 13 rows and 307 columns four by four in torch,
     four by five in Triton."""
     if request.param == "many_tiles":
-        set_tiles(monkeypatch, rows=7, columns=96)
+        set_tiles(monkeypatch, rows=4, columns=96)
 
 
 def truth(hidden_states, weight, target_ids, bias=None, **options):
@@ -50,10 +57,9 @@ def grad_output(num_tokens):
     return torch.linspace(-2, 3, num_tokens, dtype=torch.float64)
 
 
-@pytest.mark.usefixtures("_tiling")
+@pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("backend", CANDIDATES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(("shape", "transform", "tiled"), SHAPE_TRANSFORM_TILING, indirect=["tiled"])
 def test_equals_fp64(backend, shape, transform):
     options = TRANSFORMS[transform]
     hidden_states, weight, target_ids = head_inputs(*SHAPES[shape])
@@ -82,23 +88,24 @@ def test_equals_fp64(backend, shape, transform):
         assert relative_error(grad_hidden, expected_grads[0]) <= GRADIENT
 
 
-@pytest.mark.usefixtures("_tiling")
+@pytest.mark.usefixtures("tiled")
+@pytest.mark.parametrize("tiled", TILINGS, indirect=True)
 @pytest.mark.parametrize("backend", CANDIDATES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_keep_fp32_logits(backend, dtype):
-    hidden_states, weight, target_ids = head_inputs(23, 307, 64, dtype)
+    hidden_states, weight, target_ids = head_inputs(13, 307, 64, dtype)
     expected, expected_grads = truth(hidden_states, weight, target_ids)
     logps, grads = value_and_grads(
         lambda h, w: linear_token_logps(h, w, target_ids, backend=backend),
         [hidden_states, weight],
-        grad_output(23),
+        grad_output(13),
     )
     assert (logps - expected).abs().max() <= CONTRACT_NATS  # eager's rounded logits err by 1e-2 here
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert grad.dtype == dtype
         assert relative_error(grad, expected_grad) <= stored(dtype)
     _, (frozen,) = value_and_grads(
-        lambda h: linear_token_logps(h, weight, target_ids, backend=backend), [hidden_states], grad_output(23)
+        lambda h: linear_token_logps(h, weight, target_ids, backend=backend), [hidden_states], grad_output(13)
     )
     assert relative_error(frozen, expected_grads[0]) <= stored(dtype, times=2)  # the unit gradient, and its row scaled
 

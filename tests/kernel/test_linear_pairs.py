@@ -21,16 +21,27 @@ from dpop_kernels.logps.pair_tiles import PairTile, pack_pairs
 
 HAS_GPU = torch.cuda.is_available()
 VOCAB, HIDDEN = 203, 48
-LENGTHS = [(9, 5), (1, 1), (3, 14), (6, 6), (2, 7)]  # tokens of the chosen and the rejected answer; 54 in all
+LENGTHS = [(5, 3), (1, 1), (2, 8), (3, 3), (1, 4)]  # tokens of the chosen and the rejected answer
+NUM_TOKENS = sum(map(sum, LENGTHS))  # 31, few: an interpreted kernel's time goes by rows
 PADDED = 16
 TRANSFORMS = {"plain": {}, "scaled": {"logit_scale": 0.5}, "softcapped": {"logit_scale": 1.5, "softcap": 12.0}}
-TILE_ROWS = {"one_tile": 54, "several_tiles": 20}  # 20 rows: pairs of 14 + 2, 17, 12 and 9 tokens
+TILE_ROWS = {"one_tile": NUM_TOKENS, "several_tiles": 10}  # 10 rows: pairs of 8 + 2, 10, 6 and 5 tokens
 GAINS = {"active": [-1.0], "inactive": [0.5], "mixed": [-1.0, 0.5]}  # Δw of the pairs, by turns
+# every hinge with every transform, and each of them in both tilings: the tilings take turns
+HINGE_TRANSFORM_TILING = [
+    (hinge, transform, list(TILE_ROWS)[(i + j) % 2])
+    for i, hinge in enumerate(GAINS)
+    for j, transform in enumerate(TRANSFORMS)
+]
 
 
-@pytest.fixture(params=TILE_ROWS)
-def _tiling(request, monkeypatch):
+@pytest.fixture
+def tiled(request, monkeypatch):
+    """By name, "one_tile" or "several_tiles"."""
     set_tile_rows(monkeypatch, TILE_ROWS[request.param])
+
+
+all_tilings = pytest.mark.parametrize("tiled", TILE_ROWS, indirect=True)
 
 
 def set_tile_rows(monkeypatch, tile_rows, *, vocab_size=VOCAB, itemsize=4):
@@ -88,18 +99,17 @@ def count_products(inputs, labels, refs, *, trained=(True, True, True), backend=
     hidden_states, weight, bias = (
         tensor.detach().clone().requires_grad_(needed) for tensor, needed in zip(inputs, trained, strict=True)
     )
-    with CountedProducts(sum(map(sum, LENGTHS)), HIDDEN, VOCAB) as counted:
+    with CountedProducts(NUM_TOKENS, HIDDEN, VOCAB) as counted:
         loss = linear_dpop_loss(hidden_states, weight, labels, *refs, bias=bias, backend=backend, **options)
         if loss.requires_grad:
             loss.sum().backward()
     return counted.products
 
 
-@pytest.mark.usefixtures("_tiling")
+@pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("backend", WITH_TILES)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("hinge", GAINS)
-def test_equals_fp64(backend, transform, hinge):
+@pytest.mark.parametrize(("hinge", "transform", "tiled"), HINGE_TRANSFORM_TILING, indirect=["tiled"])
+def test_equals_fp64(backend, hinge, transform):
     options = TRANSFORMS[transform]
     inputs, labels = batch()
     refs = references(inputs, labels, GAINS[hinge], **options)
@@ -113,7 +123,8 @@ def test_equals_fp64(backend, transform, hinge):
         assert relative_error(grad, expected_grad) <= GRADIENT
 
 
-@pytest.mark.usefixtures("_tiling")
+@pytest.mark.usefixtures("tiled")
+@all_tilings
 @pytest.mark.parametrize("backend", WITH_TILES)
 def test_dead_zone_and_smoothed_labels_take_three_products_too(backend):
     inputs, labels = batch()
@@ -128,7 +139,8 @@ def test_dead_zone_and_smoothed_labels_take_three_products_too(backend):
         assert relative_error(grad, expected_grad) <= GRADIENT
 
 
-@pytest.mark.usefixtures("_tiling")
+@pytest.mark.usefixtures("tiled")
+@all_tilings
 @pytest.mark.parametrize("backend", WITH_TILES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_any_reduction_and_any_incoming_gradient(backend, reduction):
@@ -174,7 +186,7 @@ def test_16_bit_products_as_a_gpu_makes_them(backend, monkeypatch):
     monkeypatch.setattr(products, "matmul", matmul)
     monkeypatch.setattr(tiling, "matmul", matmul)
     monkeypatch.setattr(tiling, "matmul_add", matmul_add)
-    set_tile_rows(monkeypatch, 54)
+    set_tile_rows(monkeypatch, NUM_TOKENS)
     inputs, labels = batch(torch.bfloat16)
     refs = references(inputs, labels, GAINS["mixed"])
     expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
@@ -193,6 +205,7 @@ def test_fp64_and_gradcheck(monkeypatch):
     lengths = [(3, 2), (1, 4)]
     set_tile_rows(monkeypatch, 5, vocab_size=11, itemsize=8)
     inputs, labels = batch(torch.float64, vocab_size=11, hidden_size=4, lengths=lengths)
+    inputs[0], labels = inputs[0][:, :6], labels[:, :6]  # less padding: each number of it is moved too
     refs = references(inputs, labels, [-0.05, 0.5], logit_scale=0.7, softcap=5.0)
     assert pair_tiles.plan_tiles(chunked_tiles, inputs[0].flatten(0, 1), inputs[1], [5, 5]) is not None
     leaves = [tensor.requires_grad_() for tensor in inputs]
@@ -251,12 +264,12 @@ def test_products(backend):
 @pytest.mark.parametrize(
     ("dtype", "tile_rows", "expected"),
     [
-        (torch.float32, 54, 3),
-        (torch.float32, 17, 3),  # the longest pair, alone
-        (torch.float32, 16, 4),
-        (torch.bfloat16, 54, 3),
-        (torch.bfloat16, 53, 4),  # W's gradient would need an accumulator
-        (torch.float16, 54, 4),  # the loss scale must come before the rounding
+        (torch.float32, NUM_TOKENS, 3),
+        (torch.float32, 10, 3),  # the longest pair, alone
+        (torch.float32, 9, 4),
+        (torch.bfloat16, NUM_TOKENS, 3),
+        (torch.bfloat16, NUM_TOKENS - 1, 4),  # W's gradient would need an accumulator
+        (torch.float16, NUM_TOKENS, 4),  # the loss scale must come before the rounding
     ],
 )
 def test_workspace_and_dtype_choose(backend, dtype, tile_rows, expected, monkeypatch):

@@ -77,6 +77,8 @@ class SecondStep(TrainerCallback):
         if state.global_step == 1:
             self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
             self.profiler.__enter__()
+            # torch's tree of all calls takes longer than the step
+            self.profiler.profiler._parse_kineto_results = lambda *args, **kwargs: []
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -161,7 +163,7 @@ def planned(config, lora, batch, *, is_flat, checkpointing, autocast=None, accum
         ("llama", LORA, True, "flat", 60, {}),
         ("llama", None, True, "rows", 150, {}),
         ("llama", None, False, "flat", 150, {"gradient_accumulation_steps": 2}),
-        ("llama", LORA, True, "tree", 150, {"bf16": True}),
+        ("llama", LORA, True, "tree", 60, {"bf16": True}),
         ("qwen2", LORA, False, "flat", 150, {}),
         ("qwen2", None, True, "tree", 60, {}),
         ("gemma2", LORA, False, "rows", 60, {}),
