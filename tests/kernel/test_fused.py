@@ -28,7 +28,7 @@ SHAPES = {  # N, V
     "exact_block": (2, LAUNCH.block_v),  # no masked lane at all
     "one_over": (2, LAUNCH.block_v + 1),  # a block with a single live lane
     "wide_vocab": (3, 2 * LAUNCH.block_v + 809),  # the running maximum is rescaled between blocks
-    "many_rows": (65, 40),
+    "many_rows": (24, 40),
 }
 
 

@@ -21,13 +21,13 @@ from dpop_kernels.logps.tiling import tiled_token_logps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = math.inf, math.nan
-SHAPE = (21, 275, 48)  # N, V, H: with the tiles below two blocks of rows, five of columns, the last ones ragged
+SHAPE = (11, 275, 48)  # N, V, H: with the tiles below two blocks of rows, five of columns, the last ones ragged
 
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    """Tiles of 16 x 64; gradient tiles of 16 rows and one block of columns."""
-    set_tiles(monkeypatch, rows=16, columns=64)
+    """Tiles of 8 x 64; gradient tiles of 8 rows and one block of columns."""
+    set_tiles(monkeypatch, rows=8, columns=64)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_target_id_outside_the_vocabulary_gives_nan():
     hidden_states, weight, target_ids = inputs()
     expected, (expected_grad,) = candidate(hidden_states, weight, target_ids)
     bad_ids = target_ids.clone()
-    bad_ids[0], bad_ids[12], bad_ids[20] = -100, 275, 2**32 + 5
+    bad_ids[0], bad_ids[6], bad_ids[10] = -100, 275, 2**32 + 5
     logps, (grad,) = candidate(hidden_states, weight, bad_ids)
     is_bad = bad_ids != target_ids
     assert logps[is_bad].isnan().all()
@@ -234,7 +234,7 @@ def test_exponentials_in_16_bits(dtype, rounding):
 def test_views_and_strides():
     hidden_states, weight, target_ids = inputs()
     expected, (expected_grad,) = candidate(hidden_states, weight, target_ids)
-    wide = torch.full((21, 60), NAN, device=DEVICE)
+    wide = torch.full((SHAPE[0], 60), NAN, device=DEVICE)
     wide[:, 5:53] = hidden_states
     transposed = weight.T.contiguous().T
     logps, (grad,) = candidate(wide[:, 5:53], transposed, target_ids)
