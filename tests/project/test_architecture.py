@@ -388,11 +388,11 @@ import dpop_kernels
 
 
 def test_pairs_are_built_without_torch(tmp_path):
-    """The command starts in a moment, and where only the data is."""
+    """Where only the data is; numpy alone looks at what was built."""
     (tmp_path / "a.jsonl").write_text('{"question": "How many?", "answer": "1+1 = 2 and 2+2 = 4"}')
     code = f"""
 import sys
-for name in ("torch", "transformers", "datasets", "pyarrow", "numpy"):
+for name in ("torch", "transformers", "datasets", "pyarrow"):
     sys.modules[name] = None  # importing it raises ImportError
 from dpop_trainer.cli import main
 source, out = {str(tmp_path / "a.jsonl")!r}, {str(tmp_path / "b.jsonl")!r}
