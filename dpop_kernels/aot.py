@@ -51,6 +51,23 @@ class Usage(NamedTuple):
     """Bytes per program."""
     assembly: str
     """PTX or AMD's, to look for an instruction in."""
+    machine_code: bytes = b""
+    """What the device would load."""
+
+
+class Source(NamedTuple):
+    """A kernel and all that its compilation depends on."""
+
+    kernel: Any
+    """The function under `triton.jit`."""
+    signature: dict[str, str]
+    """Type of each parameter by name, "constexpr" for a constant."""
+    constants: dict[str, Any]
+    """Value of each constant by name."""
+    attributes: dict[tuple[int], list]
+    """What is known of a parameter by its place: that 16 divides it."""
+    options: dict[str, Any]
+    """Of the compiler: warps, stages."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,25 +106,29 @@ def all_launches() -> dict[str, Launch]:
 
 def compile_launch(launch: Launch, target: str) -> Usage:
     """Compile one launch for one of `TARGETS`, to machine code."""
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return compile_source(Source(launch.kernel, *_specialise(launch), options), target)
+
+
+def compile_source(source: Source, target: str) -> Usage:
+    """Compile a kernel, of whomever it is, for one of `TARGETS`, to machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = _specialise(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    tree = ASTSource(source.kernel, source.signature, source.constants, source.attributes)
     if TARGETS[target][0] == "cuda":
-        compiled, report = _compile_aloud(source, target, options)
-        assembly = compiled.asm["ptx"]
+        compiled, report = _compile_aloud(tree, target, source.options)
+        assembly, machine_code = compiled.asm["ptx"], compiled.asm["cubin"]
         registers, spill_stores, spill_loads = _ptxas_usage(report)
     else:
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-        assembly = compiled.asm["amdgcn"]
+        compiled = triton.compile(tree, target=GPUTarget(*TARGETS[target]), options=source.options)
+        assembly, machine_code = compiled.asm["amdgcn"], compiled.asm["hsaco"]
         registers, spill_stores, spill_loads = _amdgcn_usage(assembly)
-    return Usage(registers, spill_stores, spill_loads, compiled.metadata.shared, assembly)
+    return Usage(registers, spill_stores, spill_loads, compiled.metadata.shared, assembly, machine_code)
 
 
-def _compile_aloud(source: Any, target: str, options: dict[str, int]) -> tuple[Any, str]:
+def _compile_aloud(source: Any, target: str, options: dict[str, Any]) -> tuple[Any, str]:
     """The compiled kernel and what the one run of ptxas reports, which Triton keeps to itself unless asked, and does
     not have where it finds a kernel in its cache."""
     import triton
