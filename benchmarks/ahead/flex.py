@@ -27,17 +27,18 @@ class Heads(NamedTuple):
 
 
 SHAPES = {"Llama-3.2-1B": Heads(32, 8, 64), "Llama-3-8B": Heads(32, 8, 128), "Gemma-3-1B": Heads(4, 1, 256)}
-LENGTHS = ("one length", "any length")
-"""A process's first batch has a kernel of its own; from the second length on there is one for all."""
+LENGTHS = ("one length", "any length", "any length, blocks not filled")
+"""A process's first batch has a kernel of its own; from the second length on there is one for all, and one for all that
+are no multiple of a block, which the trainer's rows never are."""
 NUM_PAIRS = 8
 
 
 def rows() -> list[Tensor]:
-    """`trie_ends` [1, T] of two batches like MetaMath's pairs, of different lengths."""
-    return [_row(seed) for seed in (0, 1)]
+    """`trie_ends` [1, T] of batches like MetaMath's pairs, one for each of `LENGTHS`."""
+    return [_row(seed, multiple) for seed, multiple in enumerate((flat_attention.BLOCK_SIZE,) * 2 + (None,))]
 
 
-def _row(seed: int) -> Tensor:
+def _row(seed: int, multiple: int | None) -> Tensor:
     trees = [
         PairTree(
             pair.prompt_ids,
@@ -47,11 +48,11 @@ def _row(seed: int) -> Tensor:
         )
         for pair in make_pairs(METAMATH, NUM_PAIRS, 32000, seed=seed)
     ]
-    return flat_row(trees, pad_token_id=0, pad_to_multiple_of=flat_attention.BLOCK_SIZE)["trie_ends"]
+    return flat_row(trees, pad_token_id=0, pad_to_multiple_of=multiple)["trie_ends"]
 
 
 def written(target: str, heads: Heads, trie_ends: list[Tensor]) -> dict[tuple[str, str], Template]:
-    """By direction and one of `LENGTHS`, the kernels for rows of two lengths."""
+    """By direction and one of `LENGTHS`, the kernels for such rows."""
     assert len({ends.shape[1] for ends in trie_ends}) == len(LENGTHS)
     with (
         written_for(target) as modules,
@@ -86,9 +87,10 @@ def _attend(heads: Heads, trie_ends: Tensor) -> None:
         return torch.empty(1, num_heads, length, heads.size, dtype=heads.dtype, device="meta", requires_grad=True)
 
     query, key, value = states(heads.queries), states(heads.keys), states(heads.keys)
-    output, _ = transformers_flex.flex_attention_forward(
-        nn.Module(), query, key, value, _without_data(trie_ends), scaling=heads.size**-0.5
-    )
+    with mock.patch.object(torch, "is_autocast_enabled", return_value=False):  # which does not know "meta"
+        output, _ = flat_attention.flat_attention_forward(
+            nn.Module(), query, key, value, _without_data(trie_ends), scaling=heads.size**-0.5
+        )
     output.sum().backward()
 
 
