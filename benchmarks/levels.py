@@ -4,11 +4,15 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from packaging.version import Version
+
 from benchmarks import records
 from benchmarks.peers import Peer, all_peers
 from benchmarks.plan import SWEPT
 
 OURS = "dpop-kernels"
+INSTALLED = records.RESULTS / "peers_installed.json"
+"""Versions of the peers where the pages were last made."""
 NOT_YET = "Not measured yet: `make bench` measures, and writes what belongs here."
 TITLES = {
     ("head", "frozen"): "Head, frozen (LoRA): hidden states to log-probs, forward and backward",
@@ -181,7 +185,8 @@ def peers_table() -> str:
         ]
         does = ", ".join(text for text, function in kinds if function is not None)
         needs = "CUDA" if peer.needs_cuda else ""
-        rows.append([peer.name, seen.get(peer.name, "–"), does, _products(peer), peer.settings, needs])
+        version = seen.get(peer.name, "–")
+        rows.append([peer.name, version + _since(peer, version), does, _products(peer), peer.settings, needs])
     titles = ["peer", "version measured", "computes", "products of its head", "how it is called", "needs"]
     return table(titles, rows)
 
@@ -192,7 +197,25 @@ def _products(peer: Peer) -> str:
     if found is None:
         return ""
     counts = ", ".join(f"{count:g}" for count in found["products"])
-    return f"{counts} (read in {found['read_in']})" if "read_in" in found else f"{counts} (counted)"
+    if "read_in" not in found:
+        return f"{counts} (counted)"
+    return f"{counts} (read in {found['read_in']}{_since(peer, found['read_in'])})"
+
+
+def note_installed() -> None:
+    """Write down which versions of the peers are here, so that the page can say what has come out since; those that are
+    not here keep what was written of them."""
+    known = json.loads(INSTALLED.read_text()) if INSTALLED.exists() else {}
+    here = {peer.package: version for peer in all_peers().values() if (version := peer.version) is not None}
+    INSTALLED.write_text(json.dumps(known | here, indent=2, sort_keys=True) + "\n")
+
+
+def _since(peer: Peer, version: str) -> str:
+    """That a newer version is out, where the page's maker had one."""
+    installed = json.loads(INSTALLED.read_text()).get(peer.package) if INSTALLED.exists() else None
+    if installed is None or version in ("–", "") or Version(installed).release <= Version(version).release:
+        return ""
+    return f"; {installed} is out"
 
 
 def milliseconds(seconds: float) -> str:

@@ -16,6 +16,9 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/layout_counts.json    what `python -m benchmarks.layout_counts` writes
     benchmarks/results/counted.jsonl   what `python -m benchmarks.counted` appends
     benchmarks/results/head_products.json    what `python -m benchmarks.counted.head_products` writes
+    benchmarks/results/ahead.jsonl     what `python -m benchmarks.ahead` appends (docs/kernels.md)
+    benchmarks/results/published_planned.json    what `python -m benchmarks.published` writes (docs/benchmarks.md)
+    benchmarks/results/peers_installed.json    versions of the peers where this command last wrote the pages
     benchmarks/results/levels.jsonl    what `make bench` measures (docs/benchmarks.md)
     benchmarks/results/gpu.jsonl       what `python -m benchmarks.gpu` writes (docs/benchmarks.md)
 """
@@ -31,7 +34,8 @@ from typing import Any
 from dpop_trainer.report.plots import plot_logratios
 from dpop_trainer.tools.evaluation.compare import as_markdown
 
-from benchmarks import levels, paper, plots, records, scale
+from benchmarks import levels, paper, plots, published, records, scale
+from benchmarks.ahead import table as ahead
 from benchmarks.counted import table as counted
 from benchmarks.gpu import large as gpu_large
 from benchmarks.levels import table
@@ -83,22 +87,20 @@ def demo() -> str:
 
 def step() -> str:
     """README's section: a training step of ours against TRL's on one CPU, and the head against every peer."""
-    lines = (RESULTS / "cpu_step.jsonl").read_text().splitlines()
-    of_gsm8k = [record for record in map(json.loads, lines) if "GSM8K" in record.get("pairs", "GSM8K")]
-    latest = {record["candidate"]: record for record in of_gsm8k}  # the last one counts
-    theirs, as_on_gpu = latest.pop("trl"), latest.pop("trl, answers alone", None)
-    ours = min(latest.values(), key=lambda record: record["seconds_per_step"])
+    last, *others = reversed(_steps_by_device().values())
+    ours, theirs = _fastest(last), last["trl"]
     faster = theirs["seconds_per_step"] / ours["seconds_per_step"]
     leaner = theirs["peak_mib"] / ours["peak_mib"]
     device = levels.device_of_levels()
     on_gpu = device is not None and not device.startswith("CPU")
     no_gpu = "" if on_gpu else " No GPU has been measured yet; `python -m benchmarks.gpu` is ready."
+    elsewhere = "".join(_elsewhere(steps) for steps in others)
     sentence = (
         f"A LoRA step on GSM8K pairs (Llama of hidden size 256, GPT-2's vocabulary, fp32, {ours['device']}) takes "
         f"**{ours['seconds_per_step']:.2f} s** and {ours['peak_mib'] / 1024:.1f} GiB, TRL {ours['versions']['trl']}'s "
         f"{theirs['seconds_per_step']:.2f} s and {theirs['peak_mib'] / 1024:.1f} GiB: {faster:.1f} times faster in "
         f"{1 / leaner:.0%} of the memory, with the same losses to {ours['largest_loss_difference']:.0e} "
-        f"(`python -m benchmarks.cpu_step`).{_as_on_gpu(ours, as_on_gpu)}{no_gpu}"
+        f"(`python -m benchmarks.cpu_step`).{_as_on_gpu(ours, last)}{elsewhere}{no_gpu}"
     )
     if device is None:
         return sentence
@@ -106,14 +108,40 @@ def step() -> str:
     return f"{sentence}\n\n{picture}"
 
 
-def _as_on_gpu(ours: dict[str, Any], theirs: dict[str, Any] | None) -> str:
+def _steps_by_device() -> dict[str, dict[str, dict[str, Any]]]:
+    """By device, the one that was last measured last, and by candidate: the last record of a step on GSM8K pairs."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records.read(RESULTS / "cpu_step.jsonl"):
+        if "GSM8K" in record.get("pairs", "GSM8K"):
+            steps = found.pop(record["device"], {})
+            found[record["device"]] = steps | {record["candidate"]: record}
+    return found
+
+
+def _fastest(steps: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of our layouts."""
+    ours = [record for candidate, record in steps.items() if not candidate.startswith("trl")]
+    return min(ours, key=lambda record: record["seconds_per_step"])
+
+
+def _as_on_gpu(ours: dict[str, Any], steps: dict[str, dict[str, Any]]) -> str:
     """On a CPU TRL scores every position; what is left of the difference where it does not."""
+    theirs = steps.get("trl, answers alone")
     if theirs is None:
         return ""
     return (
         f" On a CPU TRL scores every position. Made to score the answers alone, as it does on a GPU, it takes "
         f"{theirs['seconds_per_step']:.2f} s and {theirs['peak_mib'] / 1024:.1f} GiB: "
         f"{theirs['seconds_per_step'] / ours['seconds_per_step']:.1f} times ours."
+    )
+
+
+def _elsewhere(steps: dict[str, dict[str, Any]]) -> str:
+    """The same step on another machine."""
+    ours, theirs = _fastest(steps), steps["trl"]
+    return (
+        f" Elsewhere ({ours['device']}): {ours['seconds_per_step']:.2f} s and TRL {theirs['versions']['trl']}'s "
+        f"{theirs['seconds_per_step']:.2f} s, {theirs['seconds_per_step'] / ours['seconds_per_step']:.1f} times."
     )
 
 
@@ -203,9 +231,14 @@ def evaluation() -> str:
 
 
 def cpu_head() -> str:
-    """docs/kernels.md's table: the head on a CPU, each candidate against the bare products of the same run."""
-    lines = (RESULTS / "cpu_head.jsonl").read_text().splitlines()
-    latest = {(record["head"], record["candidate"]): record for record in map(json.loads, lines)}  # the last one counts
+    """docs/kernels.md's tables: the head on each CPU, each candidate against the bare products of the same run."""
+    by_device: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for record in records.read(RESULTS / "cpu_head.jsonl"):  # the last one counts
+        by_device.setdefault(record["device"], {})[record["head"], record["candidate"]] = record
+    return "\n\n".join(map(_cpu_head_table, by_device.values()))
+
+
+def _cpu_head_table(latest: dict[tuple[str, str], dict[str, Any]]) -> str:
     names = {"products": "the bare products", "ours": "`linear_token_logps`", "eager": "eager PyTorch", "trl": "TRL"}
     rows = []
     for (head, candidate), record in latest.items():
@@ -326,7 +359,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "counted": counted.summary, "step": step},
     ROOT / "docs" / "gsm8k.md": {"gsm8k": gsm8k},
     ROOT / "docs" / "evaluation.md": {"eval": evaluation},
-    ROOT / "docs" / "kernels.md": {"cpu_head": cpu_head},
+    ROOT / "docs" / "kernels.md": {"ahead": ahead.kernels, "ahead_attention": ahead.attention, "cpu_head": cpu_head},
     ROOT / "docs" / "layouts.md": {"layouts": layouts, "budgets": budgets},
     ROOT / "docs" / "reference.md": {"tie": tie},
     ROOT / "docs" / "pairs.md": {"scale": pairs_scale},
@@ -342,6 +375,8 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "pictures": pictures,
         "counted": lambda: f"{counted.whole()}\n\n{counted.note()}",
         "longest": longest,
+        "published_heads": published.heads,
+        "published_steps": published.steps,
         "large": large,
         "peers": levels.peers_table,
         "levels": levels.all_levels,
@@ -369,6 +404,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     options = parser.parse_args(argv)
+    if not options.check:
+        levels.note_installed()
     stale = [page for page in PAGES if page.read_text() != updated(page)]
     if options.check:
         for page in stale:

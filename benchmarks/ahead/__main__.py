@@ -113,7 +113,7 @@ def taken(usage: Any) -> dict[str, int]:
 
 
 def counted(code: Any) -> dict[str, Any]:
-    return {"instructions": sum(map(len, (*code.loops, code.straight))), "products": sorted(code.products)}
+    return {"instructions": len(code.whole), "products": sorted(code.products)}
 
 
 def described(part: Any) -> dict[str, int]:

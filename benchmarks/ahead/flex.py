@@ -33,12 +33,13 @@ are no multiple of a block, which the trainer's rows never are."""
 NUM_PAIRS = 8
 
 
-def rows() -> list[Tensor]:
-    """`trie_ends` [1, T] of batches like MetaMath's pairs, one for each of `LENGTHS`."""
-    return [_row(seed, multiple) for seed, multiple in enumerate((flat_attention.BLOCK_SIZE,) * 2 + (None,))]
+def rows(*, scale: int = 1) -> list[Tensor]:
+    """`trie_ends` [1, T] of batches like MetaMath's pairs, one for each of `LENGTHS`; `scale` divides their lengths."""
+    multiples = (flat_attention.BLOCK_SIZE, flat_attention.BLOCK_SIZE, None)
+    return [_row(seed, multiple, scale) for seed, multiple in enumerate(multiples)]
 
 
-def _row(seed: int, multiple: int | None) -> Tensor:
+def _row(seed: int, multiple: int | None, scale: int) -> Tensor:
     trees = [
         PairTree(
             pair.prompt_ids,
@@ -46,14 +47,14 @@ def _row(seed: int, multiple: int | None) -> Tensor:
             pair.chosen_ids[pair.num_shared :],
             pair.rejected_ids[pair.num_shared :],
         )
-        for pair in make_pairs(METAMATH, NUM_PAIRS, 32000, seed=seed)
+        for pair in make_pairs(METAMATH, NUM_PAIRS, 32000, seed=seed, scale=scale)
     ]
     return flat_row(trees, pad_token_id=0, pad_to_multiple_of=multiple)["trie_ends"]
 
 
 def written(target: str, heads: Heads, trie_ends: list[Tensor]) -> dict[tuple[str, str], Template]:
     """By direction and one of `LENGTHS`, the kernels for such rows."""
-    assert len({ends.shape[1] for ends in trie_ends}) == len(LENGTHS)
+    assert len({ends.shape[1] for ends in trie_ends}) == len(trie_ends)
     with (
         written_for(target) as modules,
         mock.patch.object(torch_flex, "_validate_device", _accept),  # which does not know "meta"

@@ -34,12 +34,13 @@ class Code(NamedTuple):
     """Those with no loop inside, in the order in which they stand."""
     straight: Part
     """What is in no loop."""
+    whole: Part
+    """All of it, without what fills it up at its end."""
 
     @property
     def products(self) -> set[str]:
         """By which of the tensor cores' instructions it multiplies."""
-        every = [*self.loops, self.straight]
-        return {name for operation, name in PRODUCTS.items() if any(part.number(operation) for part in every)}
+        return {name for operation, name in PRODUCTS.items() if self.whole.number(operation)}
 
 
 def read(machine_code: bytes) -> Code:
@@ -79,10 +80,11 @@ def parse(text: str) -> Code:
     # a loop ends where it jumps back
     loops = [(labels[label], place) for place, label in jumps if labels[label] < place]
     innermost = sorted((first, last) for first, last in loops if not any(first < f and t < last for f, t in loops))
-    # behind the last exit stand a jump to itself and what fills the code up
-    end = max((place for place, operation in enumerate(operations) if operation == "EXIT"), default=len(operations))
     in_loops = {place for first, last in loops for place in range(first, last + 1)}
-    straight = [place for place in range(len(operations)) if place not in in_loops and place <= max(end, *in_loops, 0)]
+    # behind the last exit stand a jump to itself and what fills the code up
+    exits = [place for place, operation in enumerate(operations) if operation == "EXIT"]
+    end = max([*exits, *in_loops], default=-1)
+    straight = Part(operations[place] for place in range(end + 1) if place not in in_loops)
     return Code(
-        [Part(operations[first : last + 1]) for first, last in innermost], Part(operations[place] for place in straight)
+        [Part(operations[first : last + 1]) for first, last in innermost], straight, Part(operations[: end + 1])
     )

@@ -37,8 +37,9 @@ FIRST = (
 SECOND = (
     Job("longest", "Llama-3-8B", 70),
     Job("longest", "Gemma-3-1B", 50),
-    Job("tiles", "frozen", 60),
-    Job("sweep", "levels", 60),
+    Job("kernels", "each", 30),
+    Job("tiles", "frozen", 50),
+    Job("sweep", "levels", 40),
 )
 JOBS = FIRST + SECOND
 FIRST_SECONDS, SECOND_SECONDS = 540.0, 240.0

@@ -123,21 +123,27 @@ def one_step(work: Work, config: PreTrainedConfig, length: int, rank: int | None
 
 def plan_ahead(name: str) -> int:
     """Tokens of the longest pair by `dpop plan`, at the same setting."""
-    from dpop_trainer.tools.plan.options import parse_plan
     from dpop_trainer.tools.plan.search import longest_pair
-    from dpop_trainer.tools.plan.setup import make_planner
 
     case = CASES[name]
+    return longest_pair(*planner_of(case.config, LAYOUTS[name], lora=case.lora))
+
+
+def planner_of(config: PreTrainedConfig, layout: str, *, lora: bool) -> tuple[Any, Any]:
+    """`dpop plan`'s own planner of one pair per step, in this part's proportions, and its choice."""
+    from dpop_trainer.tools.plan.options import parse_plan
+    from dpop_trainer.tools.plan.setup import make_planner
+
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"
-        config.write_text(json.dumps(case.config.to_dict()))
-        asked = ["--model", str(config), "--dtype", "bfloat16", "--layout", LAYOUTS[name]]
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config.to_dict()))
+        asked = ["--model", str(path), "--dtype", "bfloat16", "--layout", layout]
         asked += ["--memory", str(LIMIT_GIB), "--tflops", "989", "--bandwidth", "4300"]
         asked += ["--prompt_tokens", "1000", "--answer_tokens", "2000", "--shared_tokens", "1000"]
         asked += ["--per_device_train_batch_size", "1", "--gradient_checkpointing", "true", "--max_length", "4096"]
-        asked += ["--use_peft", "--lora_r", str(RANK), "--lora_target_modules", "all-linear"] if case.lora else []
+        asked += ["--use_peft", "--lora_r", str(RANK), "--lora_target_modules", "all-linear"] if lora else []
         planner, choice, _ = make_planner(*parse_plan(asked))
-    return longest_pair(planner, choice)
+    return planner, choice
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def test_the_calls_are_as_long_as_their_jobs():
         "step",
         "large",
         "longest",
+        "kernels",
         "tiles",
         "sweep",
     ]
