@@ -8,8 +8,10 @@ arithmetic gives. The same versions give the same record on every machine. It ta
 """
 
 import argparse
+import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +30,22 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     versions = {name: records.version(name) for name in ("torch", "triton", "transformers")}
     for target in options.target or DEVICES:
-        found = []
-        if options.only != "attention":
-            found += of_kernels(target)
-        if options.only != "kernels":
-            found += of_attention(target)
-        for record in found:
+        halves = {"kernels": of_kernels, "attention": of_attention}
+        for record in itertools.chain.from_iterable(
+            half(target) for name, half in halves.items() if options.only in (None, name)
+        ):
             common = {"benchmark": "ahead", "target": target, "versions": versions, "commit": records.commit()}
             records.append(options.out, {**common, **record})
             print(f"{target}: {record['name']}: {record['registers']} registers, {record['spill_bytes']} B spilled")
     return 0
 
 
-def of_kernels(target: str) -> list[dict[str, Any]]:
+def of_kernels(target: str) -> Iterator[dict[str, Any]]:
     """Every launch that this package makes."""
     from benchmarks.ahead import work
     from benchmarks.ahead.sass import read
     from dpop_kernels import aot
 
-    found = []
     for name, launch in aot.all_launches().items():
         usage = aot.compile_launch(launch, target)
         code = read(usage.machine_code)
@@ -59,11 +58,10 @@ def of_kernels(target: str) -> list[dict[str, Any]]:
                 elements, num_bytes = amount
                 record["bytes_per_element"] = num_bytes / elements
                 record["predicted_s"] = work.predicted_seconds(elements, num_bytes, record["instructions_per_element"])
-        found.append(record)
-    return found
+        yield record
 
 
-def of_attention(target: str) -> list[dict[str, Any]]:
+def of_attention(target: str) -> Iterator[dict[str, Any]]:
     """FlexAttention's own kernels for flat rows, for the first length of a process and for all that follow."""
     from dpop_trainer.batches.flat_attention import BLOCK_SIZE
 
@@ -71,7 +69,7 @@ def of_attention(target: str) -> list[dict[str, Any]]:
     from benchmarks.ahead.sass import read
     from dpop_kernels import aot
 
-    found, rows = [], flex.rows()
+    rows = flex.rows()
     seen = flex.computed_blocks(rows[0])
     for model, heads in flex.SHAPES.items():
         for (direction, lengths), template in flex.written(target, heads, rows).items():
@@ -86,21 +84,18 @@ def of_attention(target: str) -> list[dict[str, Any]]:
                 head_size=heads.size,
                 scores=[blocks * BLOCK_SIZE**2 for blocks in seen],
             )
-            found.append(
-                {
-                    "name": f"{model}, {direction}, {lengths}",
-                    "model": model,
-                    "direction": direction,
-                    "lengths": lengths,
-                    "positions": rows[0].shape[1],
-                    "blocks": seen,
-                    **taken(usage),
-                    **counted(code),
-                    "loops": [described(loop) for loop in code.loops],
-                    "predicted_s": seconds,
-                }
-            )
-    return found
+            yield {
+                "name": f"{model}, {direction}, {lengths}",
+                "model": model,
+                "direction": direction,
+                "lengths": lengths,
+                "positions": rows[0].shape[1],
+                "blocks": seen,
+                **taken(usage),
+                **counted(code),
+                "loops": [described(loop) for loop in code.loops],
+                "predicted_s": seconds,
+            }
 
 
 def taken(usage: Any) -> dict[str, int]:
