@@ -109,8 +109,10 @@ def plan(*, lora: bool) -> dict[str, Any]:
 
 def main() -> int:
     versions = {name: records.version(name) for name in ("torch", "transformers")}
-    found = {way: plan(lora=lora) for way, lora in STEPS.items()}
-    PLANNED.write_text(json.dumps({"steps": found, "versions": versions}, indent=2) + "\n")
+    found: dict[str, Any] = {}
+    for way, lora in STEPS.items():
+        found[way] = plan(lora=lora)
+        PLANNED.write_text(json.dumps({"steps": found, "versions": versions}, indent=2) + "\n")
     return 0
 
 
