@@ -8,7 +8,8 @@ import yaml
 from datasets import Dataset
 from dpop_trainer.cli import main
 from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.measure.pairs_under_model import PairTokenLogps, evaluate_pairs
+from dpop_trainer.measure.pairs_under_model import PairTokenLogps, Ranking, evaluate_pairs
+from dpop_trainer.measure.shares import share_interval
 from dpop_trainer.measure.token_shift import mean_token_shift, token_shift_as_dict, token_shift_from_dict
 from dpop_trainer.models.trained import TrainedModel
 from dpop_trainer.settings.arguments import ComparisonArguments, parse_arguments
@@ -133,16 +134,48 @@ def test_table_by_hand():
 
 def test_verdict_follows_the_numbers():
     text = verdict(comparison(DPO=[-10.0, -11.0, -12.0], IPO=[-4.0, 5.0, 0.5], DPOP=[2.0, 2.1, 2.2]))
-    assert text.startswith("On 1 held-out pairs, 3 seeds: DPO (-11.00 nats) lowered the chosen answers.")
+    assert text.startswith("On 1 held-out pair, 3 seeds: DPO (-11.00 nats) lowered the chosen answers.")
     assert "IPO (+0.50 nats) left the chosen answers where they were." in text
     assert "DPOP (+2.10 nats) raised the chosen answers." in text
-    assert text.endswith(
-        "DPOP keeps them highest (+2.10 nats) and also sets the two answers furthest apart (2.10 nats)."
-    )
+    # above IPO by 6, -2.9 and 1.7 nats: mean 1.6, standard deviation √(39.62 / 2) = 4.451, error 4.451 / √3 = 2.570
+    lead = "1.60 ± 2.57 above IPO, which is no difference"
+    assert f"DPOP keeps them highest (+2.10 nats, {lead}) and also sets" in text
+    assert f"the two answers furthest apart (2.10 nats, {lead})." in text
     other = verdict(Comparison(["A", "B"], [result("A", 0, -1.0, -9.0), result("B", 0, 1.0, 0.0)], {}, {}))
-    assert other.endswith("B keeps them highest (+1.00 nats) and A sets the two answers furthest apart (8.00 nats).")
+    apart = "A sets the two answers furthest apart (8.00 nats, with one seed)."
+    assert f"B keeps them highest (+1.00 nats, with one seed) and {apart}" in other
     worse = verdict(Comparison(["A", "B"], [result("A", 0, -9.0, -1.0), result("B", 0, 1.0, 1.0)], {}, {}))
-    assert worse.endswith("and none sets the chosen answers further above the rejected ones.")
+    assert "and none sets the chosen answers further above the rejected ones." in worse
+    # 0.5, 0.6 and 0.55 nats more, seed by seed: 0.55 ± 0.05 / √3
+    ahead = verdict(comparison(DPO=[1.0, 3.0, -2.0], DPOP=[1.5, 3.6, -1.45]))
+    assert "(+1.22 nats, 0.55 ± 0.03 above DPO)" in ahead
+
+
+def ranked(**shares):
+    """By method, the share of a hundred pairs that it ranks rightly; the model before, half of them."""
+    runs = comparison(**{method: [1.0, 1.0] for method in shares})
+    results = []
+    for run in runs.results:
+        ranks = {"ranking": Ranking(shares[run.method], 0.0), "ref_ranking": Ranking(0.5, 0.0)}
+        results.append(run._replace(num_pairs=100, evaluation=run.evaluation._replace(**ranks)))
+    return runs._replace(results=results)
+
+
+def test_a_ranking_is_told_from_chance():
+    """Wilson's interval of 52 of 100: (0.52 + 3.8415 / 200) / 1.038415 ± 1.95996 / 1.038415 · √(0.2496 / 100 + 3.8415 /
+    40000), 42.3 to 61.5 %; of 65 of 100, 55.3 to 73.6 %."""
+    text = verdict(ranked(DPO=0.52, DPOP=0.65))
+    assert text.endswith(
+        "At best (DPOP) the chosen answer is the likelier one in 65.0 % (55.3 to 73.6) of the pairs; before, in "
+        "50.0 %. No more often than by chance: DPO."
+    )
+    runs = ranked(DPO=0.52)
+    unlearned = "in 52.0 % (42.3 to 61.5) of the pairs; before, in 50.0 %. That is no more than chance: no preference"
+    assert unlearned in verdict(runs)
+    before = Ranking(0.2, 0.0)
+    results = [run._replace(evaluation=run.evaluation._replace(ref_ranking=before)) for run in runs.results]
+    assert verdict(runs._replace(results=results)).endswith("before, in 20.0 %. That is no more than chance.")
+    assert share_interval(0.0, 1) == pytest.approx((0.0, 1.959964**2 / (1 + 1.959964**2)), abs=1e-6)
 
 
 def test_right_answers_stand_in_table_and_verdict():
@@ -156,7 +189,9 @@ def test_right_answers_stand_in_table_and_verdict():
     assert table_titles(runs)[-1] == "answers right"
     # of eight: five before; two and four, whose shares 0.25 and 0.5 have a standard deviation of 0.1768; six and six
     assert [row[-1] for row in table_rows(runs)] == ["62.5 %", "37.5 % ± 17.7 %", "75.0 % ± 0.0 %"]
-    assert verdict(runs).endswith("DPOP answers most held-out problems rightly (75.0 %; 62.5 % before).")
+    # a half and a quarter more than DPO: 37.5 ± 12.5 points
+    solved = "DPOP answers most held-out problems rightly (75.0 %, 37.5 ± 12.5 points above DPO; 62.5 % before)."
+    assert solved in verdict(runs)
 
 
 def test_every_prompt_is_a_problem_once():

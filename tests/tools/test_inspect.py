@@ -15,7 +15,14 @@ from dpop_trainer.data.edits import EditRegions
 from dpop_trainer.measure.pairs_under_model import PairTokenLogps, Ranking, evaluate_pairs
 from dpop_trainer.report.token_text import token_texts
 from dpop_trainer.tools.inspect.inspection import subject_of
-from dpop_trainer.tools.inspect.report import AnswerTokens, Inspection, PairChange, verdict, write_inspection
+from dpop_trainer.tools.inspect.report import (
+    AnswerTokens,
+    Inspection,
+    PairChange,
+    movement,
+    verdict,
+    write_inspection,
+)
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoTokenizer
 
@@ -54,20 +61,28 @@ def test_ranking_by_token_differs_where_lengths_do():
 
 
 def test_verdict_names_the_fall_and_what_to_do():
-    text = verdict(FALL)
+    text = verdict(FALL, 2)
     assert "lowered the chosen answers by 5.00 ± 1.00 nats, most after the edit (-2.500 nats per token)" in text
     assert "left the rejected answers where they were (+0.00 ± 0.00 nats per answer)" in text
     assert "50% of the chosen answers' tokens lost more than 0.01 nats" in text
-    assert "the likelier one in 0.0%, where the reference had 100.0%" in text
+    # Wilson's interval of none of two: 0 to z² / (2 + z²)
+    assert "the likelier one in 0.0 % (0.0 to 65.8), where the reference had 100.0 %" in text
+    assert movement(FALL) == "fell"
     assert text.endswith("train with DPOP, a larger λ, or a smaller learning rate.")
 
 
 def test_verdict_does_not_cry_wolf():
     # +4 and -5 nats: mean -0.5, standard error 4.5
-    noise = verdict(evaluation_of(([0, 0, 2, 2], [0] * 4), ([0, 0, -2.5, -2.5], [0] * 4)))
+    unclear = evaluation_of(([0, 0, 2, 2], [0] * 4), ([0, 0, -2.5, -2.5], [0] * 4))
+    noise = verdict(unclear, 2)
+    assert movement(unclear) == "unchanged"
+    assert "more than the rejected one in 50.0 % (9.5 to 90.5) of the pairs" in noise  # 0.5 ± z / 2 / √(2 + z²)
+    assert "Which of the two gained more is chance: no preference was learned." in noise
     assert "left the chosen answers where they were (-0.50 ± 4.50 nats per answer)" in noise
     assert "train with DPOP" not in noise
-    rise = verdict(evaluation_of(([0, 1, 0, 0], [0, -1, 0, 0])))
+    risen = evaluation_of(([0, 1, 0, 0], [0, -1, 0, 0]))
+    rise = verdict(risen, 1)
+    assert movement(risen) == "rose"
     assert "raised the chosen answers by 1.00 nats; it lowered the rejected answers by 1.00 nats" in rise
     assert "train with DPOP" not in rise
 
@@ -131,6 +146,25 @@ def test_page_escapes_everything_and_marks_tokens(tmp_path):
     assert "style" not in edit
     assert gained["style"] == "background: rgb(0 114 178 / 0.35)"  # half of three nats: half the colour
     assert "Pair 7: chosen -1.50 nats" in page.text
+    assert "The pair whose chosen answer lost most" in page.text
+    assert '<strong class="bad">Chosen answers: fell.</strong>' in text
+
+
+def test_no_pair_is_said_to_have_lost_that_gained(tmp_path):
+    counts = TokeniseCounts(**{**dict.fromkeys(TokeniseCounts._fields, 0), "num_pairs_in": 3, "num_pairs": 3})
+
+    def page_of(*changes):
+        answers = [AnswerTokens([" a"], [-2.0], [change - 2.0], EditRegions(0, 1)) for change in changes]
+        pairs = [PairChange(row, "?", answer, answer) for row, answer in enumerate(answers)]
+        write_inspection(Inspection("a", "b", "c", counts, FALL, {}, pairs), [], tmp_path / "page.html")
+        return Page((tmp_path / "page.html").read_text()).text
+
+    gained = page_of(0.25, 0.5)
+    assert "The 2 pairs whose chosen answers gained least: none lost" in gained
+    assert "lost most" not in gained
+    mixed = page_of(-0.25, -0.125, 0.5)
+    assert "The 2 pairs whose chosen answers lost most" in mixed
+    assert "Pair 2" not in mixed
 
 
 def test_what_is_held_against_what(tmp_path):

@@ -13,15 +13,18 @@ from typing import Any
 # of every report: light and dark, widths, headings, what is said first, marks
 _BASE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5d5d66; --line: #d5d5dc; --page: #ffffff; --box: #f5f5f8;
-        --good: #cde7f7; --bad: #fbd9c4; --blue: #0072b2; --serious: #b3261e; --warning: #8a5a00; --note: #5d5d66; }
+        --good: #cde7f7; --bad: #fbd9c4; --blue: #0072b2; --fell: #a84300;
+        --serious: #b3261e; --warning: #8a5a00; --note: #5d5d66; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e9e9ee; --soft: #a5a5b0; --line: #3d3d47; --page: #17171b; --box: #212128;
-          --good: #10415e; --bad: #6b3010; --blue: #56b4e9; --serious: #ff8a80; --warning: #f0b95a; --note: #a5a5b0; } }
+          --good: #10415e; --bad: #6b3010; --blue: #56b4e9; --fell: #ff9e5e;
+          --serious: #ff8a80; --warning: #f0b95a; --note: #a5a5b0; } }
 body { max-width: var(--width, 54rem); margin: 2.5rem auto; padding: 0 1.25rem; color: var(--ink);
        background: var(--page); font: 1rem/1.55 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.8rem 0 .3rem; }
 .verdict { padding: .8rem 1.1rem; border-left: 4px solid var(--blue); background: var(--box); }
+.verdict strong.good { color: var(--blue); } .verdict strong.bad { color: var(--fell); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 mark.chosen { background: var(--good); } mark.rejected { background: var(--bad); }
@@ -89,6 +92,12 @@ def paragraph(text: str, kind: str = "") -> str:
     """`kind`: "verdict" sets it off, "note" makes it small."""
     attribute = f' class="{escape(kind)}"' if kind else ""
     return f"<p{attribute}>{visible(text)}</p>"
+
+
+def judgement(word: str, text: str, kind: str = "") -> str:
+    """What is said first: a few words in the colour of their kind ("good", "bad" or neither), then the sentences."""
+    attribute = f' class="{escape(kind)}"' if kind else ""
+    return f'<p class="verdict"><strong{attribute}>{visible(word)}.</strong> {visible(text)}</p>'
 
 
 def visible(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpop_trainer.measure.pairs_under_model import LOST_NATS, PairEvaluation, Ranking
+from dpop_trainer.measure.shares import share_interval, with_interval
 from dpop_trainer.measure.token_shift import TokenShift, mean_token_shift, token_shift_as_dict, token_shift_from_dict
 from dpop_trainer.report import html_page
 from dpop_trainer.report.graphemes import columns, pad, pad_left
@@ -145,7 +146,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     introduction = (
         f"{len(comparison.methods)} ways to train {comparison.config['model_name_or_path']} on the pairs of "
         f"{comparison.config['dataset_name']}, with {_seeds(len(comparison.of(first.method)))} each, measured on "
-        f"{first.num_pairs:,} held-out pairs."
+        f"{_held_out(first.num_pairs)}."
     )
     settings = {key: value for key, value in comparison.config.items() if value not in (None, [], {})}
     sections = [
@@ -221,7 +222,8 @@ def verdict(comparison: Comparison) -> str:
     """What the numbers say of the chosen answers, in a few sentences.
 
     A change counts where its mean over seeds lies more than two standard errors from zero; with one seed, where it
-    does so by the spread over pairs.
+    does so by the spread over pairs. A lead over the next method is one where it does so, paired by seed; a share of
+    pairs is told from chance by its score interval (95 %), over pairs, which all seeds have in common.
     """
     fell, held, rose = [], [], []
     for method in comparison.methods:
@@ -235,8 +237,9 @@ def verdict(comparison: Comparison) -> str:
     sentences = [f"{_listed(names)} {verb}." for names, verb in ((fell, _FELL), (held, _HELD), (rose, _ROSE)) if names]
     if len(comparison.methods) > 1:
         sentences.append(_best(comparison))
+    sentences.append(_ranked(comparison))
     runs = comparison.of(comparison.methods[0])
-    basis = f"On {runs[0].num_pairs:,} held-out pairs, {_seeds(len(runs))}:"
+    basis = f"On {_held_out(runs[0].num_pairs)}, {_seeds(len(runs))}:"
     return " ".join([basis, *sentences])
 
 
@@ -245,25 +248,72 @@ _HELD = "left the chosen answers where they were"
 _ROSE = "raised the chosen answers"
 
 
-def _best(comparison: Comparison) -> str:
-    def best(value: Callable[[RunResult], float]) -> tuple[str, float]:
-        means = {method: statistics.fmean(map(value, comparison.of(method))) for method in comparison.methods}
-        name = max(means, key=means.__getitem__)
-        return name, means[name]
+class _Lead(NamedTuple):
+    """The method with the highest mean, and how far it is above the next one, seed by seed."""
 
-    kept, chosen = best(_COLUMNS[0].value)
-    parted, margin = best(lambda run: run.evaluation.chosen_logratio - run.evaluation.rejected_logratio)
-    if margin > 0:
-        both = "also sets" if parted == kept else f"{parted} sets"
-        apart = f"and {both} the two answers furthest apart ({margin:.2f} nats)"
+    method: str
+    mean: float
+    next_method: str
+    difference: float
+    error: float
+    """Standard error of the difference; NaN with one seed."""
+
+    @classmethod
+    def of(cls, comparison: Comparison, value: Callable[[RunResult], float]) -> "_Lead":
+        by_seed = {method: {run.seed: value(run) for run in comparison.of(method)} for method in comparison.methods}
+        means = {method: statistics.fmean(values.values()) for method, values in by_seed.items()}
+        first, second = sorted(means, key=lambda method: -means[method])[:2]
+        seeds = by_seed[first].keys() & by_seed[second].keys()
+        differences = [by_seed[first][seed] - by_seed[second][seed] for seed in seeds]
+        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+        return cls(first, means[first], second, means[first] - means[second], error)
+
+    def above(self, scale: float = 1.0, digits: int = 2, unit: str = "") -> str:
+        """What is to be thought of the lead."""
+        if math.isnan(self.error):
+            return "with one seed"
+        lead = f"{scale * self.difference:.{digits}f} ± {scale * self.error:.{digits}f}{unit} above {self.next_method}"
+        return lead if self.difference > 2 * self.error else f"{lead}, which is no difference"
+
+
+def _best(comparison: Comparison) -> str:
+    kept = _Lead.of(comparison, _COLUMNS[0].value)
+    parted = _Lead.of(comparison, lambda run: run.evaluation.chosen_logratio - run.evaluation.rejected_logratio)
+    if parted.mean > 0:
+        both = "also sets" if parted.method == kept.method else f"{parted.method} sets"
+        apart = f"and {both} the two answers furthest apart ({parted.mean:.2f} nats, {parted.above()})"
     else:
         apart = "and none sets the chosen answers further above the rejected ones"
-    text = f"{kept} keeps them highest ({chosen:+.2f} nats) {apart}."
+    text = f"{kept.method} keeps them highest ({kept.mean:+.2f} nats, {kept.above()}) {apart}."
     if _RIGHT in _columns(comparison):
-        solver, share = best(_RIGHT.value)
+        solver = _Lead.of(comparison, _RIGHT.value)
         before = _share_right(comparison.results[0].ref_answers)
-        text += f" {solver} answers most held-out problems rightly ({_percent(share)}; {_percent(before)} before)."
+        text += (
+            f" {solver.method} answers most held-out problems rightly ({_percent(solver.mean)}, "
+            f"{solver.above(100, 1, ' points')}; {_percent(before)} before)."
+        )
     return text
+
+
+def _ranked(comparison: Comparison) -> str:
+    """Whether the chosen answers are the likelier ones, which a loss can leave as it was while it moves both."""
+    first = comparison.results[0]
+    means = {
+        method: statistics.fmean(run.evaluation.ranking.accuracy for run in comparison.of(method))
+        for method in comparison.methods
+    }
+    intervals = {method: share_interval(mean, first.num_pairs) for method, mean in means.items()}
+    best = max(means, key=means.__getitem__)
+    before = first.evaluation.ref_ranking.accuracy
+    text = (
+        f"At best ({best}) the chosen answer is the likelier one in {with_interval(means[best], first.num_pairs)} of "
+        f"the pairs; before, in {_percent(before)}."
+    )
+    chance = [method for method, interval in intervals.items() if interval.low <= 0.5]
+    if len(chance) < len(means):
+        return f"{text} No more often than by chance: {'; '.join(chance)}." if chance else text
+    learned = any(interval.low > before for interval in intervals.values())
+    return f"{text} That is no more than chance{'' if learned else ': no preference was learned'}."
 
 
 def _columns(comparison: Comparison) -> tuple[_Column, ...]:
@@ -300,6 +350,10 @@ def _cell(column: _Column, values: Sequence[float]) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _held_out(num_pairs: int) -> str:
+    return "1 held-out pair" if num_pairs == 1 else f"{num_pairs:,} held-out pairs"
 
 
 def _seeds(count: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dpop_trainer.data import TokeniseCounts
 from dpop_trainer.data.edits import EditRegions
 from dpop_trainer.measure.pairs_under_model import LOST_NATS, PairEvaluation
+from dpop_trainer.measure.shares import share_interval, with_interval
 from dpop_trainer.measure.token_shift import TokenShift
 from dpop_trainer.report import html_page
 from dpop_trainer.report.graphemes import columns, graphemes, pad, pad_left
@@ -70,8 +71,9 @@ class Inspection(NamedTuple):
     """Those whose chosen answers lost most, the worst first."""
 
 
-def verdict(evaluation: PairEvaluation) -> str:
-    """What the numbers say, in a few sentences. A mean within two standard errors of zero counts as no change."""
+def verdict(evaluation: PairEvaluation, num_pairs: int) -> str:
+    """What the numbers say of so many pairs, in a few sentences. A mean within two standard errors of zero counts as no
+    change, a share whose score interval (95 %) holds a half as chance."""
     shift = evaluation.shift
     changes = {region: getattr(shift, region).mean_change for region in _REGIONS}
     known = {region: change for region, change in changes.items() if not math.isnan(change)}
@@ -84,11 +86,21 @@ def verdict(evaluation: PairEvaluation) -> str:
         f"{evaluation.lost_share:.0%} of the chosen answers' tokens lost more than {LOST_NATS} nats of their log-prob."
     )
     ranks = (
-        f"The chosen answer gained more than the rejected one in {evaluation.reward_accuracy:.1%} of the pairs, and "
-        f"is the likelier one in {evaluation.ranking.accuracy:.1%}, where the reference had "
-        f"{evaluation.ref_ranking.accuracy:.1%}."
+        "The chosen answer gained more than the rejected one in "
+        f"{with_interval(evaluation.reward_accuracy, num_pairs)} of the pairs, and is the likelier one in "
+        f"{with_interval(evaluation.ranking.accuracy, num_pairs)}, where the reference had "
+        f"{100 * evaluation.ref_ranking.accuracy:.1f} %."
     )
+    if share_interval(evaluation.reward_accuracy, num_pairs).is_chance:
+        ranks += " Which of the two gained more is chance: no preference was learned."
     return f"{moved} {lost} {ranks} {_advice(evaluation)}".strip()
+
+
+def movement(evaluation: PairEvaluation) -> str:
+    """What became of the chosen answers in a word: rose, fell, unchanged."""
+    if _is_noise(evaluation.chosen_logratio, evaluation.chosen_logratio_error):
+        return "unchanged"
+    return "fell" if evaluation.chosen_logratio < 0 else "rose"
 
 
 def format_inspection(inspection: Inspection) -> str:
@@ -99,7 +111,8 @@ def format_inspection(inspection: Inspection) -> str:
         "  ".join([pad(row[0], widths[0]), *(pad_left(cell, w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    return "\n".join([*lines, "", verdict(inspection.evaluation)])
+    told = verdict(inspection.evaluation, inspection.counts.num_pairs)
+    return "\n".join([*lines, "", f"Chosen answers: {movement(inspection.evaluation)}. {told}"])
 
 
 def write_inspection(
@@ -123,7 +136,11 @@ def write_inspection(
     ]
     sections = [
         html_page.paragraph(introduction),
-        html_page.paragraph(verdict(evaluation), "verdict"),
+        html_page.judgement(
+            f"Chosen answers: {movement(evaluation)}",
+            verdict(evaluation, counts.num_pairs),
+            {"fell": "bad", "rose": "good"}.get(movement(evaluation), ""),
+        ),
         html_page.heading("Change against the reference"),
         html_page.table(
             [("", ""), *((title, unit) for title, unit in zip(_REGIONS_TITLES, _REGIONS_UNITS, strict=True))],
@@ -134,9 +151,7 @@ def write_inspection(
         html_page.heading("Which answer is the likelier one"),
         html_page.table([("model", ""), ("ranking accuracy", ""), ("per token", "")], ranks),
         html_page.paragraph(_RANKING_LEGEND, "note"),
-        html_page.heading(f"The {len(inspection.worst)} pairs whose chosen answers lost most"),
-        html_page.paragraph(_TOKENS_LEGEND, "note"),
-        *(section for pair in inspection.worst for section in _pair_sections(pair)),
+        *_worst_sections(inspection.worst),
         html_page.heading("Versions"),
         html_page.facts(versions()),
     ]
@@ -206,6 +221,19 @@ def _plus_minus(error: float) -> str:
 
 def _place(region: str) -> str:
     return {"before": "before the edit", "at": "at the edit", "after": "after the edit"}[region]
+
+
+def _worst_sections(pairs: Sequence[PairChange]) -> list[str]:
+    """The pairs that lost, as lost; where none did, those that gained least, as that."""
+    lost = [pair for pair in pairs if pair.chosen.logratio < 0]
+    shown = lost or pairs
+    which = "lost most" if lost else "gained least: none lost"
+    many = "The pair whose chosen answer" if len(shown) == 1 else f"The {len(shown)} pairs whose chosen answers"
+    return [
+        html_page.heading(f"{many} {which}"),
+        html_page.paragraph(_TOKENS_LEGEND, "note"),
+        *(section for pair in shown for section in _pair_sections(pair)),
+    ]
 
 
 def _pair_sections(pair: PairChange) -> list[str]:
