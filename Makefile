@@ -6,6 +6,7 @@
 # make test-newest  the test suite on the newest versions of everything, in an environment of its own
 # make test-oldest  ... on the lower bounds of pyproject.toml
 # make test-device  ... on the versions of the machine that GPU figures are measured on
+# make test-survival  runs of six kinds killed at a file operation, twenty times each, and held against whole ones
 # make dist-check   build the wheel and the sdist, and try both in an empty environment (four minutes, mostly pip)
 # make bench        measure against the peers that are installed (ten minutes), then write README's and docs' figures
 # make docs         the documentation as a site, site/index.html, in an environment of its own
@@ -20,7 +21,8 @@ DOCS_VENV := .venv-docs
 READY  := $(VENV)/.ready
 TEST_WORKERS ?= 2
 
-.PHONY: demo demo-chat test lint portability test-newest test-oldest test-device dist-check bench docs hub-kernel clean
+.PHONY: demo demo-chat test lint portability test-newest test-oldest test-device dist-check bench docs \
+	hub-kernel test-survival clean
 
 demo: $(READY)
 	@$(BIN)/dpop demo
@@ -35,6 +37,9 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyrefly check --summary=none
+
+test-survival: $(READY)
+	@$(BIN)/python tests/survival.py 20
 
 dist-check: $(READY)
 	@$(BIN)/python tests/dist_check.py
