@@ -107,7 +107,7 @@ def flat_attention_forward(
         if torch.is_autocast_enabled(query.device.type):  # which knows sdpa, and leaves rotated queries in fp32 here
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if query.shape[2] % BLOCK_SIZE == 0:
+        if query.shape[2] % BLOCK_SIZE == key.shape[2] % BLOCK_SIZE == 0:
             # from a process's second length on there is one kernel for all, which cannot know this by itself and would
             # ask of each position whether it is within the row: half as many instructions again in its loops
             kwargs["kernel_options"] = {"IS_DIVISIBLE": True, **(kwargs.get("kernel_options") or {})}
