@@ -13,8 +13,15 @@ from dpop_trainer.models.trained import TrainedModel, load_trained
 from dpop_trainer.tools.evaluation import run as eval_run
 from dpop_trainer.tools.evaluation.compare import as_markdown, compare, difference
 from dpop_trainer.tools.evaluation.held_out import compare_with_reference, metric_of, score_pairs
-from dpop_trainer.tools.evaluation.records import Metric, TaskResult, labels, read_result, write_result
-from dpop_trainer.tools.evaluation.run import EvalSettings, run_eval
+from dpop_trainer.tools.evaluation.records import (
+    Metric,
+    TaskResult,
+    labels,
+    read_result,
+    result_path,
+    write_result,
+)
+from dpop_trainer.tools.evaluation.run import EvalSettings, _weights_key, run_eval
 from dpop_trainer.tools.evaluation.tasks import LEADERBOARD, parse_tasks
 from peft import LoraConfig, get_peft_model
 from tiny import text_pairs, tiny_llama, word_tokenizer
@@ -151,6 +158,29 @@ def test_pairs_from_the_command_line_and_again(base_and_run, pairs_file, tmp_pat
     (base_and_run[1] / "adapter_model.safetensors").touch()  # trained again
     assert main(argv) == 1
     assert "run again" in capsys.readouterr().err
+
+
+def test_a_second_call_adds_to_the_table(base_and_run, pairs_file, tmp_path, capsys):
+    base, run = map(str, base_and_run)
+    argv = ["--pairs", str(pairs_file), "--out", str(tmp_path / "out")]
+    assert main(["eval", "--models", base, run, *argv]) == 0
+    before = json.loads((tmp_path / "out" / "results.json").read_text())
+    write_result(  # as another call with --tasks would leave it
+        result_path(tmp_path / "out", "run", "arc"),
+        result("arc", answered(1, 0), key={**_weights_key(run, EvalSettings("out")), "source": "s"}),
+    )
+    write_result(
+        result_path(tmp_path / "out", "run", "gsm8k"),
+        result("gsm8k", answered(1, 0), key={**_weights_key(base, EvalSettings("out")), "source": "s"}),
+    )
+    assert main(["eval", "--models", base, *argv]) == 0
+    after = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert after["settings"]["models"] == {"base": base, "run": run}
+    assert after["rows"][: len(before["rows"])] == before["rows"]  # the pairs, with the model that was not named
+    (arc,) = after["rows"][len(before["rows"]) :]  # gsm8k is of other weights
+    assert (arc["task"], list(arc["figures"]), arc["differences"]) == ("arc", ["run"], {})
+    assert main(["eval", "--models", base, *argv, "--max_length", "9"]) == 0  # other settings: a table of its own
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["models"] == {"base": base}
 
 
 def test_a_model_that_did_not_move_is_said_to(base_and_run):

@@ -51,32 +51,36 @@ def compare(results: dict[str, dict[str, TaskResult]]) -> dict[str, Any]:
     """All figures as plain values.
 
     Args:
-        results: by model, by task. The first model is the one that the others are held against.
+        results: by model, by task, of which a model may lack some. The first model is the one that the others are held
+            against.
 
     Returns:
         "rows": one for each task's main metric and each figure of the pairs, then the leaderboard's average where all
         of its tasks were run; "notes": what was dropped, truncated or limited.
     """
     models = list(results)
-    before = results[models[0]]
     rows: list[dict[str, Any]] = []
     remarks: list[str] = []
-    for task, result in before.items():
+    for task in dict.fromkeys(task for model in models for task in results[model]):
+        ran = [model for model in models if task in results[model]]
+        result = results[ran[0]][task]
         rows.append(
             _row(
                 task,
                 result.main_metric,
-                {model: results[model][task].metrics[result.main_metric] for model in models},
+                {model: results[model][task].metrics[result.main_metric] for model in ran},
+                models[0],
                 num_questions=result.num_questions,
                 num_fewshot=result.num_fewshot,
             )
         )
-        if task == PAIRS and len(models) > 1:
-            against = {model: compare_with_reference(results[model][PAIRS], result) for model in models[1:]}
+        if task == PAIRS and ran[0] == models[0] and len(ran) > 1:
+            against = {model: compare_with_reference(results[model][PAIRS], result) for model in ran[1:]}
             rows += _pair_rows(result, {model: metrics for model, metrics in against.items() if metrics is not None})
             remarks += [_remark(model, models[0], metrics) for model, metrics in against.items()]
-    if set(LEADERBOARD) <= set(before):
-        rows.append(_average([row for row in rows if row["task"] in LEADERBOARD], models))
+    whole = [model for model in models if set(LEADERBOARD) <= set(results[model])]
+    if models[0] in whole:
+        rows.append(_average([row for row in rows if row["task"] in LEADERBOARD], whole))
     notes = [
         f"{model}, {task}: {note}."
         for model in models
@@ -116,14 +120,14 @@ def as_markdown(comparison: dict[str, Any], title: str = "Evaluation") -> str:
     return text + "\n"
 
 
-def _row(task: str, metric: str, metrics: dict[str, Metric], **facts: Any) -> dict[str, Any]:
-    models = list(metrics)
+def _row(task: str, metric: str, metrics: dict[str, Metric], first: str, **facts: Any) -> dict[str, Any]:
+    others = [model for model in metrics if model != first] if first in metrics else []
     return {
         "task": task,
         "metric": metric,
         **facts,
-        "figures": {model: _figure(metrics[model]) for model in models},
-        "differences": {model: difference(metrics[model], metrics[models[0]])._asdict() for model in models[1:]},
+        "figures": {model: _figure(figure) for model, figure in metrics.items()},
+        "differences": {model: difference(metrics[model], metrics[first])._asdict() for model in others},
     }
 
 

@@ -43,12 +43,19 @@ def result_path(out: Path, label: str, task: str) -> Path:
     return out / _file_name(label) / f"{_file_name(task)}.json"
 
 
-def read_result(path: Path, key: dict[str, Any]) -> TaskResult | None:
-    """A finished result with this key; None where there is none."""
+def read_result(path: Path, key: dict[str, Any], *, whole: bool = True) -> TaskResult | None:
+    """A finished result with this key; None where there is none.
+
+    Args:
+        path: from `result_path`.
+        key: what it must depend on.
+        whole: on nothing else.
+    """
     if not path.exists():
         return None
     values = json.loads(path.read_text())
-    if values["key"] != json.loads(json.dumps(key)):
+    found, expected = values["key"], json.loads(json.dumps(key))
+    if found != expected and (whole or found != {**found, **expected}):
         return None
     metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
     return TaskResult(metrics=metrics, **values)

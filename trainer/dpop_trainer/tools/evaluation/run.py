@@ -75,7 +75,8 @@ def run_eval(
         pairs_split: which split of them.
 
     Returns:
-        The comparison, also written to results.json and results.md in `settings.out`.
+        The comparison, also written to results.json and results.md in `settings.out`: what was asked for, and what
+        earlier calls with the same settings have finished there.
 
     Raises:
         ValueError: a model, a task or its data cannot be had; said before any model is loaded.
@@ -103,14 +104,50 @@ def run_eval(
     data = _Data({request.name: request for request in requests}, _load_tasks(wanted), dataset)
     for job in jobs:
         _run_job(job, data, settings, out)
-    comparison = compare({job.name: {task: job.results[task] for task in job.plan} for job in jobs})
+    now = {job.name: {task: job.results[task] for task in job.plan} for job in jobs}
+    paths = dict(zip(names, models, strict=True))
+    earlier = _earlier(out, paths, now, settings)
+    shown = [*now, *(name for name in earlier if name not in now)]
+    comparison = compare({name: {**now.get(name, {}), **earlier.get(name, {})} for name in shown})
+    paths |= {name: model for name, model in _models_of(out).items() if name in shown and name not in paths}
     if settings.limit is not None:
         comparison["notes"].insert(0, f"Trial: the first {settings.limit} questions of every task only.")
-    comparison["settings"] = {**settings.key(), "models": dict(zip(names, models, strict=True))}
+    comparison["settings"] = {**settings.key(), "models": paths}
     comparison["versions"] = _versions()
     write_atomically(out / "results.json", json.dumps(comparison, indent=2, ensure_ascii=False))
     write_atomically(out / "results.md", as_markdown(comparison))
     return comparison
+
+
+def _models_of(out: Path) -> dict[str, str]:
+    """The models of the table that an earlier call left, by the names that they have there."""
+    path = out / "results.json"
+    return json.loads(path.read_text(encoding="utf-8"))["settings"]["models"] if path.is_file() else {}
+
+
+def _earlier(
+    out: Path, paths: dict[str, str], now: dict[str, dict[str, TaskResult]], settings: EvalSettings
+) -> dict[str, dict[str, TaskResult]]:
+    """By model and task, what earlier calls finished in this folder beside what this one was asked for.
+
+    Of the weights as they are, with the same settings, on the same questions.
+    """
+    found: dict[str, dict[str, TaskResult]] = {}
+    sources = {task: result.key.get("source") for results in now.values() for task, result in results.items()}
+    for name, model in {**paths, **_models_of(out)}.items():
+        weights = _weights_key(paths.get(name, model), settings)
+        for path in sorted(result_path(out, name, "").parent.glob("*.json")):
+            result = read_result(path, weights, whole=False)
+            if result is None or result.task in now.get(name, {}):
+                continue
+            if sources.setdefault(result.task, result.key.get("source")) == result.key.get("source"):
+                found.setdefault(name, {})[result.task] = result
+    return found
+
+
+def _weights_key(model: str, settings: EvalSettings) -> dict[str, Any]:
+    """What every result of a model depends on."""
+    return {"format": FORMAT, "model": fingerprint(model), **settings.key()}
 
 
 class _Data(NamedTuple):
@@ -181,7 +218,7 @@ def _plan(
     model: str, requests: list[TaskRequest], pairs: str | None, dataset: Dataset | None, settings: EvalSettings
 ) -> dict[str, dict[str, Any]]:
     """What is to be run on a model, each with all that its result depends on."""
-    weights = {"format": FORMAT, "model": fingerprint(model), **settings.key()}
+    weights = _weights_key(model, settings)
     harness = {"lm-eval": _versions().get("lm-eval")}  # its prompts change from one version to the next
     plan = {
         request.name: {**weights, **harness, "num_fewshot": request.num_fewshot, "source": request.source}
