@@ -83,10 +83,9 @@ def steps() -> str:
     """docs/benchmarks.md: the longest pair of Gemma-3-1B in 79 GiB."""
     planned = json.loads(PLANNED.read_text())["steps"]
     rows = [["TRL, published", f"{PUBLISHED_STEP['longest_tokens']:,}", f"{PUBLISHED_STEP['gib']:.2f} GiB"]]
-    rows += [
-        [f"ours, {way}, `dpop plan`", f"{found['longest_tokens']:,}", f"{found['gib']:.2f} GiB"]
-        for way, found in planned.items()
-    ]
+    for way, found in planned.items():
+        longest = "–" if found["longest_tokens"] is None else f"{found['longest_tokens']:,}"
+        rows.append([f"ours, {way}, `dpop plan`", longest, f"{found['gib']:.2f} GiB"])
     return table(["Gemma-3-1B, one pair a step", "longest in 79 GiB", f"with {LENGTH:,} tokens"], rows)
 
 

@@ -376,6 +376,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "counted": lambda: f"{counted.whole()}\n\n{counted.note()}",
         "longest": longest,
         "published_heads": published.heads,
+        "published_steps": published.steps,
         "large": large,
         "peers": levels.peers_table,
         "levels": levels.all_levels,

@@ -27,10 +27,12 @@ def test_heads_by_hand():
 
 def test_steps_are_the_plan_s(tmp_path, monkeypatch):
     monkeypatch.setattr(published, "PLANNED", tmp_path / "planned.json")
-    published.PLANNED.write_text(json.dumps({"steps": {"LoRA": {"longest_tokens": 61000, "gib": 5.125}}}))
+    steps = {"LoRA": {"longest_tokens": 61000, "gib": 5.125}, "all weights": {"longest_tokens": None, "gib": 20.0}}
+    published.PLANNED.write_text(json.dumps({"steps": steps}))
     assert cells(published.steps()) == [
         ["TRL, published", "59,392", "12.00 GiB"],
         ["ours, LoRA, `dpop plan`", "61,000", "5.12 GiB"],
+        ["ours, all weights, `dpop plan`", "–", "20.00 GiB"],
     ]
 
 
