@@ -197,6 +197,18 @@ def test_interrupted_after_its_last_step_trains_no_further(setting):
     assert json.loads((run / "finished.json").read_text())["step"] == 5
 
 
+def test_a_stream_resumed_at_its_end_has_its_counts(setting):
+    """14 pairs in batches of 64 records: the first pass of 4 pairs a step ends in step 4, and so the second is read."""
+    flags = ["--max_steps", "5", "--streaming", "true"]
+    assert main(argv(setting, *flags)) == 0
+    run = setting / "run"
+    whole = log_of(run)
+    (run / "finished.json").unlink()  # as if killed during the final save
+    assert main(argv(setting, *flags)) == 0
+    assert log_of(run) == whole
+    assert whole[-1]["train_data/num_pairs_in"] == 28
+
+
 def test_written_configuration_reproduces_the_run_bit_for_bit(setting):
     assert main(argv(setting, "--max_steps", "4", "--save_strategy", "no")) == 0
     run, again = setting / "run", setting / "again"

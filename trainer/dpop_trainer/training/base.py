@@ -20,6 +20,7 @@ from dpop_trainer.batches.batch import Batch, as_batch
 from dpop_trainer.batches.collate import PairCollator
 from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.data import TokenisedStream
+from dpop_trainer.data.counts import NO_COUNTS
 from dpop_trainer.measure.policy_probe import probe_policy
 from dpop_trainer.models.layer_kernels import use_layer_kernels
 from dpop_trainer.models.loading import disable_dropout
@@ -37,6 +38,8 @@ from dpop_trainer.training.speed import peak_memory_gib
 from dpop_trainer.training.split_preparation import Preparation, check_streams
 from dpop_trainer.training.trainer_checks import check_form
 from dpop_trainer.training.whole_checkpoints import WholeCheckpoints
+
+_COUNTS = "stream_counts/"
 
 
 class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
@@ -82,6 +85,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         self._micro_batches: list[MicroBatch] = []  # since the last optimizer step
         self._logged_token_counts: dict[str, float] = {}
         self._token_counts: dict[str, Tensor] = {}  # since the last log line, on this process
+        self._counts_before: dict[str, float] = {}  # of a stream, by a checkpoint
         self.run_config = run_config if run_config is not None else args.to_dict() | as_arguments(model)
         self.add_callback(RunFiles(self.run_config, dict(data_metrics or {})))
         self.add_callback(_AroundTraining(self))
@@ -234,9 +238,8 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
             peak = torch.tensor([peak_memory_gib(self.args.device)], dtype=torch.float64, device="cpu")
             peaks: Any = self.accelerator.gather(peak.to(self.args.device, torch.float32))
             metrics["memory/peak_gib"] = float(peaks.max())
-        if self.model.training and isinstance(self.train_dataset, TokenisedStream):  # type: ignore[union-attr]
-            counts = self.train_dataset.counts.as_metrics()
-            metrics.update({f"train_{key}": float(count) for key, count in counts.items()})
+        if self.model.training:  # type: ignore[union-attr]
+            metrics.update({f"train_{key}": count for key, count in self._stream_counts().items()})
         logs.update(metrics)  # in place, as transformers does with the epoch: evaluate() returns what is logged
         super().log(logs, start_time)
 
@@ -261,9 +264,23 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
             self._logged_token_counts, self._token_counts = dict(totals), {}
         return totals
 
+    def _stream_counts(self) -> dict[str, float]:
+        """What became of the records that a training stream has read; of a run that was resumed at its end and reads
+        none, of those that it had read."""
+        if not isinstance(self.train_dataset, TokenisedStream):
+            return {}
+        counts = self.train_dataset.counts
+        if counts == NO_COUNTS and self._counts_before:
+            return self._counts_before
+        return {key: float(count) for key, count in counts.as_metrics().items()}
+
     def write_progress(self, folder):
         keys, totals = self._mean_metrics["train"].state()
-        progress = Progress(self.loss_sums, keys, totals, self._token_counts, self.carried_state())
+        counts = {
+            f"{_COUNTS}{key}": torch.tensor(count, dtype=torch.float64) for key, count in self._stream_counts().items()
+        }
+        carried = {**self.carried_state(), **counts}
+        progress = Progress(self.loss_sums, keys, totals, self._token_counts, carried)
         save_progress(progress, folder, rank=self.args.process_index)
 
     def begin_training(self) -> None:
@@ -271,6 +288,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         self._micro_batches = []
         self._mean_metrics["train"] = MeanMetrics()
         self._token_counts, self._logged_token_counts = {}, {}
+        self._counts_before = {}
         if self.resumed_from is not None:
             progress = load_progress(self.resumed_from, rank=self.args.process_index, device=self.args.device)
             if progress is not None:
@@ -286,7 +304,9 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         self.loss_sums = progress.losses
         self._mean_metrics["train"].restore(progress.metric_keys, progress.metric_totals)
         self._token_counts = progress.token_counts
-        self.restore_carried_state(progress.carried)
+        counts = {key for key in progress.carried if key.startswith(_COUNTS)}
+        self._counts_before = {key.removeprefix(_COUNTS): float(progress.carried[key]) for key in sorted(counts)}
+        self.restore_carried_state({key: value for key, value in progress.carried.items() if key not in counts})
 
     def stop_if_not_finite(self) -> None:
         """
