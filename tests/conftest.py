@@ -28,6 +28,8 @@ with torch.device("meta"):
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dpop-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
+gc.disable()  # until the tests are collected: what is imported until then is no garbage, and there is much of it
+
 SHARED = Path(__file__).parents[2] / "shared"
 HAS_SHARED = all((SHARED / name).is_dir() for name in ("data", "tokenizers", "models/stories260K"))
 
@@ -41,6 +43,7 @@ def pytest_collection_finish():
         patch_language_once()
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
