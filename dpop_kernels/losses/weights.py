@@ -8,6 +8,11 @@ from dpop_kernels.losses.divergences import REVERSE_KL
 from dpop_kernels.losses.formulas import DEFAULT_LOSS, LOSSES, TRL_NAMES
 from dpop_kernels.losses.options import LossOptions, check_hyperparameters
 
+NOT_OFFERED = {
+    "kto_pair": " TRL has it no longer: KTOTrainer trains on single answers, each labelled good or bad.",
+}
+"""Names that older scripts use -> what to do instead."""
+
 
 def resolve_losses(
     loss_type: str | Sequence[str], loss_weights: float | Sequence[float] | None = None
@@ -118,10 +123,19 @@ def _resolve_name(name: str) -> str:
         raise ValueError(f"loss_type: expected names, got {name!r}. Known are {sorted(LOSSES)}.")
     resolved = TRL_NAMES.get(name, name)
     if resolved not in LOSSES:
-        close = difflib.get_close_matches(name, [*LOSSES, *TRL_NAMES], n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = NOT_OFFERED[name] if name in NOT_OFFERED else _did_you_mean(name)
         raise ValueError(f"loss_type: expected one of {sorted(LOSSES)}, got {name!r}.{hint}")
     return resolved
+
+
+def _did_you_mean(name: str) -> str:
+    """The closest name that begins alike: `kto_pair` is no slip for `exo_pair`."""
+    begins = name.partition("_")[0]
+    alike = [
+        known for known in (*LOSSES, *TRL_NAMES) if difflib.get_close_matches(begins, [known.partition("_")[0]], n=1)
+    ]
+    close = difflib.get_close_matches(name, alike, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _as_weight(weight: float | str) -> float:

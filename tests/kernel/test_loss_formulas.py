@@ -613,6 +613,8 @@ def test_names_and_weights_are_resolved():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("kto_pair",), r"got 'kto_pair'. TRL has it no longer: KTOTrainer trains on single answers"),
+        (("kto_pairs",), r"got 'kto_pairs'.$"),  # and no exo_pair
         (("dppo",), r"loss_type: expected one of \[.*\], got 'dppo'. Did you mean 'dpo'\?"),
         (([],), "loss_type: expected at least one loss, got none"),
         (([3],), "loss_type: expected names, got 3"),

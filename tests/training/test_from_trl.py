@@ -578,6 +578,10 @@ def test_best_checkpoint_can_be_chosen_by_a_metric(model_path, tmp_path):
             "train_dataset: expected pairs of text, got the column 'images'",
         ),
         ({"args": TrainingArguments(report_to="none")}, "args: expected a DPOPConfig, got TrainingArguments"),
+        (
+            {"args": DPOConfig(report_to="none", use_cpu=True, bf16=False)},
+            "got DPOConfig of trl. Its fields have TRL's names: from dpop_trainer import DPOPConfig as DPOConfig",
+        ),
     ],
 )
 def test_unusable_arguments_are_named(arguments, message, tmp_path):
@@ -589,6 +593,22 @@ def test_unusable_arguments_are_named(arguments, message, tmp_path):
     }
     with pytest.raises(ValueError, match=message):
         DPOPTrainer(**{**usual, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DPOPConfig("out", max_prompt_length=5), "max_prompt_length: .*It is called max_length, for prompt"),
+        (lambda: DPOPConfig("out", rpo_alpha=1.0), r"rpo_alpha: .*It is called loss_type \[dpop, sft\]"),
+        (lambda: DPOPConfig("out", dpop_lamda=5), "dpop_lamda: .*of DPOPConfig.*Did you mean 'dpop_lambda'"),
+        (lambda: DPOPTrainer(tokenizer=None), "tokenizer: .*of DPOPTrainer.*It is called processing_class now"),
+        (lambda: DPOPTrainer(beta=0.1), "beta: .*It is a field of the configuration, args"),
+        (lambda: DPOPTrainer(traindataset=1), "Did you mean 'train_dataset'"),
+    ],
+)
+def test_an_unknown_keyword_is_answered_as_a_flag_is(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def test_a_processor_is_refused(tmp_path):

@@ -31,6 +31,7 @@ from dpop_trainer.settings.renamed import (
     set_checkpointing,
 )
 from dpop_trainer.settings.trl_fields import TRLFields, check_trl_fields
+from dpop_trainer.settings.unknown_keywords import answers_unknown_keywords
 from dpop_trainer.settings.without_effect import check_refused, tell_of_no_effect
 
 LAYOUTS = ("auto", "rows", "tree", "packed", "flat")
@@ -226,6 +227,7 @@ def _check_backend(name: str, use_cpu: bool) -> None:
         raise ValueError(f"kernel_{error}") from error
 
 
+@answers_unknown_keywords()
 @dataclass(repr=False)
 class SFTConfig(HeadConfig):
     """Configuration of `SFTTrainer`: the fields of `HeadConfig`, with a learning rate for supervised fine-tuning."""
@@ -233,6 +235,7 @@ class SFTConfig(HeadConfig):
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate for AdamW."})
 
 
+@answers_unknown_keywords()
 @dataclass(repr=False)
 class KTOConfig(HeadConfig):
     """Configuration of `KTOTrainer`: the fields of `HeadConfig`, and those of its loss, as TRL names them.
@@ -276,6 +279,7 @@ class KTOConfig(HeadConfig):
         super().__post_init__()
 
 
+@answers_unknown_keywords()
 @dataclass(repr=False)
 class DPOPConfig(TRLFields, HeadConfig):
     """Configuration of `DPOPTrainer`: the fields of `HeadConfig`, and those of the preference losses.

@@ -21,6 +21,7 @@ from dpop_trainer.reference import PairReference
 from dpop_trainer.reference.adapters import adapter_changes_nothing
 from dpop_trainer.reference.choose import Kind, ReferencePlan, data_parts, reference_model
 from dpop_trainer.settings.config import KTOConfig
+from dpop_trainer.settings.unknown_keywords import answers_unknown_keywords
 from dpop_trainer.training.base import HeadTrainer
 from dpop_trainer.training.best_metric import check_best_metric
 from dpop_trainer.training.policy import policy_to_train
@@ -39,6 +40,7 @@ _METRICS = (
 )
 
 
+@answers_unknown_keywords(KTOConfig)
 class KTOTrainer(HeadTrainer):
     """Fine-tune a causal LM on (prompt, completion, label): answers that were liked, or not, without pairs of them.
 

@@ -27,7 +27,9 @@ class RunProgress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._desc, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=self._desc, dynamic_ncols=True, disable=None
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._bar is not None:

@@ -14,12 +14,14 @@ from dpop_trainer.batches import Batch
 from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.data import SkippedRecords
 from dpop_trainer.settings.config import SFTConfig
+from dpop_trainer.settings.unknown_keywords import answers_unknown_keywords
 from dpop_trainer.training.base import HeadTrainer
 from dpop_trainer.training.best_metric import check_best_metric
 from dpop_trainer.training.policy import policy_to_train
 from dpop_trainer.training.split_preparation import Preparation, check_streams
 
 
+@answers_unknown_keywords(SFTConfig)
 class SFTTrainer(HeadTrainer):
     """Fine-tune a causal LM on completions: mean negative log-prob over the completion tokens of the global batch.
 

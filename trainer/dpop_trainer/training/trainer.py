@@ -39,6 +39,7 @@ from dpop_trainer.reference.choose import (
 )
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.row_options import rows_needed
+from dpop_trainer.settings.unknown_keywords import answers_unknown_keywords
 from dpop_trainer.training.best_metric import check_best_metric
 from dpop_trainer.training.budget_batches import BudgetTrainer
 from dpop_trainer.training.metrics import evaluation_names, metrics_of
@@ -55,6 +56,7 @@ logger = logging.getLogger(__name__)
 NUM_PROBED_PAIRS = 2
 
 
+@answers_unknown_keywords(DPOPConfig)
 class DPOPTrainer(TRLNames, BudgetTrainer):
     """Fine-tune a causal LM on (prompt, chosen, rejected) with DPOP, any of its kin, or a weighted sum of them.
 

@@ -31,7 +31,10 @@ def check_arguments(
     if not isinstance(model, str | nn.Module):
         raise ValueError(f"model: expected a causal LM, or a name or path to load one, got {type(model).__name__}.")
     if not isinstance(args, DPOPConfig):
-        raise ValueError(f"args: expected a DPOPConfig, got {type(args).__name__}. Its fields have TRL's names.")
+        raise ValueError(
+            f"args: expected a DPOPConfig, got {type(args).__name__} of {type(args).__module__.partition('.')[0]}. Its "
+            "fields have TRL's names: from dpop_trainer import DPOPConfig as DPOConfig."
+        )
     if train_dataset is None and eval_dataset is None:
         raise ValueError("train_dataset: expected a data set (or at least an eval_dataset), got None.")
     eval_parts = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
