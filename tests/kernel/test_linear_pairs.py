@@ -95,6 +95,12 @@ def truth(inputs, labels, refs, **options):
     return loss_and_grads(doubles, labels, [ref.double() for ref in refs], backend="reference", **options)
 
 
+def loss_grads_and_products(inputs, labels, refs, **options):
+    with CountedProducts(NUM_TOKENS, HIDDEN, VOCAB) as counted:
+        loss, grads = loss_and_grads(inputs, labels, refs, **options)
+    return loss, grads, counted.products
+
+
 def count_products(inputs, labels, refs, *, trained=(True, True, True), backend="chunked", **options):
     hidden_states, weight, bias = (
         tensor.detach().clone().requires_grad_(needed) for tensor, needed in zip(inputs, trained, strict=True)
@@ -130,10 +136,10 @@ def test_dead_zone_and_smoothed_labels_take_three_products_too(backend):
     inputs, labels = batch()
     refs = references(inputs, labels, GAINS["mixed"])  # of -1 nat, 0.6 lie below the dead zone
     options = {"dead_zone": 0.4, "label_smoothing": 0.1}
-    assert count_products(inputs, labels, refs, backend=backend, **options) == 3
     expected, expected_grads = truth(inputs, labels, refs, **options)
     assert not torch.isclose(expected, truth(inputs, labels, refs)[0], rtol=1e-2)
-    loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, **options)
+    loss, grads, num_products = loss_grads_and_products(inputs, labels, refs, backend=backend, **options)
+    assert num_products == 3
     assert (loss - expected).abs() <= 15 * SUM
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert relative_error(grad, expected_grad) <= GRADIENT
@@ -159,9 +165,9 @@ def test_any_reduction_and_any_incoming_gradient(backend, reduction):
 def test_bf16(backend):
     inputs, labels = batch(torch.bfloat16)
     refs = references(inputs, labels, GAINS["mixed"])
-    assert count_products(inputs, labels, refs, backend=backend) == 3
     expected, expected_grads = truth(inputs, labels, refs, grad_loss=0.3)
-    loss, grads = loss_and_grads(inputs, labels, refs, backend=backend, grad_loss=0.3)
+    loss, grads, num_products = loss_grads_and_products(inputs, labels, refs, backend=backend, grad_loss=0.3)
+    assert num_products == 3
     assert loss.dtype == torch.float32
     assert (loss - expected).abs() <= 15 * SUM
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
@@ -277,8 +283,8 @@ def test_workspace_and_dtype_choose(backend, dtype, tile_rows, expected, monkeyp
     refs = references(inputs, labels, GAINS["mixed"])
     three, three_grads = loss_and_grads(inputs, labels, refs, backend=backend)
     set_tile_rows(monkeypatch, tile_rows)
-    assert count_products(inputs, labels, refs, backend=backend) == expected
-    loss, grads = loss_and_grads(inputs, labels, refs, backend=backend)
+    loss, grads, num_products = loss_grads_and_products(inputs, labels, refs, backend=backend)
+    assert num_products == expected
     assert (loss - three).abs() <= 15 * SUM
     for grad, of_three in zip(grads, three_grads, strict=True):
         # each of the two is off by one rounding
