@@ -1,6 +1,7 @@
 """Pairs become token ids: where answers begin and end, how they are cut, what is dropped, what is counted."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -387,3 +388,15 @@ def test_counts_in_words_and_as_metrics():
     metrics = counts.as_metrics()
     assert metrics["data/num_pairs"] == 1280
     assert set(metrics) == {f"data/{name}" for name in TokeniseCounts._fields}
+
+
+@pytest.mark.parametrize(("num_long", "is_told"), [(2, True), (1, False)])
+def test_losing_more_than_a_fifth_is_told_with_what_to_set(caplog, num_long, is_told):
+    """Prompts of 100 tokens, with answers of one word and EOS, take 102: the next multiple of 64 is 128."""
+    short = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    records = [{**short, "prompt": "a " * 99 + "a"}] * num_long + [short] * (7 if num_long == 2 else 4)
+    caplog.set_level(logging.WARNING)
+    tokenise_pairs(Dataset.from_list(records), word_tokenizer(), max_length=50)
+    told = [message for message in caplog.messages if "are lost" in message]
+    expected = "2 of 9 pairs (22%) are lost: 2 to max_length 50, 0 to an empty answer. Set max_length to 128, which at "
+    assert told == ([expected + "least 99% of the pairs fit."] if is_told else [])  # 1 of 5 is a fifth, not more

@@ -9,6 +9,7 @@ from dpop_trainer.tools.doctor.findings import percent, repeated
 from dpop_trainer.tools.doctor.measure import CUT, EMPTY, FITS, NO_ROOM, SAME_AFTER_CUT, has_hidden_characters
 from dpop_trainer.tools.doctor.summary import as_dict, as_text, write_clean
 from dpop_trainer.tools.doctor.texts import PairTexts, fingerprint, normalised, pair_texts
+from dpop_trainer.tools.doctor.verdict import verdict
 from tiny import tiny_llama, token_pairs, word_tokenizer
 
 
@@ -163,6 +164,40 @@ def test_what_the_surface_gives_away(tmp_path, mark, level):
     assert "surface" not in found(examine(tmp_path, swapped))
 
 
+def test_one_sentence_first(tmp_path):
+    """What to do, with values that can be pasted; what plain DPO would do to low-edit pairs; what is lost."""
+    low = [pair(f"w{i}", f" w2 w{3 + i % 40} w4 w5 w6 w7", f" w2 w{4 + i % 40} w4 w5 w6 w7") for i in range(40)]
+    seen = examine(tmp_path, [*low, low[0], {**low[0], "chosen": None}], tokenizer=word_tokenizer())
+    told = verdict(seen)
+    assert told.sentence == ("Train with DPOP (dpop_lambda 50, max_length 64) after dropping 1 pair and 1 bad record.")
+    assert told.options == "--loss_type dpop --dpop_lambda 50 --max_length 64 --on_bad_record skip"
+    assert told.reasons[0].startswith("41 of 41 pairs (100.0%) are low-edit")
+    assert "Plain DPO would part the answers at the edit and lower what follows it in both" in told.reasons[0]
+    assert told.reasons[1] == "1 of 41 pairs (2.4%) repeats an earlier pair to the letter"
+    assert len(told.reasons) == 3
+    assert as_text(seen).startswith(f"{told.sentence}\n  {told.reasons[0]}.\n")
+    assert as_dict(seen)["verdict"]["sentence"] == told.sentence
+    assert "max_length" not in found(seen)  # nobody asked for one
+
+    # at 6 tokens all 41 pairs are cut; at 64, which is what is told, none is
+    seen = examine(tmp_path, [*low, low[0]], tokenizer=word_tokenizer(), max_length=6)
+    assert {"cut", "duplicate"} <= set(found(seen))
+    assert verdict(seen).sentence == "Train with DPOP (dpop_lambda 50, max_length 64) after dropping 1 pair."
+    (cut,) = [finding for finding in seen.findings if finding.name == "cut"]
+    assert cut.remedy == "Raise max_length to 64: a cut answer teaches not to end."
+
+
+def test_do_not_train_on_this(tmp_path):
+    hidden = [pair(f"q{i}\x00", f"a{i}", f"b{i} x") for i in range(10)]
+    told = verdict(examine(tmp_path, hidden))
+    assert told.sentence.startswith("Do not train on this: 10 of 10 pairs (100.0%) hold control or bidirectional")
+    assert (told.options, told.is_yes) == ("", False)
+    same = verdict(examine(tmp_path, [pair("q", "a", "a")]))
+    assert same.sentence == "Do not train on this: no pair has two different answers."
+    half = [pair(f"q{i}", "a", "b") for i in range(3)] + [{**pair(), "chosen": None}]
+    assert verdict(examine(tmp_path, half)).sentence == ("Do not train on this: 1 of 4 records (25.0%) would be lost.")
+
+
 def test_low_edit_pairs(tmp_path):
     low, high = pair("q", "aaaaXbbbb.", "aaaaYbbbb."), pair("r", "abc", "xyz")  # 1 of 10, 3 of 3
     seen = examine(tmp_path, [low, *({**high, "prompt": f"r{i}"} for i in range(3))])
@@ -200,7 +235,7 @@ def test_a_few_very_long_pairs_do_not_set_max_length(tmp_path):
     (length,) = [item for item in seen.recommendations if item.setting == "max_length"]
     assert length.value == "64"
     # 1 + 300 + EOS = 302, the next multiple of 64 is 320
-    assert "99% fit, 1 longer pairs are cut; to keep them whole takes 320" in length.why
+    assert "99% fit, 1 longer pair is cut; to keep it whole takes 320" in length.why
 
 
 def test_forms(tmp_path):

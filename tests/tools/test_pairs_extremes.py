@@ -57,7 +57,7 @@ def test_pairs_that_are_all_the_same(tmp_path, capsys):
     assert inspect(tmp_path, file, "--write_clean", str(tmp_path / "clean.jsonl")) == 3
     out = capsys.readouterr().out
     assert "2,499 of 2,500 pairs (>99.9%) repeat an earlier pair to the letter" in out
-    assert "2,500 of 2,500 pairs (100.0%) belong to 1 prompts" in out
+    assert "2,500 of 2,500 pairs (100.0%) belong to 1 prompt" in out
     assert [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()] == [PAIR]
     drop = pq.read_table(tmp_path / "report" / "measures.parquet")["drop"].to_pylist()
     assert drop == [None, *["duplicate"] * 2499]
@@ -67,7 +67,7 @@ def test_pairs_with_twice_the_same_answer(tmp_path, capsys):
     same = {**PAIR, "rejected": PAIR["chosen"]}
     assert inspect(tmp_path, write(tmp_path / "a.jsonl", same), "--write_clean", str(tmp_path / "clean.jsonl")) == 1
     captured = capsys.readouterr()
-    assert "1 of 1 pairs (100.0%) have the same answer twice" in captured.out
+    assert "1 of 1 pairs (100.0%) has the same answer twice" in captured.out
     assert "expected pairs that may stay, got none: all 1 are to drop" in captured.err
 
 

@@ -21,7 +21,7 @@ from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.pair_weights import WEIGHT_COLUMN, PairWeight, check_pair_weight, weight_of
 from dpop_trainer.data.records import ALL_REF_COLUMNS, TIE, TOKEN_COLUMNS, BadRecord, raise_bad_records
 from dpop_trainer.data.sound_cache import map_or_map_anew
-from dpop_trainer.data.truncate import TruncationMode, check_truncation, truncate_pair
+from dpop_trainer.data.truncate import TruncationMode, check_truncation, fitting_length, truncate_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,7 @@ OnBadRecord = Literal["error", "skip"]
 
 SKIP_REMEDY = "Correct or remove them; or have them left out and listed with on_bad_record='skip'."
 _NUM_NAMED = 3
+_MUCH_LOST = 0.2  # of the pairs
 
 
 class NoPairsError(ValueError):
@@ -137,6 +138,7 @@ def tokenise_pairs(
         if on_skipped is not None:
             on_skipped(bad)
     counts = count_outcomes(table, outcomes)
+    _warn_lost(counts, table, max_length)
     if not counts.num_pairs:
         raise NoPairsError(
             f"dataset: expected at least one pair that can be used, got none. {counts.summary()} "
@@ -168,6 +170,28 @@ def warn_skipped(num_records: int, bad: list[BadRecord]) -> None:
     _logger.warning("%d of %d records left out, which cannot be used:%s%s", len(bad), num_records, named, more)
 
 
+def _warn_lost(counts: TokeniseCounts, table: pa.Table, max_length: int | None) -> None:
+    """Say in the log where more than a fifth of the pairs is lost to `max_length` or to emptiness, and what to set."""
+    by_length = counts.dropped_no_room + counts.dropped_identical_after_truncation
+    lost = by_length + counts.dropped_empty
+    if lost <= _MUCH_LOST * counts.num_pairs_in:
+        return
+    remedy = "Look at the answers that are empty."
+    if by_length:
+        fitting = fitting_length(length for length in table["whole_length"].to_pylist() if length)
+        remedy = f"Set max_length to {fitting}, which at least 99% of the pairs fit."
+    _logger.warning(
+        "%d of %d pairs (%.0f%%) are lost: %d to max_length %s, %d to an empty answer. %s",
+        lost,
+        counts.num_pairs_in,
+        100 * lost / counts.num_pairs_in,
+        by_length,
+        max_length,
+        counts.dropped_empty,
+        remedy,
+    )
+
+
 def tokenised_features(refs: list[str]) -> Features:
     """The columns of `tokenise_rows`."""
     return Features(
@@ -177,6 +201,7 @@ def tokenised_features(refs: list[str]) -> Features:
         | {column: Value("int32") for column in END_COLUMNS}
         | {"score_gap": Value("float64"), WEIGHT_COLUMN: Value("float64")}
         | {column: Value("bool") for column in CUT_COLUMNS}
+        | {"whole_length": Value("int32")}
         | {column: Value("float64") for column in refs}
     )
 
@@ -245,6 +270,7 @@ def _bad(problem: str | None) -> dict[str, Any]:
         **dict.fromkeys(CUT_COLUMNS, False),
         **dict.fromkeys(NOTE_COLUMNS, False),
         **dict.fromkeys(END_COLUMNS, -1),
+        "whole_length": 0,
         "outcome": "bad",
         "problem": problem,
     }
@@ -274,6 +300,7 @@ def _finish_pair(pair: EncodedPair, max_length: int | None, truncation_mode: Tru
     return {
         **ids._asdict(),
         **dict(zip(CUT_COLUMNS, lost, strict=True)),
+        "whole_length": len(whole.prompt_ids) + max(len(whole.chosen_ids), len(whole.rejected_ids)),
         "outcome": outcome,
         "problem": None,
         **{column: getattr(pair, column) for column in (*NOTE_COLUMNS, *END_COLUMNS)},

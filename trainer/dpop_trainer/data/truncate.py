@@ -1,10 +1,14 @@
 """Cut a tokenised pair to a length, the same way for both of its answers."""
 
+import math
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from dpop_trainer.data.pair_tree import PairIds
 
 TruncationMode = Literal["keep_start", "keep_end"]
+
+_STEP = 64
 
 
 def truncate_pair(pair: PairIds, max_length: int, truncation_mode: TruncationMode) -> PairIds | None:
@@ -38,3 +42,11 @@ def check_truncation(max_length: int | None, truncation_mode: str) -> None:
         )
     if truncation_mode not in get_args(TruncationMode):
         raise ValueError(f"truncation_mode: expected one of {get_args(TruncationMode)}, got {truncation_mode!r}.")
+
+
+def fitting_length(lengths: Iterable[int]) -> int:
+    """The `max_length` for pairs of these lengths: a multiple of 64 that all fit, or 99% where a few are far longer."""
+    ordered = sorted(lengths)
+    of_99_percent = ordered[math.ceil(0.99 * len(ordered)) - 1]
+    longest, most = (-(-int(length) // _STEP) * _STEP for length in (ordered[-1], of_99_percent))
+    return longest if longest <= 1.5 * most else most

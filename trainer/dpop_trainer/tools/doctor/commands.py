@@ -10,6 +10,7 @@ from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.model_paths import check_local_path
 from dpop_trainer.settings.own_process import is_own_process
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
+from dpop_trainer.settings.wording import counted
 
 EPILOG = """exit code: 0 nothing serious, 1 the file cannot be examined, 2 wrong usage, 3 something serious was found
 (--exit_zero turns 3 into 0). Written to --out: report.html, doctor.json, measures.parquet."""
@@ -30,7 +31,7 @@ def inspect_pairs(argv: list[str]) -> int:
     parser.add_argument("--model", help="the model before training: reference margins and CHES of --max_scored pairs")
     parser.add_argument("--eval", help="the pairs that the run is evaluated on, to look for leaks")
     parser.add_argument("--eval_split", default="train", help="of --eval, where it is a hub data set or folder")
-    parser.add_argument("--max_length", type=int, default=1024, help="what the run will use (default 1024)")
+    parser.add_argument("--max_length", type=int, help="what the run will use, to count what it cuts")
     parser.add_argument("--truncation_mode", choices=["keep_start", "keep_end"], default="keep_start")
     parser.add_argument("--max_scored", type=int, default=512, help="pairs that the model looks at (default 512)")
     parser.add_argument("--batch_size", type=int, default=8, help="pairs per forward of the model (default 8)")
@@ -113,7 +114,7 @@ def inspect_pairs(argv: list[str]) -> int:
     print(f"\nWritten: {out / 'report.html'}, {out / 'doctor.json'}, {out / 'measures.parquet'}")
     if options.write_clean:
         kept = write_clean(examination, Path(options.write_clean))
-        print(f"Written: {options.write_clean} with {kept:,} pairs; {len(examination.drop):,} left out")
+        print(f"Written: {options.write_clean} with {counted(kept, 'pair')}; {len(examination.drop):,} left out")
     return 3 if examination.is_serious and not options.exit_zero else 0
 
 

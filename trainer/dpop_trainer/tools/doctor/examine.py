@@ -112,7 +112,7 @@ def examine_pairs(
     stop_ids: Collection[int] = (),
     eval_source: str | None = None,
     eval_split: str = "train",
-    max_length: int | None = 1024,
+    max_length: int | None = None,
     truncation_mode: TruncationMode = "keep_start",
     max_scored: int = 512,
     batch_size: int = 8,
@@ -133,7 +133,7 @@ def examine_pairs(
             said of endless answers.
         eval_source: the pairs that the run is evaluated on, of the same `config`.
         eval_split: theirs.
-        max_length: what the training run will use.
+        max_length: what the training run will use. None: nothing is said of what it would cut.
         truncation_mode: likewise.
         max_scored: pairs that the model looks at, spread evenly over the data set.
         batch_size: pairs per forward of the model.

@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dpop_trainer.data.truncate import fitting_length
 from dpop_trainer.measure.surface import SURFACE_REMEDY, Surface
+from dpop_trainer.settings.wording import counted
 from dpop_trainer.tools.doctor.measure import CUT, EMPTY, NO_ROOM, SAME_AFTER_CUT, Measures
 from dpop_trainer.tools.doctor.texts import Fingerprints
 
@@ -35,6 +37,9 @@ SERIOUS_SHARE: dict[str, float] = {
     "foreign_turns": 0.10,
 }
 """Share of all pairs from which a finding is serious; what is not listed never is."""
+
+LENGTH_FINDINGS = ("cut", "no_room", "same_after_cut")
+"""What another max_length mends."""
 
 LOW_EDIT = 0.2
 """Normalised edit distance up to which a pair counts as low-edit: four fifths of the answer stand in both."""
@@ -134,7 +139,7 @@ def _same_after_cut(evidence: Evidence) -> list[Finding]:
         "same_after_cut",
         evidence.measures.outcome == SAME_AFTER_CUT,
         f"differ only in what max_length {evidence.max_length} cuts off",
-        "Raise max_length: the trainer leaves them out.",
+        f"{_raise_to(evidence)}: the trainer leaves them out.",
     )
 
 
@@ -144,7 +149,7 @@ def _no_room(evidence: Evidence) -> list[Finding]:
         "no_room",
         evidence.measures.outcome == NO_ROOM,
         f"have a prompt that alone fills max_length {evidence.max_length}",
-        "Raise max_length, or shorten the prompts: the trainer leaves them out.",
+        f"{_raise_to(evidence)}, or shorten the prompts: the trainer leaves them out.",
     )
 
 
@@ -154,8 +159,13 @@ def _cut(evidence: Evidence) -> list[Finding]:
         "cut",
         evidence.measures.outcome == CUT,
         f"lose tokens to max_length {evidence.max_length}",
-        "Raise max_length: a cut answer teaches not to end.",
+        f"{_raise_to(evidence)}: a cut answer teaches not to end.",
     )
+
+
+def _raise_to(evidence: Evidence) -> str:
+    lengths = [length for length in map(int, evidence.measures.length) if length > 0]
+    return f"Raise max_length to {fitting_length(lengths)}" if lengths else "Raise max_length"
 
 
 def _duplicate(evidence: Evidence) -> list[Finding]:
@@ -203,8 +213,8 @@ def _over_represented(evidence: Evidence) -> list[Finding]:
         evidence,
         "over_represented",
         often[inverse],
-        f"belong to {often.sum():,} prompts that have {_OFTEN} pairs or more and over {_OFTEN_SHARE:.0%} of the data "
-        f"each (the most frequent: {counts.max():,} pairs)",
+        f"belong to {counted(int(often.sum()), 'prompt')} with {_OFTEN} pairs or more and over {_OFTEN_SHARE:.0%} of "
+        f"the data each (the most frequent: {counts.max():,} pairs)",
         "Keep a few pairs of each: the run learns these prompts.",
     )
 
@@ -274,7 +284,8 @@ def _low_edit(evidence: Evidence) -> list[Finding]:
         low,
         f"are low-edit (normalised distance up to {LOW_EDIT}), with {after:,.0f} items on average after the edit that "
         "both answers share",
-        "Train with DPOP: on such pairs plain DPO may lower the chosen answer.",
+        "Plain DPO would part the answers at the edit and lower what follows it in both, the chosen answer with it; "
+        "DPOP's penalty holds the chosen answer.",
     )
 
 
@@ -310,6 +321,8 @@ def _finding(evidence: Evidence, name: str, mask: NDArray[np.bool_], what: str, 
     if not len(rows):
         return []
     share = len(rows) / evidence.num_pairs
+    verb, _, rest = what.partition(" ")
+    what = f"{_OF_ONE[verb] if len(rows) == 1 else verb} {rest}"
     level: Level = "note" if name in _NOTES else "warning"
     if name in SERIOUS_SHARE and share >= SERIOUS_SHARE[name]:
         level = "serious"
@@ -353,6 +366,16 @@ _NOTED = {
     ),
 }
 """Name -> what such pairs have, and the remedy."""
+_OF_ONE = {
+    "are": "is",
+    "belong": "belongs",
+    "differ": "differs",
+    "have": "has",
+    "hold": "holds",
+    "lose": "loses",
+    "repeat": "repeats",
+    "stand": "stands",
+}
 _NOTES = {"both_ways", "over_represented", "mended_seams"}
 DROPPED = ("empty", "identical", "no_room", "same_after_cut", "contradictory", "duplicate", "near_duplicate", "leaked")
 """Findings whose pairs `--write_clean` leaves out; the first that applies is a row's reason."""

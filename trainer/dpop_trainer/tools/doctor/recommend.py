@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpop_trainer.data.truncate import fitting_length
+from dpop_trainer.settings.wording import counted
 from dpop_trainer.tools.doctor.findings import LOW_EDIT, Finding, percent, rows_to_drop
 from dpop_trainer.tools.doctor.measure import Measures
 
-_STEP = 64
 _LOW_EDIT_SHARE = 0.25
 
 
@@ -64,15 +65,18 @@ def _loss(measures: Measures) -> Recommendation:
 
 def _max_length(measures: Measures, max_length: int | None) -> Recommendation:
     lengths = measures.length[measures.length > 0]
-    longest, most = _up(int(lengths.max())), _up(int(np.quantile(lengths, 0.99)))
+    most = fitting_length(map(int, lengths))
+    longest, median = f"{lengths.max():,} tokens", f"{np.median(lengths):,.0f}"
     now = "" if max_length is None else f" At {max_length}, as asked for, {int((lengths > max_length).sum()):,} do not."
-    if longest <= 1.5 * most:
-        why = f"All pairs fit: the longest has {lengths.max():,} tokens, the median {np.median(lengths):,.0f}.{now}"
-        return Recommendation("max_length", str(longest), why)
     num_cut = int((lengths > most).sum())
+    if not num_cut:
+        return Recommendation(
+            "max_length", str(most), f"All pairs fit: the longest has {longest}, the median {median}.{now}"
+        )
+    is_cut, them = ("is", "it") if num_cut == 1 else ("are", "them")
     why = (
-        f"99% fit, {num_cut:,} longer pairs are cut; to keep them whole takes {longest} (the longest has "
-        f"{lengths.max():,} tokens, the median {np.median(lengths):,.0f}).{now}"
+        f"99% fit, {counted(num_cut, 'longer pair')} {is_cut} cut; to keep {them} whole takes "
+        f"{fitting_length([lengths.max()])} (the longest has {longest}, the median {median}).{now}"
     )
     return Recommendation("max_length", str(most), why)
 
@@ -90,7 +94,3 @@ def _layout(measures: Measures) -> Recommendation:
         f"{2 * prompt / rows:.0%} of the rows and the answers' common beginnings {2 * prefix / rows:.0%}."
     )
     return Recommendation("layout", "auto", f"{why} auto takes trees where the model can run them.")
-
-
-def _up(length: int) -> int:
-    return -(-length // _STEP) * _STEP

@@ -14,8 +14,9 @@ from dpop_trainer.tools.doctor.examine import Examination
 from dpop_trainer.tools.doctor.findings import SERIOUS_SHARE
 from dpop_trainer.tools.doctor.marks import Piece, mark_tokens, mark_words, shortened
 from dpop_trainer.tools.doctor.measure import HIDDEN, without_eos
-from dpop_trainer.tools.doctor.summary import EDIT_DISTANCE_IS_NOT_ALL, model_summary, number
+from dpop_trainer.tools.doctor.summary import EDIT_DISTANCE_IS_NOT_ALL, left_out, model_summary, number
 from dpop_trainer.tools.doctor.texts import pair_texts
+from dpop_trainer.tools.doctor.verdict import verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,18 +131,14 @@ def _subtitle(examination: Examination) -> str:
 
 
 def _verdict(examination: Examination) -> str:
-    counts = dict.fromkeys(("serious", "warning", "note"), 0)
-    for finding in examination.findings:
-        counts[finding.level] += 1
-    if not examination.findings:
-        return '<p class="verdict">Nothing was found that speaks against training on these pairs.</p>'
-    worst = "; ".join(f"{f.message}" for f in examination.findings if f.level == "serious")
-    if not worst:
-        return (
-            '<p class="verdict">Nothing serious. '
-            f"{counts['warning']} warnings, {counts['note']} notes: see the findings.</p>"
-        )
-    return f'<p class="verdict serious"><b>Look before training.</b> {_text(worst)}.</p>'
+    told = verdict(examination)
+    reasons = "".join(f"<li>{_text(reason)}.</li>" for reason in told.reasons)
+    options = f"<p><code>dpop train {_text(told.options)}</code></p>" if told.is_yes else ""
+    lines = [*left_out(examination.pair_file)]
+    return (
+        f'<div class="verdict{"" if told.is_yes else " serious"}"><b>{_text(told.sentence)}</b>{options}'
+        f"<ol>{reasons}</ol></div>" + (f"<pre>{_text(chr(10).join(lines))}</pre>" if lines else "")
+    )
 
 
 def _tiles(examination: Examination) -> str:

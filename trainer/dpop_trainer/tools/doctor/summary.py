@@ -11,6 +11,7 @@ from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.settings.wording import counted
 from dpop_trainer.tools.doctor.examine import Examination
 from dpop_trainer.tools.doctor.pair_file import PairFile
+from dpop_trainer.tools.doctor.verdict import verdict
 
 _ROWS_LISTED = 100
 _BAD_SHOWN = 3
@@ -36,6 +37,7 @@ def as_dict(examination: Examination) -> dict[str, Any]:
         "num_ties": pair_file.num_ties,
         "settings": examination.settings,
         "is_serious": examination.is_serious,
+        "verdict": verdict(examination)._asdict(),
         "findings": [
             {
                 "name": finding.name,
@@ -80,7 +82,11 @@ def as_text(examination: Examination) -> str:
     """The examination for a terminal."""
     pair_file = examination.pair_file
     pairs = counted(examination.num_pairs, "pair")
-    lines = [f"{pair_file.source}: {pairs} ({pair_file.form})", *left_out(pair_file), ""]
+    told = verdict(examination)
+    lines = [told.sentence, *(f"  {reason}." for reason in told.reasons)]
+    if told.is_yes:
+        lines.append(f"  dpop train {told.options}")
+    lines += ["", f"{pair_file.source}: {pairs} ({pair_file.form})", *left_out(pair_file), ""]
     for finding in examination.findings:
         lines.append(f"  {finding.level.upper():8} {finding.message}.")
         lines.append(f"           {finding.remedy}")
@@ -90,6 +96,9 @@ def as_text(examination: Examination) -> str:
     for name, values in examination.statistics().items():
         cells = "".join(f"{number(values[key]):>10}" for key in ("mean", "p5", "median", "p95", "max"))
         lines.append(f"  {name.replace('_', ' '):22}{cells}")
+    surface = examination.surface
+    if surface.num_pairs:
+        lines += ["", f"  {str(surface)[:1].upper()}{str(surface)[1:]}."]
     summary = model_summary(examination)
     if summary is not None:
         correlation = summary["rank_correlation_ches_edit_distance"]
