@@ -1,6 +1,7 @@
 """The command line as a user meets it: YAML and flags, whole runs on files, errors that name what is wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from dpop_trainer.cli import main
 from dpop_trainer.inputs.model_setup import lora_config
 from dpop_trainer.settings.arguments import parse_arguments, run_config
 from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.training.last_words import last_words
 from peft import AutoPeftModelForCausalLM
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM
@@ -127,11 +129,30 @@ def test_bad_line_of_the_data_is_named(setting, capsys):
     assert "line 7" in error
 
 
+def test_a_run_ends_with_what_became_of_it():
+    history = [
+        {"eval_dpop/chosen_logratio": -3.0, "eval_rewards/accuracies": 0.25},
+        {"dpop/chosen_logratio": 9.0, "rewards/accuracies": 1.0},
+        {"eval_dpop/chosen_logratio": 1.5, "eval_rewards/accuracies": 0.75},
+    ]
+    counts = {"train_data/num_pairs_in": 40, "train_data/dropped_empty": 3, "train_data/skipped_bad": 1}
+    assert last_words(Path("a run"), history, {**counts, "eval_data/dropped_empty": 5}, "held out.jsonl") == [
+        "On held-out pairs: chosen Δ +1.50 nats an answer, reward accuracy 75.0%.",
+        "Not trained on: 4 of 40 pairs (10.0%).",
+        "Next: dpop inspect 'a run' --pairs 'held out.jsonl'",
+    ]
+    assert last_words(Path("run"), [{"loss": 1.0}], {"train_data/num_pairs_in": 40}, None) == []  # of sft
+
+
 def test_train_full_then_inspect(setting, capsys):
     assert main(["train", "--config", str(setting / "run.yaml")]) == 0
     run = setting / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    told = capsys.readouterr().out
+    last = [line for line in lines if "loss" in line][-1]
+    assert f"chosen Δ {last['dpop/chosen_logratio']:+.2f} nats an answer, reward accuracy" in told
+    assert told.endswith(f"Next: dpop inspect {run} --pairs PAIRS\n")
     assert yaml.safe_load((run / "config.yaml").read_text())["dataset_name"].endswith("pairs.jsonl")
     trained = AutoModelForCausalLM.from_pretrained(run)
     assert any(

@@ -26,6 +26,7 @@ from dpop_trainer.settings.config import DPOPConfig, HeadConfig, SFTConfig
 from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.run_inputs import model_name
 from dpop_trainer.training.base import HeadTrainer
+from dpop_trainer.training.last_words import last_words
 from dpop_trainer.training.sft import SFTTrainer
 from dpop_trainer.training.trainer import DPOPTrainer
 
@@ -164,3 +165,6 @@ def _train_and_save(trainer: HeadTrainer, config: HeadConfig, data_arguments: Da
                 folder, trainer.run_config, step=trainer.state.global_step, sources=train_paths(data_arguments)
             )
             print(f"Saved to {folder}: the model, {CONFIG_FILE}, {ENVIRONMENT_FILE}, {METRICS_FILE}, {PLOT_FILE}")
+            held_out = data_arguments.eval_dataset_name
+            for line in last_words(folder, trainer.state.log_history, trainer.preparation.counts, held_out):
+                print(line)
