@@ -34,6 +34,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 HAS_SHARED = all((SHARED / name).is_dir() for name in ("data", "tokenizers", "models/stories260K"))
 
 
+_seen_modules: set[str] = set()
+
+
 def pytest_collection_finish():
     """What is imported by now stays until the end: transformers collects garbage after every training, and need not
     look through all objects of all libraries each time."""
@@ -41,9 +44,18 @@ def pytest_collection_finish():
         from interpreter import patch_language_once
 
         patch_language_once()
+    _seen_modules.update(sys.modules)
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def pytest_runtest_logfinish():
+    """Nor through what the tests themselves have imported."""
+    if len(sys.modules) > len(_seen_modules):
+        _seen_modules.update(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
