@@ -327,13 +327,13 @@ def test_a_resumed_run_has_its_log_from_the_checkpoint(tmp_path):
 
 
 def test_a_second_run_in_a_folder_is_refused(setting, capsys):
-    holder = FileLock(setting / "run" / ".run.lock")
+    holder = FileLock(setting / "run" / "_run.lock")
     (setting / "run").mkdir()
-    (setting / "run" / ".run.holder").write_text(json.dumps({"process": 7, "host": "here", "since": "noon"}))
+    (setting / "run" / "_run.holder").write_text(json.dumps({"process": 7, "host": "here", "since": "noon"}))
     assert main(argv(setting, "--max_steps", "1")) == 0  # what a killed run has left holds nobody up
-    assert not (setting / "run" / ".run.holder").exists()
+    assert not (setting / "run" / "_run.holder").exists()
     with holder:
-        (setting / "run" / ".run.holder").write_text(json.dumps({"process": 7, "host": "here", "since": "noon"}))
+        (setting / "run" / "_run.holder").write_text(json.dumps({"process": 7, "host": "here", "since": "noon"}))
         before = sorted(path.name for path in (setting / "run").iterdir())
         assert main(argv(setting, "--max_steps", "1", "--seed", "7")) == 1
         error = capsys.readouterr().err

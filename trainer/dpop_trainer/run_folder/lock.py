@@ -19,7 +19,8 @@ from dpop_trainer.run_folder.files import write_json
 
 logger = logging.getLogger(__name__)
 
-_LOCK, _HOLDER = ".run.lock", ".run.holder"
+# with an underscore, so that transformers does not upload them with the model
+_LOCK, _HOLDER = "_run.lock", "_run.holder"
 
 
 @contextmanager
