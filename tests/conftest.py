@@ -37,25 +37,27 @@ HAS_SHARED = all((SHARED / name).is_dir() for name in ("data", "tokenizers", "mo
 _seen_modules: set[str] = set()
 
 
-def pytest_collection_finish():
-    """What is imported by now stays until the end: transformers collects garbage after every training, and need not
-    look through all objects of all libraries each time."""
-    if "triton.runtime.interpreter" in sys.modules:
-        from interpreter import patch_language_once
-
-        patch_language_once()
+def _keep_what_is_imported():
+    """It stays until the end: transformers collects garbage after every training, and need not look through all objects
+    of all libraries each time."""
     _seen_modules.update(sys.modules)
     gc.collect()
     gc.freeze()
     gc.enable()
 
 
+def pytest_collection_finish():
+    if "triton.runtime.interpreter" in sys.modules:
+        from interpreter import patch_language_once
+
+        patch_language_once()
+    _keep_what_is_imported()
+
+
 def pytest_runtest_logfinish():
-    """Nor through what the tests themselves have imported."""
+    """Tests import libraries too; and xdist's own process, which collects none, hears of them here."""
     if len(sys.modules) > len(_seen_modules):
-        _seen_modules.update(sys.modules)
-        gc.collect()
-        gc.freeze()
+        _keep_what_is_imported()
 
 
 @pytest.fixture(autouse=True)
