@@ -187,6 +187,13 @@ def test_one_sentence_first(tmp_path):
     assert cut.remedy == "Raise max_length to 64: a cut answer teaches not to end."
 
 
+def test_what_another_length_mends_does_not_speak_against_training(tmp_path):
+    records = [pair("w1 " * (9 if i % 2 else 1), f" w2 w{3 + i}", f" w2 w{4 + i}") for i in range(10)]
+    seen = examine(tmp_path, records, tokenizer=word_tokenizer(), max_length=6)
+    assert len(found(seen)["no_room"]) == len(seen.drop) == 5  # at 6 tokens
+    assert verdict(seen).sentence == "Train with DPOP (dpop_lambda 50, max_length 64)."
+
+
 def test_do_not_train_on_this(tmp_path):
     hidden = [pair(f"q{i}\x00", f"a{i}", f"b{i} x") for i in range(10)]
     told = verdict(examine(tmp_path, hidden))

@@ -37,9 +37,7 @@ def verdict(examination: Examination) -> Verdict:
     if length is not None:
         values.append(f"max_length {length}")
         options += f" --max_length {length}"
-    asked = examination.settings["max_length"]
-    by_length = LENGTH_FINDINGS if length is not None and asked is not None and int(length) > asked else ()
-    num_dropped = len(rows_to_drop([finding for finding in examination.findings if finding.name not in by_length]))
+    num_dropped = len(_dropped(examination))
     after = f" after dropping {counted(num_dropped, 'pair')}" if num_dropped else ""
     if examination.pair_file.bad:
         options += " --on_bad_record skip"
@@ -47,12 +45,20 @@ def verdict(examination: Examination) -> Verdict:
     return Verdict(f"Train with DPOP ({', '.join(values)}){after}.", options, reasons)
 
 
+def _dropped(examination: Examination) -> dict[int, str]:
+    """The pairs to drop under the length that is told: those that it mends stay."""
+    told = next((int(item.value) for item in examination.recommendations if item.setting == "max_length"), 0)
+    asked = examination.settings["max_length"]
+    mended = LENGTH_FINDINGS if asked is not None and told > asked else ()
+    return rows_to_drop([finding for finding in examination.findings if finding.name not in mended])
+
+
 def _against(examination: Examination) -> list[str]:
     """What speaks against training before somebody has looked: no pair to drop and no length mends it."""
     if not (~examination.measures.identical).any():
         return ["No pair has two different answers"]
     pair_file = examination.pair_file
-    lost = len(examination.drop) + len(pair_file.bad)
+    lost = len(_dropped(examination)) + len(pair_file.bad)
     against = [
         finding.message
         for finding in examination.findings
