@@ -13,6 +13,7 @@ from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.data.counts import TokeniseCounts
 from dpop_trainer.data.edits import EditRegions
 from dpop_trainer.measure.pairs_under_model import PairTokenLogps, Ranking, evaluate_pairs
+from dpop_trainer.report.signed import signed
 from dpop_trainer.report.token_text import token_texts
 from dpop_trainer.tools.inspect.inspection import subject_of
 from dpop_trainer.tools.inspect.report import (
@@ -148,6 +149,11 @@ def test_page_escapes_everything_and_marks_tokens(tmp_path):
     assert "Pair 7: chosen -1.50 nats" in page.text
     assert "The pair whose chosen answer lost most" in page.text
     assert '<strong class="bad">Chosen answers: fell.</strong>' in text
+
+
+def test_zero_has_one_sign():
+    assert [signed(value) for value in (-0.004, 0.0, -0.0, 0.004, -0.006, 1.5)] == ["+0.00"] * 4 + ["-0.01", "+1.50"]
+    assert signed(-0.0004, 3) == "+0.000"
 
 
 def test_no_pair_is_said_to_have_lost_that_gained(tmp_path):

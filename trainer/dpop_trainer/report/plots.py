@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from dpop_trainer.measure.pairs_under_model import PairEvaluation
 from dpop_trainer.measure.token_shift import TokenShift
 from dpop_trainer.report.figure_text import drawable, families_for
+from dpop_trainer.report.signed import signed
 from dpop_trainer.run_folder import plot_style
 from dpop_trainer.run_folder.plot_style import LABEL, SMALL, ZERO_LINE, finish
 
@@ -191,7 +192,7 @@ def _legend_below(figure: Figure, axes: Axes, families: Sequence[str]) -> None:
 
 
 def _bar_text(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:+.2f}".replace("-", "−")
+    return "" if np.isnan(value) else signed(value).replace("-", "−")
 
 
 def _styles(methods: Mapping[str, Any]) -> list[_Style]:

@@ -16,6 +16,7 @@ from dpop_trainer.measure.token_shift import TokenShift, mean_token_shift, token
 from dpop_trainer.report import html_page
 from dpop_trainer.report.graphemes import columns, pad, pad_left
 from dpop_trainer.report.plots import plot_logratios, plot_token_shift
+from dpop_trainer.report.signed import signed
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.tools.compare.answers import Answers
 
@@ -98,8 +99,8 @@ def _share_right(answers: Answers | None) -> float:
     return math.nan if answers is None else answers.right_share
 
 
-_SIGNED = ("{:+.2f}".format, "{:.2f}".format)
-_SIGNED_PER_TOKEN = ("{:+.3f}".format, "{:.3f}".format)
+_SIGNED = (signed, "{:.2f}".format)
+_SIGNED_PER_TOKEN = (lambda value: signed(value, 3), "{:.3f}".format)
 _SHARE = (_percent, _percent)
 _COLUMNS = (
     _Column("chosen Δ", "nats", lambda run: run.evaluation.chosen_logratio, None, *_SIGNED),
@@ -229,7 +230,7 @@ def verdict(comparison: Comparison) -> str:
     for method in comparison.methods:
         runs = comparison.of(method)
         mean, error = _mean_and_error(runs)
-        text = f"{method} ({mean:+.2f} nats)"
+        text = f"{method} ({signed(mean)} nats)"
         if abs(mean) < LOST_NATS or (not math.isnan(error) and abs(mean) <= 2 * error):
             held.append(text)
         else:
@@ -284,7 +285,7 @@ def _best(comparison: Comparison) -> str:
         apart = f"and {both} the two answers furthest apart ({parted.mean:.2f} nats, {parted.above()})"
     else:
         apart = "and none sets the chosen answers further above the rejected ones"
-    text = f"{kept.method} keeps them highest ({kept.mean:+.2f} nats, {kept.above()}) {apart}."
+    text = f"{kept.method} keeps them highest ({signed(kept.mean)} nats, {kept.above()}) {apart}."
     if _RIGHT in _columns(comparison):
         solver = _Lead.of(comparison, _RIGHT.value)
         before = _share_right(comparison.results[0].ref_answers)

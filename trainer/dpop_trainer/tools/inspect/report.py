@@ -16,6 +16,7 @@ from dpop_trainer.measure.shares import share_interval, with_interval
 from dpop_trainer.measure.token_shift import TokenShift
 from dpop_trainer.report import html_page
 from dpop_trainer.report.graphemes import columns, graphemes, pad, pad_left
+from dpop_trainer.report.signed import signed
 from dpop_trainer.run_folder.versions import versions
 
 _REGIONS = ("before", "at", "after")
@@ -80,7 +81,7 @@ def verdict(evaluation: PairEvaluation, num_pairs: int) -> str:
     lowest = min(known, key=known.__getitem__)
     moved = f"Training {_movement(evaluation.chosen_logratio, evaluation.chosen_logratio_error, 'chosen')}"
     if _is_fall(evaluation.chosen_logratio, evaluation.chosen_logratio_error):
-        moved += f", most {_place(lowest)} ({known[lowest]:+.3f} nats per token)"
+        moved += f", most {_place(lowest)} ({signed(known[lowest], 3)} nats per token)"
     moved += f"; it {_movement(evaluation.rejected_logratio, evaluation.rejected_logratio_error, 'rejected')}."
     lost = (
         f"{evaluation.lost_share:.0%} of the chosen answers' tokens lost more than {LOST_NATS} nats of their log-prob."
@@ -181,18 +182,20 @@ def _region_rows(evaluation: PairEvaluation) -> list[list[str]]:
         ("chosen", evaluation.chosen_logratio, evaluation.chosen_logratio_error, evaluation.shift),
         ("rejected", evaluation.rejected_logratio, evaluation.rejected_logratio_error, evaluation.rejected_shift),
     )
-    return [[name, f"{mean:+.2f}{_plus_minus(error)}", *_region_cells(shift)] for name, mean, error, shift in answers]
+    return [
+        [name, f"{signed(mean)}{_plus_minus(error)}", *_region_cells(shift)] for name, mean, error, shift in answers
+    ]
 
 
 def _region_cells(shift: TokenShift) -> list[str]:
     parts = [getattr(shift, region) for region in _REGIONS]
-    return ["—" if not part.num_tokens else f"{part.mean_change:+.3f}" for part in parts]
+    return ["—" if not part.num_tokens else f"{signed(part.mean_change, 3)}" for part in parts]
 
 
 def _movement(mean: float, error: float, answer: str) -> str:
     """ "lowered the chosen answers by 1.50 ± 0.10 nats" and its like."""
     if _is_noise(mean, error):
-        return f"left the {answer} answers where they were ({mean:+.2f}{_plus_minus(error)} nats per answer)"
+        return f"left the {answer} answers where they were ({signed(mean)}{_plus_minus(error)} nats per answer)"
     verb = "lowered" if mean < 0 else "raised"
     return f"{verb} the {answer} answers by {abs(mean):.2f}{_plus_minus(error)} nats"
 
@@ -238,11 +241,11 @@ def _worst_sections(pairs: Sequence[PairChange]) -> list[str]:
 
 def _pair_sections(pair: PairChange) -> list[str]:
     return [
-        html_page.heading(f"Pair {pair.pair_id}: chosen {pair.chosen.logratio:+.2f} nats", 3),
+        html_page.heading(f"Pair {pair.pair_id}: chosen {signed(pair.chosen.logratio)} nats", 3),
         f'<pre dir="auto" lang="">{html_page.visible(pair.prompt)}</pre>',
-        html_page.paragraph(f"Chosen, {pair.chosen.logratio:+.2f} nats"),
+        html_page.paragraph(f"Chosen, {signed(pair.chosen.logratio)} nats"),
         f'<pre dir="auto" lang="">{_coloured(pair.chosen)}</pre>',
-        html_page.paragraph(f"Rejected, {pair.rejected.logratio:+.2f} nats"),
+        html_page.paragraph(f"Rejected, {signed(pair.rejected.logratio)} nats"),
         f'<pre dir="auto" lang="">{_coloured(pair.rejected)}</pre>',
     ]
 
@@ -297,5 +300,5 @@ def _span(stretch: _Stretch) -> str:
     if alpha:
         attributes += f' style="background: rgb({_LOST if change < 0 else _GAINED} / {alpha:g})"'
     tokens = f", {stretch.num_tokens} tokens" if stretch.num_tokens > 1 else ""
-    title = escape(f"{change:+.2f} nats: {stretch.before:.2f} → {stretch.after:.2f}{tokens}")
+    title = escape(f"{signed(change)} nats: {stretch.before:.2f} → {stretch.after:.2f}{tokens}")
     return f'<span{attributes} title="{title}">{html_page.visible(stretch.text)}</span>'
