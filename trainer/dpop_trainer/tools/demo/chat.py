@@ -31,7 +31,7 @@ class ChatDemoSettings:
     """Sizes. The defaults end within a quarter of an hour on two CPU cores."""
 
     num_pairs: int = 128
-    num_eval_pairs: int = 32
+    num_eval_pairs: int = 24
     """Held out: what both methods are measured on."""
     num_shown: int = 3
     """Held-out problems that the model answers before and after."""
