@@ -54,13 +54,14 @@ def build(argv: list[str]) -> int:
     options = vars(parser.parse_args(argv))
     recipe = RECIPES[options.pop("recipe")]
     own_options = {field.name: options.pop(field.name) for field in fields(recipe)}  # type: ignore[arg-type]
-    from dpop_trainer.measure.surface import SURFACE_REMEDY
     from dpop_trainer.tools.pairs.build import build_file
 
     counts = build_file(recipe(**own_options), options.pop("source"), options["out"], **_without(options, "out"))
     print(counts)
     for detail in counts.details():
         print(f"  {detail}")
+    from dpop_trainer.measure.surface import SURFACE_REMEDY  # numpy: not before the file is found
+
     surface = counts.surface
     if surface is not None and surface.gives_away:
         print(f"WARNING: {surface}.\n  {SURFACE_REMEDY}")
