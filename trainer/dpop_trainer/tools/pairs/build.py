@@ -70,9 +70,9 @@ def build_file(
     if form not in ("text", "messages"):
         raise ValueError(f"form: expected 'text' or 'messages', got {form!r}.")
     writer = PairWriter(out)
-    from dpop_trainer.measure.surface import SurfaceSample  # numpy: not for --help
-
     opened = open_source(source, split=split, config=config)
+    from dpop_trainer.measure.surface import SurfaceSample  # numpy: not for --help, nor for a source that is not there
+
     found = license_of(opened.path) if license is None and opened.path is not None else None
     license = found[0] if found else license or opened.license
     counts, sample = PairCounts(), SurfaceSample()
