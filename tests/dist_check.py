@@ -72,6 +72,7 @@ class Trial(NamedTuple):
 # what a command begins with -> how it is tried; a command that is not here fails the check
 COMMANDS = {
     "make demo": Trial(code=SMALL_DEMO),
+    "make demo-chat": Trial(skip="fetches a model; tests/tools/test_demo_chat.py runs it on a small one"),
     "make test": Trial(skip="the sdist's tests run below"),
     "pip install": Trial(skip="the wheel is installed already"),
     "dpop pairs inspect": Trial(exit_codes=(0, 3)),  # 3: it found something, as it well may in words without meaning
@@ -96,7 +97,7 @@ chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps = torch.randn
 """,
 }
 
-TESTS_NEED = ("pytest", "pytest-benchmark", "hypothesis", "hatchling", "trl")
+TESTS_NEED = ("pytest", "pytest-benchmark", "hypothesis", "hatchling", "trl", "gguf")
 QUICK_TESTS = (
     "tests/kernel/test_losses.py",
     "tests/project/test_architecture.py",
