@@ -1,5 +1,6 @@
 """Trainers in processes of their own on this machine: one, or two gloo ranks as accelerate's launcher starts them."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -67,6 +68,7 @@ def _alone(written, function, args):
     os.dup2(out, 2)
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
+    gc.freeze()  # the libraries stay: transformers collects garbage after every training
     sys.exit(function(*args))
 
 
@@ -74,6 +76,7 @@ def _as_rank(rank, function, args, env):
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
+    gc.freeze()  # the libraries stay: transformers collects garbage after every training
     third_party.drop_deprecations_between_libraries()
     third_party.make_warnings_errors()
     RunFiles._plot = lambda *_: None  # as in the tests themselves

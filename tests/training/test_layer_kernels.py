@@ -8,7 +8,7 @@ import os
 import pytest
 from dpop_trainer.models.layer_kernels import use_layer_kernels
 from families import build
-from tiny import tiny_llama, word_tokenizer
+from tiny import tiny_llama, token_pairs, word_tokenizer
 from trainers import adapted, config, logged, trainer
 from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
@@ -27,7 +27,9 @@ def own_rotary(monkeypatch):
 @pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="on a CPU in Triton's interpreter alone")
 @pytest.mark.parametrize("layout", ["rows", "tree"])
 def test_a_run_with_the_layers_kernels_is_the_run_without(tmp_path, layout):
-    options = {"layout": layout, "max_steps": 3, "learning_rate": 1e-2}
+    # two steps: the second one's loss is that of the first one's gradient
+    options = {"layout": layout, "max_steps": 2, "learning_rate": 1e-2, "gradient_accumulation_steps": 1}
+    options |= {"records": token_pairs(2), "per_device_train_batch_size": 2}
     plain = trainer(tmp_path / "plain", word_tokenizer(), **options)
     plain.train()
     own = modeling_llama.apply_rotary_pos_emb
