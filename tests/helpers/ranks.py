@@ -17,7 +17,7 @@ from dpop_trainer.settings.recipes import FOLDER
 from torch import multiprocessing as mp
 
 RECIPES = FOLDER / "accelerate"
-PRELOADED = ["torch", "transformers", "datasets", "peft", "accelerate"]
+PRELOADED = ["torch", "transformers", "datasets", "peft", "accelerate", "dpop_trainer.training.trainer"]
 
 
 def launcher_arguments(recipe):

@@ -1,5 +1,8 @@
 """`dpop plan` as a user meets it: recipes, data and lengths, what does not fit, errors that name what is wrong."""
 
+import contextlib
+import functools
+import io
 import json
 from pathlib import Path
 
@@ -74,14 +77,24 @@ def gpu(mib):
     return find_device("own", memory=1 + mib / 1024, tflops=1.0)
 
 
+@functools.cache
+def planned(recipe):
+    """A recipe on one H100, or on the CPU that it is for, as JSON -> exit code and result."""
+    path = FOLDER / f"{recipe}.yaml"
+    device = [] if yaml.safe_load(path.read_text()).get("use_cpu") else ["--device", "h100-80gb"]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = main(["plan", "--config", str(path), *device, "--no_search", "--json"])
+    return code, json.loads(out.getvalue())
+
+
 KNOWN = ["--model", "Llama-3-8B"]
 ASKED = Choice("auto", 8, 2, False, None, "none", 1)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_planned(recipe, capsys):
-    device = [] if yaml.safe_load(recipe.read_text()).get("use_cpu") else ["--device", "h100-80gb"]
-    code, result = plan(capsys, "--config", str(recipe), *device, "--no_search")
+def test_every_recipe_is_planned(recipe):
+    code, result = planned(recipe.stem)
     assert code == 0  # each is meant for one GPU, or none
     assert result["fits"]
     assert 0 < result["asked"]["memory"]["total_bytes"] < result["device"]["memory_bytes"]
@@ -99,9 +112,9 @@ def test_a_backend_asked_for_by_name_is_told_not_to_be_counted(capsys):
     assert note in plan(capsys, *flags, "--kernel_backend", backend)[1]["notes"]
 
 
-def test_a_72b_model_in_four_bits(capsys):
+def test_a_72b_model_in_four_bits():
     """Weights by hand: 80 layers of 4 h² and 3 h i in 4 bits with nested scales, all else in bf16."""
-    _, result = plan(capsys, "--recipe", "qwen-72b", "--device", "h100", "--no_search")
+    _, result = planned("qwen-72b")
     linear = 80 * (4 * 8192**2 + 3 * 8192 * 24576)
     scales = linear // 64
     packed = linear // 2 + scales + 4 * scales // 256

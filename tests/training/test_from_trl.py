@@ -307,9 +307,11 @@ def test_script_gives_the_same_run(script, model_path, tmp_path):
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize("field", WEIGHING)
 def test_what_weighs_weighs_the_same_in_every_layout(field, adapter, model_path, tmp_path):
+    """Of each field and model two of the three layouts, in turn: every pair of the three occurs."""
     peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if adapter else None
     theirs = run(weighed(field, peft_config, {}), TRL_CLASSES, model_path, tmp_path / "trl")
-    for layout in ("rows", "tree", "packed"):
+    left_out = ("rows", "tree", "packed")[(list(WEIGHING).index(field) + adapter) % 3]
+    for layout in sorted({"rows", "tree", "packed"} - {left_out}):
         ours = run(weighed(field, peft_config, {"layout": layout}), OUR_CLASSES, model_path, tmp_path / layout)
         assert_same_logs(ours.state.log_history, theirs.state.log_history)
 
