@@ -37,7 +37,7 @@ def _interleaved(weight, num_heads):
 
 def write_gguf(path, eos=START, max_position_embeddings=128):
     """A Llama with random weights and byte-level tokens, as llama.cpp's converter writes one -> the model."""
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "hi", START, END, TEXT_END]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "hi", "lo", START, END, TEXT_END]
     model = _llama(len(tokens), max_position_embeddings)
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -55,7 +55,7 @@ def write_gguf(path, eos=START, max_position_embeddings=128):
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * (len(tokens) - 3) + [3] * 3)
-    writer.add_token_merges(["h i"])
+    writer.add_token_merges(["h i", "l o"])  # of one alone transformers 5.17 makes a text
     writer.add_bos_token_id(tokens.index(START))
     writer.add_eos_token_id(tokens.index(eos))
     writer.add_pad_token_id(tokens.index(TEXT_END))

@@ -35,7 +35,7 @@ def test_end_of_sequence_is_the_templates(tmp_path, caplog):
     write_gguf(path, eos=START)
     with caplog.at_level(logging.WARNING, "dpop_trainer"):
         folder = folder_of_gguf(str(path))
-    assert f"names {START!r} as its end of sequence" in caplog.text
+    assert f"is read with {START!r} as its end of sequence" in caplog.text
     assert repr(END) in caplog.text
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.eos_token == END
@@ -46,11 +46,13 @@ def test_end_of_sequence_is_the_templates(tmp_path, caplog):
 
 
 def test_right_end_of_sequence_stays_without_a_word(tmp_path, caplog):
+    """transformers 5.17 reads it as the beginning's: then it is mended as a wrong one is."""
     path = tmp_path / "right.gguf"
     write_gguf(path, eos=END)
     with caplog.at_level(logging.WARNING, "dpop_trainer"):
         folder = folder_of_gguf(str(path))
-    assert not caplog.text
+    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name).eos_token
+    assert bool(caplog.text) == (read != END)
     assert AutoTokenizer.from_pretrained(folder).eos_token == END
 
 

@@ -107,7 +107,7 @@ def _convert(path: Path, folder: Path) -> None:
     end = ends_turns_with(tokenizer)
     if end is not None:
         logger.warning(
-            "%s names %r as its end of sequence, and its chat template ends a turn with %r: taken from the template.",
+            "%s is read with %r as its end of sequence, and its chat template ends a turn with %r, which is taken.",
             path.name,
             tokenizer.eos_token,
             end,
