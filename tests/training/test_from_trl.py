@@ -281,6 +281,13 @@ def without_names(line):
     }
 
 
+def _is_rounding(key, *lines):
+    """Whether the margins are rounding alone, as against a reference that was computed in another batch: then their
+    signs are too. Margins that are exactly 0 on both sides have no such excuse."""
+    margins = [abs(line[key.replace("accuracies", "margins")]) for line in lines]
+    return 0 < max(margins) < 1e-5
+
+
 def assert_same_logs(ours, theirs):
     """Every line of TRL's log, key by key and value by value, and nothing beside it but what is ours."""
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
@@ -289,6 +296,8 @@ def assert_same_logs(ours, theirs):
         more = {key.removeprefix("eval_") for key in our_line.keys() - their_line.keys()}
         assert all(key.startswith(OURS) for key in more), more
         for key, value in their_line.items():
+            if key.endswith("rewards/accuracies") and _is_rounding(key, our_line, their_line):
+                continue
             if not key.endswith(MACHINE):
                 # sums of a few fp32 log-probs; the losses' own bound is 1e-4
                 assert our_line[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (their_line["step"], key)
