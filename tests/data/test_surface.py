@@ -136,7 +136,9 @@ def test_of_many_pairs_some_are_looked_at_from_beginning_to_end():
 
 def test_any_text_is_looked_at():
     texts = ["", "\x00", "\ud800", "é" * 5000, "a" * 1200 + "z" * 1200, "\ue000\ue003"]
-    surface_of((i, a, b) for i in range(9) for a in texts for b in texts)
+    seen = surface_of((i, a, b) for i in range(9) for a in texts for b in texts)
+    assert (seen.num_pairs, seen.num_prompts) == (9 * 6 * 5, 9)  # all but those of one text with itself
+    assert not seen.gives_away  # each pair stands there both ways
 
 
 def test_the_paper_s_pairs_give_nothing_away(shared_data):

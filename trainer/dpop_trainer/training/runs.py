@@ -52,34 +52,7 @@ def run_train(
     Raises:
         ValueError: an argument or the data cannot be used, or the folder holds another run.
     """
-    check_writable(str(config.output_dir))
-    check_not_running(str(config.output_dir))
-    model_arguments = with_model_folder(model_arguments)
-    whole_config = run_config(model_arguments, data_arguments, config)
-    if is_finished(config.output_dir, whole_config):
-        return None
-    with doing(_reading(data_arguments)):
-        train_dataset = load_train_data(data_arguments, config)
-        eval_dataset = load_eval_data(data_arguments, config)
-    if max_eval_pairs is not None:
-        eval_dataset = first_pairs(eval_dataset, max_eval_pairs)
-    with doing(f"loading the tokenizer of {model_arguments.model_name_or_path!r}"):
-        tokenizer = _tokenizer_for(model_arguments, config, train_dataset, eval_dataset)
-    config.model_init_kwargs = init_kwargs(model_arguments, config)
-    with doing(_preparing(model_arguments, data_arguments), str(config.output_dir)):
-        trainer = DPOPTrainer(
-            model_name(model_arguments),
-            ref_model=model_arguments.ref_model_name_or_path,
-            args=config,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            quantization_config=quantization_config(model_arguments, config),
-            peft_config=lora_config(model_arguments),
-            run_config=whole_config,
-        )
-    _train_and_save(trainer, config, data_arguments)
-    return trainer
+    return _run(DPOPTrainer, model_arguments, data_arguments, config, max_eval_pairs=max_eval_pairs)
 
 
 def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, config: SFTConfig) -> SFTTrainer | None:
@@ -91,6 +64,19 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
     Raises:
         ValueError: an argument or the data cannot be used, or the folder holds another run.
     """
+    return _run(SFTTrainer, model_arguments, data_arguments, config, completions=True)
+
+
+def _run(
+    trainer_class: type[Any],
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    config: Any,
+    *,
+    completions: bool = False,
+    max_eval_pairs: int | None = None,
+) -> Any:
+    """What both runs are; a preference run alone has a reference."""
     check_writable(str(config.output_dir))
     check_not_running(str(config.output_dir))
     model_arguments = with_model_folder(model_arguments)
@@ -98,13 +84,16 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
     if is_finished(config.output_dir, whole_config):
         return None
     with doing(_reading(data_arguments)):
-        train_dataset = load_train_data(data_arguments, config, completions=True)
-        eval_dataset = load_eval_data(data_arguments, config, completions=True)
+        train_dataset = load_train_data(data_arguments, config, completions=completions)
+        eval_dataset = load_eval_data(data_arguments, config, completions=completions)
+    if max_eval_pairs is not None:
+        eval_dataset = first_pairs(eval_dataset, max_eval_pairs)
     with doing(f"loading the tokenizer of {model_arguments.model_name_or_path!r}"):
         tokenizer = _tokenizer_for(model_arguments, config, train_dataset, eval_dataset)
     config.model_init_kwargs = init_kwargs(model_arguments, config)
+    reference = {} if completions else {"ref_model": model_arguments.ref_model_name_or_path}
     with doing(_preparing(model_arguments, data_arguments), str(config.output_dir)):
-        trainer = SFTTrainer(
+        trainer = trainer_class(
             model_name(model_arguments),
             args=config,
             train_dataset=train_dataset,
@@ -113,6 +102,7 @@ def run_sft(model_arguments: ModelArguments, data_arguments: DataArguments, conf
             quantization_config=quantization_config(model_arguments, config),
             peft_config=lora_config(model_arguments),
             run_config=whole_config,
+            **reference,
         )
     _train_and_save(trainer, config, data_arguments)
     return trainer
