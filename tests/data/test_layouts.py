@@ -10,7 +10,7 @@ from dpop_trainer.batches.choose_layout import tree_obstacle
 from dpop_trainer.batches.flat_attention import FLAT_ATTENTION, block_mask, use_flat_attention
 from dpop_trainer.batches.scoring import ScoredModel
 from dpop_trainer.settings.renamed import enable_checkpointing
-from layout_models import MODELS, PAD, build, edge_pairs, family
+from layout_models import MODELS, PAD, build, compute_nothing_in_fp32, edge_pairs, family
 from peft import LoraConfig, get_peft_model
 from rounding import CONTRACT_NATS, EQUAL
 
@@ -70,19 +70,7 @@ def siblings():
 
 @pytest.fixture
 def _nothing_in_fp32(monkeypatch):
-    """A model of fp64 computes its norms and the eager attention's softmax in fp64 too, where they ask for fp32."""
-    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
-
-    def unchanged(tensor, *args, **kwargs):
-        is_cut = tensor.dtype == torch.float64 and torch.float32 in (*args, kwargs.get("dtype"))
-        return tensor if is_cut else to(tensor, *args, **kwargs)
-
-    def in_own_dtype(tensor, *args, dtype=None, **kwargs):
-        return softmax(tensor, *args, **kwargs, dtype=tensor.dtype if tensor.dtype == torch.float64 else dtype)
-
-    monkeypatch.setattr(torch.Tensor, "to", unchanged)
-    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: unchanged(tensor, torch.float32))
-    monkeypatch.setattr(torch.nn.functional, "softmax", in_own_dtype)
+    compute_nothing_in_fp32(monkeypatch.setattr)
 
 
 @pytest.mark.usefixtures("_nothing_in_fp32")

@@ -49,6 +49,22 @@ def family(name, **options):
     return build(*MODELS[name], **options)
 
 
+def compute_nothing_in_fp32(set_attribute=setattr):
+    """A model of fp64 computes its norms and the eager attention's softmax in fp64 too, where they ask for fp32."""
+    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+
+    def unchanged(tensor, *args, **kwargs):
+        is_cut = tensor.dtype == torch.float64 and torch.float32 in (*args, kwargs.get("dtype"))
+        return tensor if is_cut else to(tensor, *args, **kwargs)
+
+    def in_own_dtype(tensor, *args, dtype=None, **kwargs):
+        return softmax(tensor, *args, **kwargs, dtype=tensor.dtype if tensor.dtype == torch.float64 else dtype)
+
+    set_attribute(torch.Tensor, "to", unchanged)
+    set_attribute(torch.Tensor, "float", lambda tensor: unchanged(tensor, torch.float32))
+    set_attribute(torch.nn.functional, "softmax", in_own_dtype)
+
+
 def edge_pairs():
     """Every place a branch can be at, in ragged lengths."""
     answers = {

@@ -8,22 +8,23 @@ VOCAB_SIZE = 61
 UNUSED_ID = 60  # occurs in no pair of `token_pairs`
 
 
-def tiny_llama(seed=0):
+def tiny_llama(seed=0, **overrides):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config)
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+        **overrides,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings))
 
 
 def word_tokenizer():

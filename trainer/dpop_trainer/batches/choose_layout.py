@@ -23,16 +23,10 @@ from dpop_trainer.batches.flat_attention import (
     use_flat_attention,
 )
 from dpop_trainer.batches.scoring import ScoredModel, attention_of, mask_dtype
+from dpop_trainer.batches.tolerance import tolerance_of
 from dpop_trainer.models.adapters import base_model
-from dpop_trainer.models.quantised import computed_in
 
 logger = logging.getLogger(__name__)
-
-# Nats per token, root mean square. Rounding alone stays a decade below; a mask or a position that is not heeded changes
-# a language model's log-probs by tenths of a nat and more.
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-# fp32 whose products are rounded to 10 bits of mantissa
-_TF32_TOLERANCE = 0.02
 
 
 def laid_out(collator: PairCollator, layout: Layout, model: nn.Module) -> PairCollator:
@@ -215,7 +209,7 @@ def _found_by_probe(
     probed: Layout = "packed" if layout == "auto" else layout
     collator = replace(collator, hidden_size=None)  # all in one row
     for scored in models:
-        tolerance = _tolerance(scored.model)
+        tolerance = tolerance_of(scored.model)
         try:
             if layout == "flat":
                 _switch_attention([scored])
@@ -263,14 +257,3 @@ def _attention_dropout(model: nn.Module) -> str | None:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _tolerance(model: Any) -> float:
-    base = base_model(model)
-    widest = max(_TOLERANCES.values())
-    if base.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        found = _TF32_TOLERANCE
-    else:
-        found = _TOLERANCES.get(base.dtype, widest)
-    # quantised layers may compute in fewer bits than the others
-    return max([found, *(_TOLERANCES.get(dtype, widest) for dtype in computed_in(base))])
