@@ -7,6 +7,7 @@
 # make test-oldest  ... on the lower bounds of pyproject.toml
 # make test-device  ... on the versions of the machine that GPU figures are measured on
 # make test-survival  runs of six kinds killed at a file operation, twenty times each, and held against whole ones
+# make test-distributed  every engine with every layout, LoRA and all weights, against one process
 # make dist-check   build the wheel and the sdist, and try both in an empty environment (four minutes, mostly pip)
 # make bench        measure against the peers that are installed (ten minutes), then write README's and docs' figures
 # make docs         the documentation as a site, site/index.html, in an environment of its own
@@ -22,7 +23,7 @@ READY  := $(VENV)/.ready
 TEST_WORKERS ?= 2
 
 .PHONY: demo demo-chat test lint portability test-newest test-oldest test-device dist-check bench docs \
-	hub-kernel test-survival clean
+	hub-kernel test-survival test-distributed clean
 
 demo: $(READY)
 	@$(BIN)/dpop demo
@@ -41,6 +42,9 @@ lint: $(READY)
 
 test-survival: $(READY)
 	@$(BIN)/python tests/survival.py 20
+
+test-distributed: $(READY)
+	@$(BIN)/python -m pytest tests/engines.py
 
 dist-check: $(READY)
 	@$(BIN)/python tests/dist_check.py

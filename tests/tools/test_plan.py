@@ -104,12 +104,14 @@ def test_every_recipe_is_planned(recipe):
     assert not any("kernel_backend" in note for note in result["notes"])
 
 
-def test_a_backend_asked_for_by_name_is_told_not_to_be_counted(capsys):
-    """It need not run here either: the plan is for another device."""
-    flags = [*KNOWN, "--device", "h100-80gb", "--no_search"]
+def test_what_is_not_counted_is_told(capsys):
+    """A backend that is asked for by name need not run here either: the plan is for another device."""
+    flags = [*KNOWN, "--device", "h100-80gb", "--no_search", "--sequence_parallel_size", "8"]
     *_, backend = BACKENDS
     note = f"The kernels' workspace is counted as with kernel_backend auto, not {backend}."
-    assert note in plan(capsys, *flags, "--kernel_backend", backend)[1]["notes"]
+    told = plan(capsys, *flags, "--kernel_backend", backend)[1]["notes"]
+    assert note in told
+    assert "sequence_parallel_size 8 is not counted: a device holds one of so many parts of the activations." in told
 
 
 def test_a_72b_model_in_four_bits():

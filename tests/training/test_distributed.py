@@ -1,128 +1,28 @@
-"""DPOPTrainer on two ranks is DPOPTrainer on one: the same losses, weights and evaluation, whatever the wrapper.
+"""DPOPTrainer on several ranks is DPOPTrainer on one: the same losses, weights and evaluation, whatever the wrapper.
 
-Eleven pairs in global batches of four: the last one of an epoch holds three, two on one rank and one on the other. With
-nine pairs it holds one, and a rank has none.
+And whether a rank runs batches of its own, or some tokens of batches that others run too.
 """
 
 import os
 
 import pytest
 import torch
-from accelerate import DistributedType, PartialState
 from datasets import Dataset
-from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer import KTOConfig, KTOTrainer
 from dpop_trainer.run_folder.checkpoints import CheckpointError
 from dpop_trainer.training.non_finite import NonFiniteError
-from peft import LoraConfig
+from rank_runs import CASES, build, check_equal, summary, train, train_in_two
 from ranks import launch, launcher_environment
 from rounding import sum_of
-from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer
-from torch.distributed.tensor import DTensor
+from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM
-
-CASES = {
-    "rows": {"layout": "rows"},
-    "tree": {"layout": "auto"},
-    "lora": {"layout": "auto", "lora": True},
-    "accumulated": {"layout": "auto", "gradient_accumulation_steps": 2},
-    "idle_rank": {"layout": "rows", "num_pairs": 9},
-    "weighted": {"layout": "auto", "weighted": True, "gradient_accumulation_steps": 2},
-    "checkpointed": {"layout": "rows", "lora": True, "gradient_checkpointing": True},
-    "moving": {"layout": "rows", "sync_ref_model": True, "ref_model_sync_steps": 3},
-    "precomputed": {"layout": "rows", "precompute_ref_log_probs": True, "loss_type": "dpo", "dpop_lambda": 50.0},
-}
-
-
-def build(folder, *, num_ranks, lora=False, num_pairs=11, weighted=False, bad_pair=None, **overrides):
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4 // num_ranks,
-        "per_device_eval_batch_size": 4 // num_ranks,
-        "max_steps": 10,
-        "learning_rate": 2e-4,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 5,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dpop_lambda": 5.0,
-        "seed": 3,
-        **overrides,
-    }
-    model, records = tiny_llama(), token_pairs(num_pairs)
-    if weighted:  # the ranks' shares of a step then differ in weight
-        records = [{**pair, "weight": 0.5 + i % 4} for i, pair in enumerate(records)]
-    if bad_pair is not None:
-        model.model.embed_tokens.weight.data[UNUSED_ID] = float("nan")
-        records[bad_pair]["prompt_ids"][0] = UNUSED_ID
-    args = DPOPConfig(**settings)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate shards models on GPUs alone; FSDP2 itself runs on a CPU as well
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = DPOPTrainer(
-        model,
-        # another model, so that no pair sits on the hinge, where rounding would decide the first gradient
-        ref_model=None if lora else tiny_llama(seed=7),
-        args=args,
-        train_dataset=Dataset.from_list(records),
-        eval_dataset=Dataset.from_list(token_pairs(5, seed=9)),
-        processing_class=word_tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
-    )
-    assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
-    return trainer
-
-
-def train(folder, **options):
-    trainer = build(folder, **options)
-    trainer.train()
-    return trainer
-
-
-def whole(parameter):
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-
-
-# of time and memory; and of padding, each rank filling up to the longest of its own rows
-OWN_KEYS = (
-    "per_second",
-    "_runtime",
-    "peak_gib",
-    "preparation_time",
-    "padding_share",
-    "computed_ratio",
-    "computed_tokens",
-)
-
-
-def summary(trainer):
-    """What is to agree: the lines of the log, and the weights by name."""
-    lines = [
-        {key: value for key, value in line.items() if not key.endswith(OWN_KEYS)}
-        for line in trainer.state.log_history
-        if "train_runtime" not in line
-    ]
-    named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
-    return {"lines": lines, "weights": {name: whole(p).clone() for name, p in named if p.requires_grad}}
 
 
 def run_all(rank, folder):
     """On each rank: all cases, a run that stops and resumes, and one that meets a NaN. Results go to `folder`."""
     results = {name: summary(train(folder / name / "ranks", num_ranks=2, **case)) for name, case in CASES.items()}
 
-    saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1, "layout": "rows"}
-    train(folder / "resumed", num_ranks=2, **{**saves, "max_steps": 4})  # in the middle of the second epoch
-    trainer = build(folder / "resumed", num_ranks=2, **saves)
-    trainer.train(resume_from_checkpoint=True)
-    results["resumed"] = summary(trainer)
-    # the stopped run took step 4 for its last, and evaluated there
-    results["resumed"]["lines"] = [
-        line for line in results["resumed"]["lines"] if "eval_loss" not in line or line["step"] != 4
-    ]
+    trainer, results["resumed"] = train_in_two(folder / "resumed", num_ranks=2, layout="rows")
     trainer.save_model()
 
     with pytest.raises(NonFiniteError) as raised:
@@ -133,24 +33,6 @@ def run_all(rank, folder):
     (folder / f"other{rank}.txt").write_text(str(raised.value))
     if rank == 0:
         torch.save(results, folder / "results.pt")
-
-
-def check_equal(ours, expected):
-    assert len(ours["lines"]) == len(expected["lines"]) == 12  # ten steps, two evaluations
-    losses = [line["loss"] for line in expected["lines"] if "loss" in line]
-    assert max(losses) - min(losses) > 0.03  # it is a trajectory, and not one point ten times
-    for line, one in zip(ours["lines"], expected["lines"], strict=True):
-        assert line.keys() == one.keys()
-        for key, value in one.items():
-            # AdamW amplifies the 1e-7 by which sums in another order differ, in proportion to its learning rate;
-            # rewards and log-ratios are differences of sums over some 16 tokens, of up to 32 nats
-            assert line[key] == pytest.approx(value, rel=1e-5, abs=sum_of(16, 32)), (key, line["step"])
-    assert ours["weights"].keys() == expected["weights"].keys()
-    for key, weight in expected["weights"].items():
-        # a thousandth of the furthest that ten steps of AdamW can take it: of single elements whose gradient is next to
-        # nothing, rounding decides the direction
-        furthest = 10 * 2e-4 * weight.numel() ** 0.5
-        assert (ours["weights"][key] - weight).norm() <= 1e-3 * furthest, key
 
 
 @pytest.mark.slow
@@ -189,3 +71,100 @@ def check_folders(tmp_path, results):
     for told in ("max_steps: 5 there, 6 here", "seed: 3 there, 4 here", "training data (digest): "):
         assert told in one
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
+
+
+# number of ranks, how many of them run a batch together, wrapper -> cases
+TOGETHER = {
+    (2, 2, "ddp"): ["resumed"],
+    (2, 2, "fsdp2"): ["precomputed"],
+    (3, 3, "ddp"): ["tree"],
+    (4, 2, "ddp"): ["weighted"],  # two groups, with unequal shares of every third step
+}
+
+
+def run_together(rank, folder, names, size):
+    """On each rank: cases, every batch run by `size` ranks. Results go to `folder`."""
+    options = {"num_ranks": int(os.environ["WORLD_SIZE"]) // size, "sequence_parallel_size": size}
+    results = {}
+    for name in names:
+        if name == "resumed":
+            _, results[name] = train_in_two(folder / name, **options, **CASES["checkpointed"])
+        else:
+            results[name] = summary(train(folder / name, **options, **CASES[name]))
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+
+
+def run_others_together(rank, folder, expected):
+    """Answers with a label, whose KL term is of a second batch; other loaders; a model that looks at neighbours."""
+    found = train_others(folder, sequence_parallel_size=2)
+    # as in `check_equal`: log-ratios are differences of sums
+    assert found == {key: pytest.approx(value, rel=1e-5, abs=sum_of(16, 32)) for key, value in expected.items()}
+    trainer = build(folder / "stranger", sequence_parallel_size=2)
+    mlp = trainer.model.model.layers[0].mlp
+    mlp.register_forward_pre_hook(lambda module, args: (args[0] + args[0].roll(1, dims=1),))
+    with pytest.raises(
+        ValueError, match=r"sequence_parallel_size: expected log-probs that do not depend .* Set it to 1"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def train_others(folder, **options):
+    """Of three steps with answers, with a stream, and with a budget of positions: step and key -> value."""
+    short = {"max_steps": 3, "eval_strategy": "no", **options}
+    runs = {
+        "answers": train_kto(folder / "answers", **options),
+        "stream": train(folder / "stream", streamed=True, layout="auto", **short),
+        "budget": train(folder / "budget", max_tokens_per_batch=96, pad_to_multiple_of=2, layout="tree", **short),
+    }
+    lines = [(name, line) for name, run in runs.items() for line in summary(run)["lines"]]
+    return {f"{name}, {key}, step {line['step']}": value for name, line in lines for key, value in line.items()}
+
+
+def train_kto(folder, **options):
+    """What three steps log."""
+    records = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in text_pairs(6)
+        for side in ("chosen", "rejected")
+    ]
+    args = KTOConfig(
+        str(folder),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=2e-4,
+        logging_steps=1,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    trainer = KTOTrainer(
+        tiny_llama(), args=args, train_dataset=Dataset.from_list(records), processing_class=word_tokenizer()
+    )
+    trainer.train()
+    return trainer
+
+
+def test_answers_other_loaders_and_a_stranger(tmp_path):
+    expected = train_others(tmp_path / "alone")
+    assert len([key for key in expected if ", loss, " in key]) == 9
+    launch(run_others_together, tmp_path, expected)
+
+
+@pytest.mark.slow
+def test_ranks_that_run_batches_together_equal_one_process(tmp_path):
+    needed = {"checkpointed", *(name for names in TOGETHER.values() for name in names)} - {"resumed"}
+    alone = {name: summary(train(tmp_path / name, **CASES[name])) for name in sorted(needed)}
+    alone["resumed"] = alone["checkpointed"]
+    for (num_ranks, size, wrapper), names in TOGETHER.items():
+        folder = tmp_path / f"{num_ranks}-{size}-{wrapper}"
+        folder.mkdir()
+        env = launcher_environment("fsdp2_8.yaml") if wrapper == "fsdp2" else None
+        launch(run_together, folder, names, size, num_ranks=num_ranks, env=env)
+        results = torch.load(folder / "results.pt")
+        for name in names:
+            check_equal(results[name], alone[name])

@@ -1,4 +1,4 @@
-"""Batches of pairs as tensors: laid out in rows, collated, filled up to a budget, dealt to ranks, attended.
+"""Batches of pairs as tensors: laid out in rows, collated, filled up to a budget, dealt to ranks or spread over them.
 
 Imports `data`, and for the choice of a layout `models`. A new layout is one function in `layouts.py`.
 """

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpop_trainer.batches.sequence_group import SequenceGroup
+
 FILLER_KEY = "is_filler"
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -17,6 +19,9 @@ _ABSENT: dict[str, Any] = {
     "pair_weights": None,
     "weight_sum": None,
     FILLER_KEY: False,
+    "own_tokens": None,
+    "pads_right": False,
+    "sequence_group": None,
 }
 
 
@@ -56,6 +61,12 @@ class Batch(dict[str, Any]):
     """Their sum, known without asking the device."""
     is_filler: bool
     """Its pairs are there to keep a rank in step, and count for nothing."""
+    own_tokens: Tensor | None
+    """[N_rank] int64, which of the scored tokens this rank computes, where several run the batch together."""
+    pads_right: bool
+    """With `own_tokens`: known to have all padding behind the tokens of its row."""
+    sequence_group: SequenceGroup | None
+    """Those ranks, once the batch is about to be run; None where this one runs it alone."""
 
     def __getattr__(self, name: str) -> Any:
         if name in self:

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from dpop_trainer.batches.batch import Batch
+from dpop_trainer.batches.sequence_shares import of_all_columns
 from dpop_trainer.models.adapters import base_model
 
 _LOSS = "load_balancing_loss_func"
@@ -69,6 +70,8 @@ class RouterLoss:
                     "shared tokens, got none. Use PairCollator, or set router_aux_loss_coef to 0."
                 )
             counts = batch.attention_mask
+        if batch.sequence_group is not None:  # the loss is of all tokens together
+            router_logits = of_all_columns(router_logits, batch)
         return self._loss(router_logits, self._num_experts, self._num_chosen, counts)
 
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:

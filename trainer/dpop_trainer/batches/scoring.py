@@ -15,6 +15,8 @@ from dpop_trainer.batches.batch import Batch
 from dpop_trainer.batches.collate import PairCollator
 from dpop_trainer.batches.flat_attention import FLAT_ATTENTION, flat_mask
 from dpop_trainer.batches.layouts import trie_mask
+from dpop_trainer.batches.sequence_shares import shared_token_logps
+from dpop_trainer.batches.shared_attention import inner_attention
 from dpop_trainer.models.adapters import base_model
 
 
@@ -25,7 +27,8 @@ class ScoredModel(NamedTuple):
     head: ScoringHead
 
     def token_logps(self, batch: Batch, inputs: dict[str, Any] | None = None, *, return_stats: bool = False) -> Any:
-        """One forward -> log-probs of the scored tokens [N], and with return_stats `TokenStats`.
+        """One forward -> log-probs of the scored tokens [N], and with return_stats `TokenStats`; of a batch that
+        several ranks run together all of it on each.
 
         Args:
             batch: on the model's device.
@@ -33,6 +36,8 @@ class ScoredModel(NamedTuple):
             return_stats: see `ScoringHead.token_logps`.
         """
         inputs = forward_inputs(batch, self.model) if inputs is None else inputs
+        if batch.sequence_group is not None:
+            return shared_token_logps(self.head, self.model, batch, inputs, return_stats=return_stats)
         return self.head.token_logps(
             self.model, batch.score_positions, batch.target_ids, return_stats=return_stats, **inputs
         )
@@ -90,8 +95,8 @@ def answer_batches(
 
 
 def attention_of(model: Any) -> str:
-    """The attention implementation of a model, under an adapter or not."""
-    return base_model(model).config.get_text_config()._attn_implementation
+    """The attention implementation of a model, under an adapter or not, shared with other ranks or not."""
+    return inner_attention(base_model(model).config.get_text_config()._attn_implementation)
 
 
 def mask_dtype(model: Any) -> torch.dtype:

@@ -21,7 +21,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from dpop_kernels import ScoringHead
 from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.batches import Batch, PairCollator
-from dpop_trainer.batches.batch import as_batch
 from dpop_trainer.batches.scoring import ScoredModel, attention_of, forward_inputs
 from dpop_trainer.reference.cache import ReferenceCache, cache_root
 from dpop_trainer.reference.choose import Kind, ReferencePlan, has_reference_columns
@@ -124,7 +123,7 @@ class PairReference:
             collator = replace(collator, prefix_sharing=True)  # what is kept are the segments, whoever reads them
 
         def segment_logps(records: list[dict[str, Any]]) -> Tensor:
-            batch = as_batch(collator(records)).to(self._accelerator.device)
+            batch = trainer.placed(trainer.shared_out(collator(records)))
             return source.segment_logps(batch, forward_inputs(batch, self._accelerator.unwrap_model(trainer.model)))
 
         return precompute_reference(
@@ -135,6 +134,7 @@ class PairReference:
             accelerator=self._accelerator,
             cache=self._cache if isinstance(collator, PairCollator) else None,
             show_progress=not trainer.args.disable_tqdm,
+            processes_per_batch=trainer.args.sequence_parallel_size,
         )
 
     @contextmanager
@@ -247,6 +247,7 @@ class PairReference:
             model.model, model.head, self._accelerator, args.kernel_backend, kind, self._ld_alpha
         )
         self._home = _device(model.model)
+        self._trainer.share_model(model.model)
         self._place(model.model)
 
     def _place(self, model: Any) -> None:

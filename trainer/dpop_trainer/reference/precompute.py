@@ -37,6 +37,7 @@ def precompute_reference(
     cache: ReferenceCache | None = None,
     seconds_between_writes: float = 30.0,
     show_progress: bool = True,
+    processes_per_batch: int = 1,
 ) -> Dataset:
     """The data set with the reference's log-probs as columns. All processes call it together.
 
@@ -50,6 +51,7 @@ def precompute_reference(
             keeps nothing.
         seconds_between_writes: what a kill may cost. The cache is written at the end as well.
         show_progress: a bar on the main process.
+        processes_per_batch: how many neighbouring processes run each batch together, and get the same results.
 
     Returns:
         The data set with float64 columns, in nats: ref_chosen_logps and ref_rejected_logps of the whole answers, as TRL
@@ -93,7 +95,7 @@ def precompute_reference(
     with bar:
         try:
             for rows in _rounds(order, batch_size * accelerator.num_processes * BATCHES_PER_ROUND):
-                sums[rows] = _computed(segment_logps, dataset, rows, batch_size, accelerator)
+                sums[rows] = _computed(segment_logps, dataset, rows, batch_size, accelerator, processes_per_batch)
                 bar.update(len(rows))
                 unwritten.append(rows)
                 if time.monotonic() - last_write >= seconds_between_writes:
@@ -115,10 +117,11 @@ def _computed(
     rows: np.ndarray,
     batch_size: int,
     accelerator: Accelerator,
+    processes_per_batch: int,
 ) -> np.ndarray:
     """The sums [len(rows), 3] of a round, from all processes. Each runs as many batches as any other (a sharded model's
     forward waits for all), some of them twice."""
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world = (n // processes_per_batch for n in (accelerator.process_index, accelerator.num_processes))
     batches = list(_rounds(rows, batch_size))
     num_turns = -(-len(batches) // world)
     results = torch.full((num_turns, batch_size, 3), torch.nan, dtype=torch.float64)
@@ -126,9 +129,10 @@ def _computed(
         batch = batches[min(turn * world + rank, len(batches) - 1)]
         records = [dataset[int(row)] for row in batch]
         results[turn, : len(batch)] = segment_logps(records).double().cpu()
-    if world > 1:
+    if accelerator.num_processes > 1:
         gathered: Any = accelerator.gather(results.to(accelerator.device))
-        results = gathered.cpu().view(world, num_turns, batch_size, 3).transpose(0, 1).reshape(-1, batch_size, 3)
+        of_batches = gathered.cpu().view(world, processes_per_batch, num_turns, batch_size, 3)[:, 0]
+        results = of_batches.transpose(0, 1).reshape(-1, batch_size, 3)
     return torch.cat([results[i, : len(batch)] for i, batch in enumerate(batches)]).numpy()
 
 

@@ -127,6 +127,13 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
     pad_to_multiple_of: int | str | None = field(
         default="auto", metadata={"help": "Pad batches to a multiple of this many tokens. auto: not at all, as in TRL."}
     )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "GPUs that run each batch together, every one some of its tokens (Ulysses): for sequences whose "
+            "activations one GPU does not hold. It divides the number of GPUs and of attention heads."
+        },
+    )
     kernel_backend: str = field(
         default="auto",
         metadata={
@@ -134,6 +141,13 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
             "choices": ["auto", *BACKENDS],
         },
     )
+
+    @property
+    def row_multiple(self) -> int | None:
+        """What the length of rows is rounded up to: `pad_to_multiple_of`, and equal parts of it for the GPUs that run a
+        batch together."""
+        multiple: Any = self.pad_to_multiple_of
+        return multiple if self.sequence_parallel_size == 1 else math.lcm(multiple or 1, self.sequence_parallel_size)
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', which trackers are given; without secrets at any depth, and with the padding token."""

@@ -26,6 +26,11 @@ def check_data_fields(args: "HeadConfig") -> None:
             "an answer's."
         )
     check_best_of(args)
+    if args.sequence_parallel_size < 1:
+        raise ValueError(
+            f"sequence_parallel_size: expected at least 1, got {args.sequence_parallel_size}. 1 is none: each GPU runs "
+            "batches of its own."
+        )
     if args.on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {args.on_bad_record!r}.")
 

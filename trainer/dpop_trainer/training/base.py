@@ -78,6 +78,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         # for a stream, accelerate would read on one process and cut its batches by rows, which packed tensors are not
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(model=model, args=args, **trainer_kwargs)
+        self.share_model(model)
         tag_model(model, losses)
         # compute_loss divides by the items of the whole global batch; transformers must not divide again
         self.model_accepts_loss_kwargs = True
@@ -130,14 +131,14 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         num_items = 0 if batch.is_filler else self.num_items(batch)
         if mode == "train":
             self._micro_batches.append(MicroBatch(batch, is_bad, self.pair_values()))
-            self._count_tokens(batch, weight=0.0 if batch.is_filler else 1.0)
+            self._count_tokens(batch, weight=float(self.counts_batches and not batch.is_filler))
         else:
             self._mean_metrics["eval_loss"].add({"loss": (loss_sum, num_items)})
         if num_items_in_batch is None:
             loss = loss_sum / (num_items or 1)
         else:
             # data parallelism averages gradients over processes, and the divisor already counts all of them
-            factor = self.accelerator.num_processes / num_items_in_batch
+            factor = self.num_data_ranks / num_items_in_batch
             loss = loss_sum * (factor.to(loss_sum.dtype) if isinstance(factor, Tensor) else factor)
         return (loss, {}) if return_outputs else loss
 
@@ -178,6 +179,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         return None, None, None  # evaluation_loop makes the means; transformers' are over batches, the last one padded
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):  # type: ignore[override]
+        self.check_shared_forward()
         self._mean_metrics |= {"eval": MeanMetrics(), "eval_loss": MeanMetrics()}
         with self._clock.paused():
             output = super().evaluation_loop(
@@ -247,6 +249,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         count = sum(0 if batch.is_filler else self.num_items(batch) for batch in map(as_batch, batches))
         if self.accelerator.num_processes == 1:
             return count
+        count *= self.counts_batches
         # in fp64, which holds counts and sums of weights alike
         return self.accelerator.reduce(torch.tensor(count, dtype=torch.float64, device=device), reduction="sum")
 
@@ -298,6 +301,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
                 self._logged_token_counts[key] = next(logged, 0.0)
         if self.args.use_liger_kernel and self.ref_model is not None:  # transformers has seen to the policy
             use_layer_kernels(self.ref_model, self.args.liger_kernel_config or {})
+        self.check_shared_forward()
         self._clock.restart()
 
     def _take_up(self, progress: Progress) -> None:

@@ -38,13 +38,13 @@ class BudgetTrainer(HeadTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
-        return self.accelerator.prepare(loader)  # which deals the batches out to the processes
+        return self.dealt_out(self.accelerator.prepare(loader))
 
     def get_total_train_batch_size(self, args: Any) -> int:
         batches = self._budget_batches
         if batches is None:
             return super().get_total_train_batch_size(args)
-        return round(batches.num_pairs / len(batches) * args.gradient_accumulation_steps * args.world_size)
+        return round(batches.num_pairs / len(batches) * args.gradient_accumulation_steps * self.num_data_ranks)
 
     def plan_batches(self, max_positions: int) -> None:
         """Plan the training batches of every epoch, and say what they hold.
@@ -63,9 +63,9 @@ class BudgetTrainer(HeadTrainer):
             prefix_sharing=args.prefix_sharing,
             group_by_prompt=args.group_by_prompt,
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            num_processes=args.world_size,
+            num_processes=self.num_data_ranks,
             num_epochs=None if args.max_steps > 0 else math.ceil(args.num_train_epochs),
-            num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
+            num_batches=args.max_steps * args.gradient_accumulation_steps * self.num_data_ranks,
         )
         self.add_callback(_EpochOfBatches(batches))
         logger.warning(

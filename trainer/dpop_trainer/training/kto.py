@@ -117,7 +117,7 @@ class KTOTrainer(HeadTrainer):
             _tell_of_balance(train_dataset, args)
         plan = ReferencePlan(_kind(policy.model, ref_model, is_new_adapter=peft_config is not None))
         reference = reference_model(plan, policy, ref_model, args, data_parts(train_dataset, eval_dataset))  # type: ignore[arg-type]
-        limits = (args.max_length, usable_positions(policy.model, args.pad_to_multiple_of))  # type: ignore[arg-type]
+        limits = (args.max_length, usable_positions(policy.model, args.row_multiple))
         super().__init__(
             policy.model,
             args,
@@ -126,7 +126,7 @@ class KTOTrainer(HeadTrainer):
             losses=[args.loss_type],
             data_collator=UnpairedCollator(
                 policy.tokenizer.pad_token_id,  # type: ignore[arg-type]
-                args.pad_to_multiple_of,  # type: ignore[arg-type]
+                args.row_multiple,
                 with_mismatched=UNPAIRED_LOSSES[args.loss_type],
                 max_length=min((limit for limit in limits if limit is not None), default=None),
             ),

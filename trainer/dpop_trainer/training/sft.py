@@ -82,7 +82,7 @@ class SFTTrainer(HeadTrainer):
             data_metrics=self.preparation.counts,
             run_config=run_config,
             losses=["sft"],
-            data_collator=CompletionCollator(policy.tokenizer.pad_token_id, args.pad_to_multiple_of),  # type: ignore[arg-type]
+            data_collator=CompletionCollator(policy.tokenizer.pad_token_id, args.row_multiple),  # type: ignore[arg-type]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=policy.tokenizer,

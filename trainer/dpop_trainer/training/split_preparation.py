@@ -148,7 +148,7 @@ class Preparation:
             "truncation_mode": args.truncation_mode,
             "keep_identical": self.keep_identical,
             "vocab_size": self.policy.vocab_size,
-            "max_positions": usable_positions(self.policy.model, args.pad_to_multiple_of),  # type: ignore[arg-type]
+            "max_positions": usable_positions(self.policy.model, args.row_multiple),
             "stop_ids": stop_token_ids(self.policy.model, self.policy.tokenizer),
             "on_bad_record": args.on_bad_record,
             "pair_weight": getattr(args, "pair_weight", "none"),

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self.compute_metrics is not None:
+        if self.compute_metrics is not None and self.counts_batches:
             self._predictions.add(as_batch(inputs), self.pair_values())
         return result
 
@@ -270,7 +271,7 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
         super().log(logs, start_time)
 
     def tokens_seen(self, batch):
-        return batch.token_counts[:1] * (not batch.is_filler)
+        return batch.token_counts[:1] * (self.counts_batches and not batch.is_filler)
 
     def _scored_reference(self) -> ScoredModel | None:
         if self.ref_model is None:
@@ -295,6 +296,10 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
         self.data_collator = laid_out(self.data_collator, layout, self.model)  # type: ignore[arg-type]
         if layout == "flat" and is_copy:  # which was not probed
             use_flat_attention(self.ref_model)  # type: ignore[arg-type]
+        if self.sequence_group is not None:
+            self.share_model(self.model)  # whose attention may be another one now
+            multiple = math.lcm(self.data_collator.pad_to_multiple_of or 1, self.sequence_group.size)
+            self.data_collator = replace(self.data_collator, pad_to_multiple_of=multiple)
 
     def _loss_options(self, mode: str) -> LossOptions:
         """Evaluation takes the full λ from the first step on: one objective, by which checkpoints compare."""
@@ -312,6 +317,7 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
 
     def _precompute_reference(self) -> None:
         args = self.args
+        self.check_shared_forward()
         precompute = self.reference.precompute
         if self.train_dataset is not None:
             self.train_dataset = precompute(self.train_dataset, "train", args.per_device_train_batch_size)

@@ -208,6 +208,11 @@ def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArgument
         notes.append(f"The kernels' workspace is counted as with kernel_backend auto, not {backend}.")
     if config.planned["activation_offloading"]:
         notes.append("activation_offloading is not counted: it needs less memory than this.")
+    if config.sequence_parallel_size > 1:
+        notes.append(
+            f"sequence_parallel_size {config.sequence_parallel_size} is not counted: a device holds one of so many "
+            "parts of the activations."
+        )
     if run.model.lora is not None and run.model.dtype == torch.float32 and device.is_gpu:
         notes.append("The frozen weights are in float32, the default; dtype: bfloat16 halves them.")
     sizes = planner.sizes(run.model.bits)

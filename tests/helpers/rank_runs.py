@@ -1,0 +1,150 @@
+"""One training run, as one process and as several ranks have it: built, run, and held against each other.
+
+Eleven pairs in global batches of four: the last one of an epoch holds three, two on one rank and one on the other. With
+nine pairs it holds one, and a rank has none.
+"""
+
+import os
+
+import pytest
+from accelerate import DistributedType, PartialState
+from datasets import Dataset
+from dpop_trainer import DPOPConfig, DPOPTrainer
+from peft import LoraConfig
+from rounding import sum_of
+from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer
+from torch.distributed.tensor import DTensor
+
+SHAPE = {"num_attention_heads": 6, "hidden_size": 48}  # heads for two ranks and for three
+
+CASES = {
+    "rows": {"layout": "rows"},
+    "tree": {"layout": "auto"},
+    "lora": {"layout": "auto", "lora": True},
+    "accumulated": {"layout": "auto", "gradient_accumulation_steps": 2},
+    "idle_rank": {"layout": "rows", "num_pairs": 9},
+    "weighted": {"layout": "auto", "weighted": True, "gradient_accumulation_steps": 2},
+    "checkpointed": {"layout": "rows", "lora": True, "gradient_checkpointing": True},
+    "moving": {"layout": "rows", "sync_ref_model": True, "ref_model_sync_steps": 3},
+    "precomputed": {"layout": "rows", "precompute_ref_log_probs": True, "loss_type": "dpo", "dpop_lambda": 50.0},
+}
+
+
+def build(
+    folder,
+    *,
+    num_ranks=1,
+    lora=False,
+    num_pairs=11,
+    weighted=False,
+    bad_pair=None,
+    pairs_per_step=4,
+    streamed=False,
+    **overrides,
+):
+    """A trainer of ten steps; `num_ranks` batches are run at a time, by as many processes or groups of them."""
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": pairs_per_step // num_ranks,
+        "per_device_eval_batch_size": pairs_per_step // num_ranks,
+        "max_steps": 10,
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dpop_lambda": 5.0,
+        "seed": 3,
+        **overrides,
+    }
+    model, records = tiny_llama(**SHAPE), token_pairs(num_pairs)
+    if weighted:  # the ranks' shares of a step then differ in weight
+        records = [{**pair, "weight": 0.5 + i % 4} for i, pair in enumerate(records)]
+    if bad_pair is not None:
+        model.model.embed_tokens.weight.data[UNUSED_ID] = float("nan")
+        records[bad_pair]["prompt_ids"][0] = UNUSED_ID
+    args = DPOPConfig(**settings)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate shards models on GPUs alone; FSDP2 itself runs on a CPU as well
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    pairs = Dataset.from_list(records)
+    trainer = DPOPTrainer(
+        model,
+        # another model, so that no pair sits on the hinge, where rounding would decide the first gradient
+        ref_model=None if lora else tiny_llama(seed=7, **SHAPE),
+        args=args,
+        train_dataset=pairs.to_iterable_dataset() if streamed else pairs,
+        eval_dataset=Dataset.from_list(token_pairs(5, seed=9)),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+    )
+    assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    return trainer
+
+
+def train(folder, **options):
+    trainer = build(folder, **options)
+    trainer.train()
+    return trainer
+
+
+def train_in_two(folder, **options):
+    """A run that stops in the middle of its second epoch and resumes -> the trainer, and what is to agree."""
+    saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1, **options}
+    train(folder, **{**saves, "max_steps": 4})
+    trainer = build(folder, **saves)
+    trainer.train(resume_from_checkpoint=True)
+    found = summary(trainer)
+    # the stopped run took step 4 for its last, and evaluated there
+    found["lines"] = [line for line in found["lines"] if "eval_loss" not in line or line["step"] != 4]
+    return trainer, found
+
+
+def whole(parameter):
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+# of time and memory; and of padding, each rank filling up to the longest of its own rows
+OWN_KEYS = (
+    "per_second",
+    "_runtime",
+    "peak_gib",
+    "preparation_time",
+    "padding_share",
+    "computed_ratio",
+    "computed_tokens",
+)
+
+
+def summary(trainer):
+    """What is to agree: the lines of the log, and the weights by name."""
+    lines = [
+        {key: value for key, value in line.items() if not key.endswith(OWN_KEYS)}
+        for line in trainer.state.log_history
+        if "train_runtime" not in line
+    ]
+    named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    return {"lines": lines, "weights": {name: whole(p).clone() for name, p in named if p.requires_grad}}
+
+
+def check_equal(ours, expected):
+    assert len(ours["lines"]) == len(expected["lines"]) == 12  # ten steps, two evaluations
+    losses = [line["loss"] for line in expected["lines"] if "loss" in line]
+    assert max(losses) - min(losses) > 0.03  # it is a trajectory, and not one point ten times
+    for line, one in zip(ours["lines"], expected["lines"], strict=True):
+        assert line.keys() == one.keys()
+        for key, value in one.items():
+            # AdamW amplifies the 1e-7 by which sums in another order differ, in proportion to its learning rate;
+            # rewards and log-ratios are differences of sums over some 16 tokens, of up to 32 nats
+            assert line[key] == pytest.approx(value, rel=1e-5, abs=sum_of(16, 32)), (key, line["step"])
+    assert ours["weights"].keys() == expected["weights"].keys()
+    for key, weight in expected["weights"].items():
+        # a thousandth of the furthest that ten steps of AdamW can take it: of single elements whose gradient is next to
+        # nothing, rounding decides the direction
+        furthest = 10 * 2e-4 * weight.numel() ** 0.5
+        assert (ours["weights"][key] - weight).norm() <= 1e-3 * furthest, key
