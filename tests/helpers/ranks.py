@@ -1,5 +1,6 @@
 """Trainers in processes of their own on this machine: one, or two gloo ranks as accelerate's launcher starts them."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -52,14 +53,25 @@ def start_ranks(function, args, num_ranks):
 
 def run_alone(function, *args):
     """function(*args) in a forked process -> its exit code (-9 if it was killed), all that it wrote."""
+    with started_alone(function, *args) as (process, written):
+        process.join()
+        return process.exitcode, written.read_text()
+
+
+@contextlib.contextmanager
+def started_alone(function, *args):
+    """A forked process that runs function(*args) and ends with its result, the file of all that it writes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "written"
         process = context.Process(target=_alone, args=(written, function, args))
         process.start()
-        process.join()
-        return process.exitcode, written.read_text()
+        try:
+            yield process, written
+        finally:
+            process.kill()
+            process.join()
 
 
 def _alone(written, function, args):

@@ -2,9 +2,8 @@
 
 import errno
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 
@@ -18,6 +17,7 @@ from dpop_trainer.settings.arguments import DataArguments, ModelArguments, parse
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.errors import UsageError, doing, printable
 from dpop_trainer.settings.trl_fields import ALTERNATIVES
+from ranks import started_alone
 from tiny import text_pairs, tiny_llama, word_tokenizer
 
 
@@ -288,16 +288,21 @@ def test_interrupted_run_says_where_it_goes_on_from(setting, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_real_run(setting, tmp_path):
-    argv = [sys.executable, "-m", "dpop_trainer", "train", "--config", str(setting / "run.yaml")]
-    argv += ["--output_dir", str(tmp_path), "--max_steps", "100000", "--save_strategy", "steps", "--save_steps", "5"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    # where the tests run in the background of a shell, their children would ignore the interrupt
-    with subprocess.Popen(argv, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+    argv = ["train", "--config", str(setting / "run.yaml"), "--output_dir", str(tmp_path)]
+    argv += ["--max_steps", "100000", "--save_strategy", "steps", "--save_steps", "5"]
+    with started_alone(_interruptible, argv) as (process, written):
         deadline = time.monotonic() + 120
-        while not (tmp_path / "checkpoint-5").exists() and process.poll() is None and time.monotonic() < deadline:
+        while not (tmp_path / "checkpoint-5").exists() and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error[-2000:]
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        error = written.read_text()
+    assert process.exitcode == 130, error[-2000:]
     assert "interrupted. The same command goes on from" in error
     assert "Traceback" not in error
+
+
+def _interruptible(argv):
+    # where the tests run in the background of a shell, their children would ignore the interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return main(argv)
