@@ -1,6 +1,7 @@
 """The house stays as drawn: imports go one way, and the kernels' package needs torch alone to be imported."""
 
 import ast
+import functools
 import inspect
 import re
 import subprocess
@@ -90,6 +91,7 @@ CALLED_BY = {
 MADE_OF_OTHERS = {("pairs", "doctor"), ("demo", "pairs"), ("demo", "compare"), ("delivery", "evaluation")}
 
 
+@functools.cache
 def imported_modules(path: Path) -> set[str]:
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -108,19 +110,25 @@ def imports_of(package: Path, *, with_types: bool = True):
         package: its folder.
         with_types: also imports under TYPE_CHECKING.
     """
+    return [(user, used) for user, used, is_for_types in _imports_of(package) if with_types or not is_for_types]
+
+
+@functools.cache
+def _imports_of(package: Path) -> list[tuple[str, str, bool]]:
+    found = []
     for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text())
         for_types = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
         for node in ast.walk(tree):
-            if not isinstance(node, ast.ImportFrom) or (id(node) in for_types and not with_types):
-                continue
-            if (node.module or "").partition(".")[0] == package.name:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == package.name:
                 base = package.joinpath(*str(node.module).split(".")[1:])
                 for alias in node.names:  # a module or a package in a package, or a name of a module
                     inside = base / alias.name
                     named = [inside.with_suffix(".py"), inside / "__init__.py", base.with_suffix(".py")]
-                    found = next(file for file in [*named, base / "__init__.py"] if file.is_file())
-                    yield path.relative_to(package).as_posix(), found.relative_to(package).as_posix()
+                    used = next(file for file in [*named, base / "__init__.py"] if file.is_file())
+                    names = (file.relative_to(package).as_posix() for file in (path, used))
+                    found.append((*names, id(node) in for_types))
+    return found
 
 
 def kernel_imports():
