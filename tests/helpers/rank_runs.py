@@ -5,17 +5,30 @@ nine pairs it holds one, and a rank has none.
 """
 
 import os
+from typing import NamedTuple
 
 import pytest
+import torch
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
 from peft import LoraConfig
+from ranks import launch, launcher_environment
 from rounding import sum_of
 from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer
 from torch.distributed.tensor import DTensor
 
+IN_TWO = " in two"
 SHAPE = {"num_attention_heads": 6, "hidden_size": 48}  # heads for two ranks and for three
+
+
+class Engine(NamedTuple):
+    """How ranks work together: how many, how many of them on each batch, and under DDP or a recipe of accelerate."""
+
+    num_ranks: int
+    ranks_per_batch: int = 1
+    recipe: str | None = None
+
 
 CASES = {
     "rows": {"layout": "rows"},
@@ -94,15 +107,42 @@ def train(folder, **options):
 
 
 def train_in_two(folder, **options):
-    """A run that stops in the middle of its second epoch and resumes -> the trainer, and what is to agree."""
+    """A run that stops in the middle of its second epoch, and the trainer that resumed it."""
     saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1, **options}
     train(folder, **{**saves, "max_steps": 4})
     trainer = build(folder, **saves)
     trainer.train(resume_from_checkpoint=True)
-    found = summary(trainer)
     # the stopped run took step 4 for its last, and evaluated there
-    found["lines"] = [line for line in found["lines"] if "eval_loss" not in line or line["step"] != 4]
-    return trainer, found
+    log = trainer.state.log_history
+    log[:] = [line for line in log if "eval_loss" not in line or line["step"] != 4]
+    return trainer
+
+
+def run_here(folder, cases):
+    """Cases by name in this process -> of each what is to agree."""
+    return {name: summary(train(folder / name, **case)) for name, case in cases.items()}
+
+
+def run_on(engine, folder, cases):
+    """The same on an engine's ranks; a case that is named "... in two" is stopped and resumed."""
+    folder.mkdir(exist_ok=True)
+    env = launcher_environment(engine.recipe) if engine.recipe else None
+    launch(_run_cases, folder, engine, cases, num_ranks=engine.num_ranks, env=env)
+    return torch.load(folder / "results.pt")
+
+
+def _run_cases(rank, folder, engine, cases):
+    shares = {
+        "num_ranks": engine.num_ranks // engine.ranks_per_batch,
+        "sequence_parallel_size": engine.ranks_per_batch,
+    }
+    results = {}
+    for name, case in cases.items():
+        run = train_in_two if name.endswith(IN_TWO) else train
+        trainer = run(folder / name, **shares, **case)
+        results[name] = summary(trainer)
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
 
 
 def whole(parameter):

@@ -3,26 +3,44 @@
 And whether a rank runs batches of its own, or some tokens of batches that others run too.
 """
 
-import os
-
 import pytest
 import torch
 from datasets import Dataset
 from dpop_trainer import KTOConfig, KTOTrainer
 from dpop_trainer.run_folder.checkpoints import CheckpointError
 from dpop_trainer.training.non_finite import NonFiniteError
-from rank_runs import CASES, build, check_equal, summary, train, train_in_two
+from rank_runs import CASES, IN_TWO, Engine, build, check_equal, run_here, run_on, summary, train, train_in_two
 from ranks import launch, launcher_environment
 from rounding import sum_of
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM
 
+# The grid of engines and cases is `tests/engines.py`; here is each engine with some, and each kind of case under one.
+ON_TWO_RANKS = {
+    "ddp": (None, ["tree", "lora", "weighted"]),
+    "fsdp2": (
+        "fsdp2_8.yaml",
+        ["checkpointed", "moving", "precomputed", "idle_rank"],
+    ),  # which needs all at each forward
+}
+# three ranks have one, two and two of an epoch's last five pairs
+THIRDS = {"layout": "rows", "pairs_per_step": 6}
+# two groups have pairs of unequal weight, and shares of unequal size in each third step
+SPREAD = {**CASES["weighted"], "precompute_ref_log_probs": True, "loss_type": "dpo", "dpop_lambda": 50.0}
+ON_MORE_RANKS = {
+    Engine(3): ["thirds"],
+    Engine(2, 2, "fsdp2_8.yaml"): ["checkpointed in two"],
+    Engine(3, 3): ["tree"],
+    Engine(4, 2): ["spread"],
+}
 
-def run_all(rank, folder):
-    """On each rank: all cases, a run that stops and resumes, and one that meets a NaN. Results go to `folder`."""
-    results = {name: summary(train(folder / name / "ranks", num_ranks=2, **case)) for name, case in CASES.items()}
 
-    trainer, results["resumed"] = train_in_two(folder / "resumed", num_ranks=2, layout="rows")
+def run_on_two(rank, folder, names):
+    """On each rank: cases, a run that stops and resumes, and one that meets a NaN. Results go to `folder`."""
+    results = {name: summary(train(folder / name, num_ranks=2, **CASES[name])) for name in names}
+
+    trainer = train_in_two(folder / "resumed", num_ranks=2, layout="rows")
+    results["rows"] = summary(trainer)
     trainer.save_model()
 
     with pytest.raises(NonFiniteError) as raised:
@@ -37,16 +55,26 @@ def run_all(rank, folder):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path):
-    # both wrappers in one test: the single process's runs are the same for both, and take longest
-    alone = {name: summary(train(tmp_path / name / "one", num_ranks=1, **case)) for name, case in CASES.items()}
-    for wrapper, env in {"ddp": None, "fsdp2": launcher_environment("fsdp2_8.yaml")}.items():
+    for wrapper, (recipe, names) in ON_TWO_RANKS.items():
         folder = tmp_path / wrapper
         folder.mkdir()
-        launch(run_all, folder, env=env)
+        launch(run_on_two, folder, names, env=launcher_environment(recipe) if recipe else None)
         results = torch.load(folder / "results.pt")
-        for name, expected in {**alone, "resumed": alone["rows"]}.items():
+        cases = {name: CASES[name] for name in results}
+        for name, expected in run_here(tmp_path / f"{wrapper}-alone", cases).items():
             check_equal(results[name], expected)
         check_folders(folder, results)
+
+
+@pytest.mark.slow
+def test_more_ranks_and_ranks_on_one_batch_equal_one_process(tmp_path):
+    cases = {**CASES, "thirds": THIRDS, "spread": SPREAD}
+    names = [name.removesuffix(IN_TWO) for found in ON_MORE_RANKS.values() for name in found]
+    alone = run_here(tmp_path / "alone", {name: cases[name] for name in names})
+    for i, (engine, found) in enumerate(ON_MORE_RANKS.items()):
+        results = run_on(engine, tmp_path / str(i), {name: cases[name.removesuffix(IN_TWO)] for name in found})
+        for name in found:
+            check_equal(results[name], alone[name.removesuffix(IN_TWO)])
 
 
 def check_folders(tmp_path, results):
@@ -54,7 +82,7 @@ def check_folders(tmp_path, results):
     assert [path.name for path in resumed.glob("*checkpoint-*")] == ["checkpoint-10"]
     for folder in (resumed, resumed / "checkpoint-10"):
         loaded = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-        for key, weight in results["resumed"]["weights"].items():
+        for key, weight in results["rows"]["weights"].items():
             torch.testing.assert_close(loaded[key], weight, rtol=0, atol=0)
 
     # both ranks stop at the same step; the one that had the pair says so and saves the batch
@@ -71,28 +99,6 @@ def check_folders(tmp_path, results):
     for told in ("max_steps: 5 there, 6 here", "seed: 3 there, 4 here", "training data (digest): "):
         assert told in one
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
-
-
-# number of ranks, how many of them run a batch together, wrapper -> cases
-TOGETHER = {
-    (2, 2, "ddp"): ["resumed"],
-    (2, 2, "fsdp2"): ["precomputed"],
-    (3, 3, "ddp"): ["tree"],
-    (4, 2, "ddp"): ["weighted"],  # two groups, with unequal shares of every third step
-}
-
-
-def run_together(rank, folder, names, size):
-    """On each rank: cases, every batch run by `size` ranks. Results go to `folder`."""
-    options = {"num_ranks": int(os.environ["WORLD_SIZE"]) // size, "sequence_parallel_size": size}
-    results = {}
-    for name in names:
-        if name == "resumed":
-            _, results[name] = train_in_two(folder / name, **options, **CASES["checkpointed"])
-        else:
-            results[name] = summary(train(folder / name, **options, **CASES[name]))
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
 
 
 def run_others_together(rank, folder, expected):
@@ -153,18 +159,3 @@ def test_answers_other_loaders_and_a_stranger(tmp_path):
     expected = train_others(tmp_path / "alone")
     assert len([key for key in expected if ", loss, " in key]) == 9
     launch(run_others_together, tmp_path, expected)
-
-
-@pytest.mark.slow
-def test_ranks_that_run_batches_together_equal_one_process(tmp_path):
-    needed = {"checkpointed", *(name for names in TOGETHER.values() for name in names)} - {"resumed"}
-    alone = {name: summary(train(tmp_path / name, **CASES[name])) for name in sorted(needed)}
-    alone["resumed"] = alone["checkpointed"]
-    for (num_ranks, size, wrapper), names in TOGETHER.items():
-        folder = tmp_path / f"{num_ranks}-{size}-{wrapper}"
-        folder.mkdir()
-        env = launcher_environment("fsdp2_8.yaml") if wrapper == "fsdp2" else None
-        launch(run_together, folder, names, size, num_ranks=num_ranks, env=env)
-        results = torch.load(folder / "results.pt")
-        for name in names:
-            check_equal(results[name], alone[name])

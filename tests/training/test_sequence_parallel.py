@@ -274,7 +274,7 @@ def test_what_does_not_go_beside_it_is_named(settings, message):
         check_sequence_parallel(SimpleNamespace(**{**plain, **settings}))
 
 
-LONG = 2048
+LONG = 1024
 
 
 def peak_of(scored, batch):
