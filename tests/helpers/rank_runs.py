@@ -34,10 +34,10 @@ CASES = {
     "rows": {"layout": "rows"},
     "tree": {"layout": "auto"},
     "lora": {"layout": "auto", "lora": True},
-    "accumulated": {"layout": "auto", "gradient_accumulation_steps": 2},
+    "accumulated": {"layout": "auto", "gradient_accumulation_steps": 2, "tiled": True},
     "idle_rank": {"layout": "rows", "num_pairs": 9},
     "weighted": {"layout": "auto", "weighted": True, "gradient_accumulation_steps": 2},
-    "checkpointed": {"layout": "rows", "lora": True, "gradient_checkpointing": True},
+    "checkpointed": {"layout": "rows", "lora": True, "gradient_checkpointing": True, "tiled": True},
     "moving": {"layout": "rows", "sync_ref_model": True, "ref_model_sync_steps": 3},
     "precomputed": {"layout": "rows", "precompute_ref_log_probs": True, "loss_type": "dpo", "dpop_lambda": 50.0},
 }
@@ -51,6 +51,7 @@ def build(
     num_pairs=11,
     weighted=False,
     bad_pair=None,
+    tiled=False,
     pairs_per_step=4,
     streamed=False,
     **overrides,
@@ -73,6 +74,7 @@ def build(
         "use_cpu": True,
         "dpop_lambda": 5.0,
         "seed": 3,
+        "tiled_mlp": 5 if tiled and num_ranks > 1 else None,  # against one process without
         **overrides,
     }
     model, records = tiny_llama(**SHAPE), token_pairs(num_pairs)

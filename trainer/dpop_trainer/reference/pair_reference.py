@@ -22,6 +22,7 @@ from dpop_kernels import ScoringHead
 from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.scoring import ScoredModel, attention_of, forward_inputs
+from dpop_trainer.models.tiled_mlp import tile_mlps
 from dpop_trainer.reference.cache import ReferenceCache, cache_root
 from dpop_trainer.reference.choose import Kind, ReferencePlan, has_reference_columns
 from dpop_trainer.reference.keys import describe_reference
@@ -243,6 +244,7 @@ class PairReference:
     def _take(self, model: ScoredModel) -> None:
         """Make a model beside the policy the source of log-probs, where it is to run."""
         args, kind = self._trainer.args, self.plan.kind.value
+        tile_mlps(model.model, args.tiled_mlp)  # type: ignore[arg-type]
         self._source = FrozenModel(
             model.model, model.head, self._accelerator, args.kernel_backend, kind, self._ld_alpha
         )

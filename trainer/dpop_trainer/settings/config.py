@@ -20,7 +20,7 @@ from dpop_kernels.losses.weighing import check_ld_alpha
 from dpop_kernels.losses.weights import check_options, has_penalty, losses_of_batch, needs_reference, resolve_losses
 from dpop_trainer.data.pair_weights import PairWeight
 from dpop_trainer.run_folder.private import SecretFreeRepr, without_secrets
-from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields
+from dpop_trainer.settings.config_checks import check_data_fields, check_preference_fields, tile_setting
 from dpop_trainer.settings.liger import layers_alone
 from dpop_trainer.settings.loss_fields import check_with_losses, option_values
 from dpop_trainer.settings.ranges import check_ranges
@@ -100,6 +100,13 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
             "help": "Keep what gradient checkpointing saves in pinned host memory, not on the GPU: less memory, slower."
         },
     )
+    tiled_mlp: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Compute MLPs over tiles of so many tokens, forward and backward: their memory grows neither with "
+            "the batch nor with their width. auto: as many as 2 GiB of a GPU hold. Unset, or none: all at once."
+        },
+    )
 
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for tokenising the data."})
     max_length: int | None = field(
@@ -174,6 +181,7 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
         check_ranges(self)
         check_data_fields(self)
         self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", self.pad_to_multiple_of)
+        self.tiled_mlp = tile_setting(self)
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -49,6 +49,36 @@ def check_best_of(args: "HeadConfig") -> None:
         )
 
 
+def tile_setting(args: "HeadConfig") -> int | str | None:
+    """The value of `tiled_mlp`: tokens of a tile, "auto", or None for no tiles; the command line spells them out.
+
+    Raises:
+        ValueError: another value, or a field beside it that does not go with tiles.
+    """
+    value = args.tiled_mlp
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "false")):
+        return None
+    if isinstance(value, str) and value.lower() == "auto":
+        value = "auto"
+    else:
+        try:
+            value = int(value) if not isinstance(value, bool) else 0
+        except ValueError:
+            value = 0
+        if value < 1:
+            raise ValueError(
+                f"tiled_mlp: expected 'auto', 'none' or the tokens of a tile, at least 1, got {args.tiled_mlp!r}. auto "
+                "fills 2 GiB of a GPU."
+            )
+    for name, why in (
+        ("torch_compile", "makes one graph of a layer"),
+        ("ref_model_offload", "would fetch a layer's weights for each tile anew"),
+    ):
+        if getattr(args, name, False):
+            raise ValueError(f"tiled_mlp: expected 'none' with {name}, which {why}, got {value!r}. Leave one out.")
+    return value
+
+
 def check_preference_fields(args: "DPOPConfig") -> None:
     """
     Raises:

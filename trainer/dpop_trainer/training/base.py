@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dpop_kernels import ScoringHead
 from dpop_trainer.batches.batch import Batch, as_batch
@@ -25,6 +26,7 @@ from dpop_trainer.measure.policy_probe import probe_policy
 from dpop_trainer.models.layer_kernels import use_layer_kernels
 from dpop_trainer.models.loading import disable_dropout
 from dpop_trainer.models.quantised import as_arguments, computed_in
+from dpop_trainer.models.tiled_mlp import check_tiles, tile_mlps
 from dpop_trainer.reference.source import eval_mode
 from dpop_trainer.run_folder.run_files import RunFiles
 from dpop_trainer.settings.config import HeadConfig
@@ -72,12 +74,20 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
     ) -> None:
         if args.disable_dropout:
             disable_dropout(model)
+        if args.tiled_mlp is not None:
+            check_tiles(model)
+        tile_mlps(model, args.tiled_mlp)  # type: ignore[arg-type]
         self.head = ScoringHead(model, backend=args.kernel_backend)
         if not any(parameter.is_meta for parameter in model.parameters()):
             self.head.check(model)
         # for a stream, accelerate would read on one process and cut its batches by rows, which packed tensors are not
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(model=model, args=args, **trainer_kwargs)
+        if args.tiled_mlp is not None and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "tiled_mlp: expected weights that are whole while a layer runs (DDP, FSDP2, ZeRO-2), got ZeRO-3, which "
+                "would gather them for each tile anew. Leave it out, or use FSDP2."
+            )
         self.share_model(model)
         tag_model(model, losses)
         # compute_loss divides by the items of the whole global batch; transformers must not divide again
@@ -299,8 +309,12 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
             for key in {key for line in self.state.log_history for key in line if key.startswith("num_")}:
                 logged = (line[key] for line in reversed(self.state.log_history) if key in line)
                 self._logged_token_counts[key] = next(logged, 0.0)
-        if self.args.use_liger_kernel and self.ref_model is not None:  # transformers has seen to the policy
-            use_layer_kernels(self.ref_model, self.args.liger_kernel_config or {})
+        if self.args.use_liger_kernel:
+            if self.ref_model is not None:  # transformers has seen to the policy
+                use_layer_kernels(self.ref_model, self.args.liger_kernel_config or {})
+            for model in (self.model, self.ref_model):  # the kernels stand where the tiles stood
+                if model is not None:
+                    tile_mlps(model, self.args.tiled_mlp)  # type: ignore[arg-type]
         self.check_shared_forward()
         self._clock.restart()
 
