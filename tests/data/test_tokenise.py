@@ -1,5 +1,6 @@
 """Pairs become token ids: where answers begin and end, how they are cut, what is dropped, what is counted."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -10,7 +11,15 @@ import dpop_trainer
 import numpy as np
 import pytest
 from datasets import Dataset
-from dpop_trainer.data import TokeniseCounts, code_hash, load_pairs, tokenise, tokenise_pairs
+from dpop_trainer.data import (
+    SourceStream,
+    TokeniseCounts,
+    TokenisedStream,
+    code_hash,
+    load_pairs,
+    tokenise,
+    tokenise_pairs,
+)
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.truncate import truncate_pair
 from tokenizers import Tokenizer, models
@@ -385,6 +394,9 @@ def test_counts_in_words_and_as_metrics():
         "1,280 of 1,284 pairs kept; dropped: 3 whose prompt leaves no room for an answer, 1 with identical answers.\n"
         "20,100 prompt, 30,000 chosen and 999 rejected tokens; changed: 7 chosen answers truncated."
     )
+    one = counts_of(num_pairs_in=1, num_pairs=1, truncated_prompts=1, truncated_chosen=1, weighted=1)
+    assert one.summary().startswith("1 of 1 pair kept; dropped: nothing.")
+    assert "changed: 1 prompt truncated, 1 chosen answer truncated.\n1 pair has a weight other than 1" in one.summary()
     metrics = counts.as_metrics()
     assert metrics["data/num_pairs"] == 1280
     assert set(metrics) == {f"data/{name}" for name in TokeniseCounts._fields}
@@ -399,4 +411,11 @@ def test_losing_more_than_a_fifth_is_told_with_what_to_set(caplog, num_long, is_
     tokenise_pairs(Dataset.from_list(records), word_tokenizer(), max_length=50)
     told = [message for message in caplog.messages if "are lost" in message]
     expected = "2 of 9 pairs (22%) are lost: 2 to max_length 50, 0 to an empty answer. Set max_length to 128, which at "
-    assert told == ([expected + "least 99% of the pairs fit."] if is_told else [])  # 1 of 5 is a fifth, not more
+    expected = [expected + "least 99% of the pairs fit."] if is_told else []  # 1 of 5 is a fifth, not more
+    assert told == expected
+    # a stream is judged where a thousand records are read, or at its end; once, however often it begins anew
+    caplog.clear()
+    dataset = Dataset.from_list(records).to_iterable_dataset()
+    stream = TokenisedStream(SourceStream(dataset), word_tokenizer(), name="train", max_length=50, repeat=True)
+    list(itertools.islice(stream, 50))
+    assert [message for message in caplog.messages if "are lost" in message] == expected

@@ -1,9 +1,6 @@
 """Where what was read from a file is kept as Arrow, so that it is read once and what is computed from it is cached."""
 
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets.config
@@ -20,18 +17,3 @@ def cached_arrow(path: Path, *options: object) -> Path:
         while block := file.read(_BLOCK):
             digest.update(block)
     return Path(datasets.config.HF_DATASETS_CACHE) / "dpop_pairs" / f"{digest.hexdigest()}.arrow"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when all went well.
-
-    Another process may write the same file at the same time: each reader sees a whole one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

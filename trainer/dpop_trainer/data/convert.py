@@ -17,6 +17,7 @@ from dpop_trainer.data.arrow_nulls import without_filled_nulls
 from dpop_trainer.data.code_hash import code_hash
 from dpop_trainer.data.forms import FORMS_BY_NAME, Form, Sample, recognise_form
 from dpop_trainer.data.pair_weights import MARGIN_COLUMN, WEIGHT_COLUMN, read_weight
+from dpop_trainer.data.read_json import LONGEST_RECORD
 from dpop_trainer.data.records import (
     ALL_REF_COLUMNS,
     PAIR_TYPES,
@@ -59,6 +60,7 @@ _SIDE_COLUMNS = {
     *(name for names in _SCORE_COLUMNS for name in names),
 }
 _KINDS: dict[type, Kind] = {pair_type: kind for kind, pair_type in PAIR_TYPES.items()}
+_LONG = 1_000_000  # characters of a pair, which tokenisers take seconds for
 SAMPLE_SIZE = 100  # records from which a form is recognised
 
 
@@ -69,7 +71,10 @@ def convert_record(record: dict[str, Any], place: str, form: Form) -> dict[str, 
         pair = form.convert(record)
         refs = read_ref_logps(record)
         notes = {"score_gap": _score_gap(record), "weight": read_weight(record)}
-        row |= {"kind": _KINDS[type(pair)], "pair": _as_json(pair), **notes, **refs}
+        text = _as_json(pair)
+        if len(text) > _LONG:
+            _logger.warning("%s: a pair of %.1f million characters, which takes a while.", place, len(text) / 1e6)
+        row |= {"kind": _KINDS[type(pair)], "pair": text, **notes, **refs}
     except TiedRecord:
         row["kind"] = TIE
     except ValueError as error:
@@ -114,6 +119,16 @@ def convert_pairs(
     if is_converted(dataset.column_names):
         return dataset
     dataset = dataset.with_format(None)
+    try:
+        return _converted(dataset, origin, completions=completions, num_proc=num_proc)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{_prefix(origin)} {_first_undecodable(dataset)}: expected text in UTF-8, got other bytes ({error}). "
+            "Correct the record, or write the file anew."
+        ) from error
+
+
+def _converted(dataset: Dataset, origin: str, *, completions: bool, num_proc: int | None) -> Dataset:
     form = choose_form(_sample_of_columns(dataset), origin, completions=completions)
     columns = [column for column in dataset.column_names if column in form.columns or column in _SIDE_COLUMNS]
     source = dataset.select_columns(columns)
@@ -124,7 +139,7 @@ def convert_pairs(
         batched=True,
         fn_kwargs={
             "form_name": form.name,
-            "prefix": f"{origin}, record" if origin else "record",
+            "prefix": _prefix(origin),
             "code": code_hash(__name__),
         },
         remove_columns=columns,
@@ -132,6 +147,19 @@ def convert_pairs(
         num_proc=num_proc,
         desc="Reading pairs",
     )
+
+
+def _prefix(origin: str) -> str:
+    return f"{origin}, record" if origin else "record"
+
+
+def _first_undecodable(dataset: Dataset) -> int:
+    for index in range(len(dataset)):
+        try:
+            dataset[index]
+        except UnicodeDecodeError:
+            return index
+    raise AssertionError("a record cannot be read where all can")
 
 
 def check_pairs(dataset: Dataset) -> Kind:
@@ -223,6 +251,11 @@ def _as_json(pair: Pair) -> str:
         text = json.dumps(pair._asdict(), ensure_ascii=False)
     except TypeError as error:  # a value that JSON does not know, from Parquet
         raise ValueError(f"record: expected text, numbers and lists of them, got another type ({error}).") from error
+    if len(text) > LONGEST_RECORD:
+        raise ValueError(
+            f"record: expected at most {LONGEST_RECORD >> 20} MiB of text, got {len(text) / 2**20:.0f} MiB. Remove it, "
+            "or cut its texts."
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -79,10 +79,10 @@ class TokeniseCounts(NamedTuple):
         )
         changed = _listed(
             {
-                "prompts truncated": self.truncated_prompts,
-                "chosen answers truncated": self.truncated_chosen,
-                "rejected answers truncated": self.truncated_rejected,
-                "prompts shortened where they meet the answer": self.merged_boundaries,
+                "prompt{s} truncated": self.truncated_prompts,
+                "chosen answer{s} truncated": self.truncated_chosen,
+                "rejected answer{s} truncated": self.truncated_rejected,
+                "prompt{s} shortened where prompt and answer meet": self.merged_boundaries,
             }
         )
         notes = _listed(
@@ -94,14 +94,15 @@ class TokeniseCounts(NamedTuple):
                 "with an answer that ends in no token at which the model stops": self.endless_answers,
             }
         )
+        weighted = _counted(self.weighted, "pair{s} {have}")
         scores = _listed({"equal": self.equal_scores, "inverted": self.inverted_scores})
         return (
-            f"{self.num_pairs:,} of {self.num_pairs_in:,} pairs kept; dropped: {dropped}.\n"
+            f"{self.num_pairs:,} of {_counted(self.num_pairs_in, 'pair{s}')} kept; dropped: {dropped}.\n"
             f"{self.prompt_tokens:,} prompt, {self.chosen_tokens:,} chosen and {self.rejected_tokens:,} rejected "
             f"tokens; changed: {changed}."
             + (f"\nPairs to look at: {notes} (docs/data.md, Seams)." if notes != "nothing" else "")
             + (f"\nScores of the two answers: {scores}." if self.equal_scores or self.inverted_scores else "")
-            + (f"\n{self.weighted:,} pairs have a weight other than 1 in the loss." if self.weighted else "")
+            + (f"\n{weighted} a weight other than 1 in the loss." if self.weighted else "")
         )
 
 
@@ -109,5 +110,10 @@ NO_COUNTS = TokeniseCounts(*[0] * len(TokeniseCounts._fields))
 
 
 def _listed(counts: dict[str, int]) -> str:
-    nonzero = [f"{count:,} {what}" for what, count in counts.items() if count]
+    nonzero = [_counted(count, what) for what, count in counts.items() if count]
     return ", ".join(nonzero) if nonzero else "nothing"
+
+
+def _counted(count: int, what: str) -> str:
+    s, have = ("", "has") if count == 1 else ("s", "have")
+    return f"{count:,} {what.format(s=s, have=have)}"

@@ -7,12 +7,16 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError
 
 from dpop_trainer.data.arrow_cache import cached_arrow
+from dpop_trainer.data.partial_files import is_full_disk
 from dpop_trainer.data.read_json import PlacedRecord, all_records
 from dpop_trainer.data.sound_cache import cached_rows, load_or_load_anew
-from dpop_trainer.data.source_path import check_source_path, loader_of
+from dpop_trainer.data.source_path import check_source_path, expanded, loader_of
+
+# of a file of Arrow's, and of a stream
+_ARROW_FILE, _END_OF_STREAM = b"ARROW1", b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 def load_pairs(
@@ -73,17 +77,19 @@ def open_source(
         ValueError: the file is of another kind or cannot be read, or a slice of a file is asked for.
     """
     options: dict[str, Any] = {"streaming": True} if streaming else {}
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return datasets.load_from_disk(str(path))
         try:
+            if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+                for file in sorted(path.rglob("*.arrow")):
+                    _check_end(file)
+                return datasets.load_from_disk(str(path))
             return load_or_load_anew(str(path), name, split=split, **options)
-        except (DatasetGenerationError, FileNotFoundError) as error:
-            reason = str(error.__cause__ or error).partition("\n")[0]  # schemas of all columns follow
+        except Exception as error:  # files from elsewhere: their readers fail in any way
+            _pass_no_room(error)
             raise ValueError(
-                f"source: expected a folder of data files or one that save_to_disk wrote, got {source} ({reason}). "
-                "Name one file of it, or another folder."
+                f"source: expected a folder of data files or one that save_to_disk wrote, got {source} "
+                f"({_reason(error)}). Name one file of it, or another folder."
             ) from error
     check_source_path(source, split)
     if path.is_file():
@@ -92,10 +98,15 @@ def open_source(
         if loader == "json":
             return _read_json(path)
         try:
+            if loader == "arrow":
+                _check_end(path)
             return load_or_load_anew(loader, data_files=str(path), split="train", **options)
-        except (DatasetGenerationError, pa.ArrowException) as error:
-            reason = error.__cause__ or error
-            raise ValueError(f"source: expected a readable {path.suffix} file, got {path} ({reason}).") from error
+        except Exception as error:  # a file from elsewhere: its reader fails in any way
+            _pass_no_room(error)
+            raise ValueError(
+                f"source: expected a readable {path.suffix} file, got {path} ({_reason(error)}). Write it anew, with "
+                "text, numbers and lists or structs of them; or as JSON, one record per line (.jsonl)."
+            ) from error
     try:
         return load_or_load_anew(source, name, split=split, revision=revision, **options)
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -104,6 +115,41 @@ def open_source(
             f"first two in {Path.cwd()}. Check the name, and log in if the data set is private or gated. Asking the "
             f"hub: {error}"
         ) from error
+    except Exception as error:  # a data set from elsewhere: its reader fails in any way
+        _pass_no_room(error)
+        raise ValueError(
+            f"source: expected a data set on the hub that can be read, got {source!r}. {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_end(path: Path) -> None:
+    """Arrow's stream of batches reads as whole wherever it was cut between two of them, but for the mark at its end.
+
+    Raises:
+        ValueError: the mark is missing.
+    """
+    with path.open("rb") as file:
+        is_stream = file.read(len(_ARROW_FILE)) != _ARROW_FILE
+        file.seek(max(0, path.stat().st_size - len(_END_OF_STREAM)))
+        if is_stream and file.read() != _END_OF_STREAM:
+            raise ValueError(f"{path.name} has no end: it was cut, or is still being written")
+
+
+def _reason(error: Exception) -> str:
+    """The first line, where schemas of all columns may follow."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    text = str(cause).strip().partition("\n")[0]
+    return text if isinstance(cause, ValueError) and text else f"{type(cause).__name__}: {text}"
+
+
+def _pass_no_room(error: Exception) -> None:
+    """
+    Raises:
+        OSError, MemoryError: it says nothing about the source: there is no room for what is made of it.
+    """
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if is_full_disk(cause) or isinstance(cause, MemoryError):
+        raise cause
 
 
 def _read_json(path: Path) -> Dataset:

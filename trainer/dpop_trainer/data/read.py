@@ -25,7 +25,7 @@ from dpop_trainer.data.load import load_pairs, open_source
 from dpop_trainer.data.read_json import PlacedRecord, progress, read_json_records
 from dpop_trainer.data.records import BadRecord, raise_bad_records
 from dpop_trainer.data.sound_cache import cached_rows
-from dpop_trainer.data.source_path import check_plain_split, is_json
+from dpop_trainer.data.source_path import check_plain_split, expanded, is_json
 
 Item = PlacedRecord | BadRecord
 
@@ -81,7 +81,7 @@ def json_file(source: Any) -> Path | None:
     """The path, where the source is an existing JSON file."""
     if not isinstance(source, str | os.PathLike):
         return None
-    path = Path(source).expanduser()
+    path = expanded(source)
     return path if is_json(path) and path.is_file() else None
 
 
@@ -148,9 +148,10 @@ def stream_items(
     try:
         for index, record in enumerate(source):
             yield PlacedRecord(f"{prefix}record {index}", without_filled_nulls(record))  # type: ignore[arg-type]
-    except (pa.ArrowException, UnicodeError) as error:
+    except Exception as error:  # a file from elsewhere: its reader fails in any way
         raise ValueError(
-            f"{prefix}after record {index}: expected records that can be read, got damaged ones ({error})."
+            f"{prefix}after record {index}: expected records that can be read, got an error of their reader's "
+            f"({type(error).__name__}: {error}). If the file is damaged, write it anew."
         ) from error
 
 

@@ -308,4 +308,4 @@ class _Text:
 
 def progress(path: Path, records: Iterator) -> Iterator:
     """The records, with a bar on the terminal where reading takes longer than a few seconds."""
-    yield from tqdm(records, desc=f"Reading {path.name}", unit=" records", delay=3, leave=False)
+    yield from tqdm(records, desc=f"Reading {path.name!r}", unit=" records", delay=3, leave=False)

@@ -9,7 +9,6 @@ a line says so. Two processes that make the same file replace each other's by th
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
-from dpop_trainer.data.arrow_cache import replacing
 from dpop_trainer.data.digests import digest_of
+from dpop_trainer.data.partial_files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +110,10 @@ def _seal_all(dataset: Dataset, but: set[Path] | None = None) -> None:
 def _seal(path: Path, num_rows: int) -> None:
     """Rows are those of the whole data set, which may have several files."""
     seal = _seal_of(path)
-    partial = seal.with_suffix(f".{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps({**digest_of(path), "rows": num_rows}))
-        partial.replace(seal)
+        with replacing(seal) as partial:
+            partial.write_text(json.dumps({**digest_of(path), "rows": num_rows}))
     except OSError as error:  # then it is made anew next time
-        partial.unlink(missing_ok=True)
         logger.warning("%s: not written (%s); the data are read anew next time.", seal, error)
 
 

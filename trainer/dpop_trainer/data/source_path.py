@@ -1,9 +1,15 @@
-"""Paths of data that can be seen to be wrong without reading anything."""
+"""Paths that can be seen to be wrong without reading anything."""
 
+import os
 from pathlib import Path, PureWindowsPath
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 """The ending of a file of pairs -> what reads it."""
+
+
+def expanded(name: str | os.PathLike) -> Path:
+    """The path that a name means, with ~ as its user's home; as it stands, where nobody knows that home."""
+    return Path(os.path.expanduser(name))
 
 
 def is_json(path: Path) -> bool:
@@ -42,7 +48,7 @@ def check_source_path(source: str, split: str = "train") -> None:
         FileNotFoundError: the name is that of a file or folder, and there is none.
         ValueError: the file is of a kind that is not read, or a slice of it is asked for.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return
     if path.is_file():

@@ -30,6 +30,7 @@ from dpop_trainer.data.tokenise import (
     as_table,
     check_on_bad_record,
     tokenise_rows,
+    warn_lost,
     warn_skipped,
 )
 from dpop_trainer.data.truncate import TruncationMode, check_truncation
@@ -42,6 +43,7 @@ _logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 _BATCH = 64  # records that are tokenised at once, and read ahead of training
+_ENOUGH = 1000  # records by which a stream is judged
 
 
 class RowStream:
@@ -189,6 +191,7 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         self._vocab_size, self._max_positions, self._stop_ids = vocab_size, max_positions, stop_ids
         self._on_bad_record, self._skipped, self._repeat = on_bad_record, skipped or SkippedRecords(None), repeat
         self.counts: TokeniseCounts = NO_COUNTS
+        self._lengths: list[int] | None = None  # in tokens, until they are enough to judge by
         self._refs = self._find_refs()
 
     @property
@@ -204,11 +207,12 @@ class TokenisedStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Records with prompt_ids, chosen_ids, rejected_ids, pair_id (the record's number in its pass) and, if the
         data has them, the reference log-probs."""
-        self.counts = NO_COUNTS
+        self.counts, self._lengths = NO_COUNTS, []
         for epoch in itertools.count():
             num_pairs = self.counts.num_pairs
             for pairs in self._batches(epoch, is_counted=True):
                 yield from pairs
+            self._judge_lost()
             if self.counts.num_pairs == num_pairs:
                 raise ValueError(
                     f"{self._name}_dataset: expected at least one pair in a pass over the stream, got none. "
@@ -249,6 +253,10 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         if is_counted:
             self._report_bad([BadRecord(batch[row]["place"], text) for row, text in outcomes.problems.items()], batch)
             self.counts += count_outcomes(table, outcomes)
+            if self._lengths is not None:
+                self._lengths += table["whole_length"].to_pylist()
+                if len(self._lengths) >= _ENOUGH:
+                    self._judge_lost()
         has_weights = any(weight != 1 for weight in tokenised[WEIGHT_COLUMN])
         columns = [*self.column_names, *([WEIGHT_COLUMN] if has_weights else [])]
         return table.filter(outcomes.kept).select(columns).to_pylist()
@@ -259,6 +267,12 @@ class TokenisedStream(torch.utils.data.IterableDataset):
         new = self._skipped.add(self._name, bad)
         if new:
             warn_skipped(len(batch), new)
+
+    def _judge_lost(self) -> None:
+        """Once in an iteration: what `max_length` takes away."""
+        if self._lengths is not None:
+            warn_lost(self.counts, self._lengths, self._max_length)
+        self._lengths = None
 
     def _find_refs(self) -> list[str]:
         rows = list(itertools.islice(self._stream.rows(0), _BATCH))

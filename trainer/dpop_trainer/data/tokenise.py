@@ -5,7 +5,7 @@ from those columns, so they are the same whether the pass ran in one process, in
 """
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -138,7 +138,7 @@ def tokenise_pairs(
         if on_skipped is not None:
             on_skipped(bad)
     counts = count_outcomes(table, outcomes)
-    _warn_lost(counts, table, max_length)
+    warn_lost(counts, table["whole_length"].to_pylist(), max_length)
     if not counts.num_pairs:
         raise NoPairsError(
             f"dataset: expected at least one pair that can be used, got none. {counts.summary()} "
@@ -170,15 +170,21 @@ def warn_skipped(num_records: int, bad: list[BadRecord]) -> None:
     _logger.warning("%d of %d records left out, which cannot be used:%s%s", len(bad), num_records, named, more)
 
 
-def _warn_lost(counts: TokeniseCounts, table: pa.Table, max_length: int | None) -> None:
-    """Say in the log where more than a fifth of the pairs is lost to `max_length` or to emptiness, and what to set."""
+def warn_lost(counts: TokeniseCounts, lengths: Iterable[int], max_length: int | None) -> None:
+    """Say in the log where more than a fifth of the pairs is lost to `max_length` or to emptiness, and what to set.
+
+    Args:
+        counts: what became of the pairs.
+        lengths: theirs in tokens before they were cut; 0 where there are none.
+        max_length: what they were cut to.
+    """
     by_length = counts.dropped_no_room + counts.dropped_identical_after_truncation
     lost = by_length + counts.dropped_empty
     if lost <= _MUCH_LOST * counts.num_pairs_in:
         return
     remedy = "Look at the answers that are empty."
     if by_length:
-        fitting = fitting_length(length for length in table["whole_length"].to_pylist() if length)
+        fitting = fitting_length(length for length in lengths if length)
         remedy = f"Set max_length to {fitting}, which at least 99% of the pairs fit."
     _logger.warning(
         "%d of %d pairs (%.0f%%) are lost: %d to max_length %s, %d to an empty answer. %s",

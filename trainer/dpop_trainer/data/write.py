@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dpop_trainer.data.partial_files import partial_of
+
 _ROW_GROUP = 1000
 
 
@@ -21,16 +23,17 @@ class PairWriter:
         ValueError: another ending.
     """
 
+    _partial: Path
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if self.path.suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"out: expected a file ending in .jsonl or .parquet, got {self.path}.")
-        self._partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         self._rows: list[dict[str, Any]] = []
         self._out: Any = None
 
     def __enter__(self) -> "PairWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = partial_of(self.path)
         if self.path.suffix == ".jsonl":
             self._out = self._partial.open("w", encoding="ascii")
         return self

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import datasets.config
 import numpy as np
 from safetensors.numpy import load, save
 
+from dpop_trainer.data.partial_files import replacing
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.reference.keys import KEY_BYTES, reference_key
 
 logger = logging.getLogger(__name__)
@@ -85,17 +86,10 @@ class ReferenceCache:
 
     def _write(self, name: str, content: bytes) -> None:
         """Give the file its name when it is whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.folder / name)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        with replacing(self.folder / name) as partial, partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
     def _read(self, path: Path) -> dict[str, np.ndarray] | None:
         try:
@@ -121,4 +115,4 @@ def cache_root(ref_cache_dir: str | None) -> Path | None:
         return None
     if ref_cache_dir == "auto":
         return Path(datasets.config.HF_DATASETS_CACHE) / "dpop_reference"
-    return Path(ref_cache_dir).expanduser()
+    return expanded(ref_cache_dir)
