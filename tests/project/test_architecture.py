@@ -301,6 +301,17 @@ def test_the_trainer_s_root_holds_the_way_in_alone():
     assert names == {"__init__.py", "__main__.py", "cli.py"}
 
 
+def test_what_reaches_the_terminal_goes_through_one_function():
+    """Names and texts of others cannot steer it; a line that is wiped again is our own, and drawn."""
+    printing = {
+        path.relative_to(ROOT / "trainer/dpop_trainer").as_posix()
+        for path in (ROOT / "trainer/dpop_trainer").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert printing == {"settings/terminal.py", "settings/under_way.py"}
+
+
 def test_every_room_says_what_lives_there():
     for path in (ROOT / "trainer" / "dpop_trainer").glob("*/__init__.py"):
         text = ast.get_docstring(ast.parse(path.read_text())) or ""

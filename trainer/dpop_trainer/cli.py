@@ -1,17 +1,15 @@
 """The console command `dpop`: a table of subcommands, each imported when it is asked for; errors in a line or two."""
 
-import errno
 import importlib
 import logging
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from dpop_trainer.settings.command_parser import did_you_mean
-from dpop_trainer.settings.errors import UsageError, folder_written_to, printable, what_was_done
+from dpop_trainer.settings.errors import UsageError
+from dpop_trainer.settings.terminal import say, spelt_out
 
 # name -> the function that runs it, as "module:function", and a line of help
 COMMAND_TABLE = {
@@ -76,24 +74,25 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        say(USAGE)
         return 0 if argv else 2
     if argv[0] == "--version":
         from importlib.metadata import version
 
-        print(f"dpop-kernels {version('dpop-kernels')}")
+        say(f"dpop-kernels {version('dpop-kernels')}")
         return 0
     command = COMMANDS.get(argv[0])
     if command is None:
         hint = did_you_mean(argv[0], COMMANDS)
-        print(f"dpop: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}.{hint}\n\n{USAGE}", file=sys.stderr)
+        say(f"dpop: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}.{hint}\n\n{USAGE}", is_problem=True)
         return 2
     # peft imports bitsandbytes wherever it is installed; on a CPU that warns of a kernel which only 4 bits would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        return command(argv[1:])
+        with spelt_out():
+            return command(argv[1:])
     except KeyboardInterrupt:
-        print(f"\ndpop {argv[0]}: interrupted.", file=sys.stderr)
+        say(f"\ndpop {argv[0]}: interrupted.", is_problem=True)
         return 130
     except SystemExit as stop:  # argparse's, after --help or a usage error that it has printed
         return stop.code if isinstance(stop.code, int) else 2
@@ -101,47 +100,13 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        return _told(argv[0], error)
+        from dpop_trainer.run_folder.private import text_without_secrets
+        from dpop_trainer.settings.told import told
 
-
-def _told(command: str, error: Exception) -> int:
-    """Say what went wrong, without the secrets that a value may hold -> the exit code."""
-    from dpop_trainer.run_folder.private import text_without_secrets
-
-    if os.environ.get("DPOP_DEBUG"):
-        print(text_without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
-    doing = what_was_done(error)
-    while_doing = "" if doing is None else f"while {doing}: "
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        told = f"{while_doing}no space left on a disk ({error}). {_free_space(folder_written_to(error))}"
-    elif isinstance(error, (ValueError, FileNotFoundError)) and (doing is None or _is_ours(error)):
-        told = str(error)  # which says by itself what was expected
-    else:
-        told = f"{while_doing}{type(error).__name__}: {error}\nSet DPOP_DEBUG=1 in the environment to see where."
-    print(printable(f"dpop {command}: {text_without_secrets(told)}"), file=sys.stderr)
-    return 2 if isinstance(error, UsageError) else 1
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether this package raised it, in its own words, or a library did."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
-
-
-def _free_space(folder: str | None) -> str:
-    """Where a run writes, and how much room there is: the error itself seldom says which file it was."""
-    places = {} if folder is None else {"the folder written to": str(folder)}
-    places |= {"the working directory": ".", "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
-    if "datasets" in sys.modules:
-        places["HF_DATASETS_CACHE"] = str(sys.modules["datasets"].config.HF_DATASETS_CACHE)
-    free = [
-        f"{shutil.disk_usage(path).free / 2**30:.1f} GiB in {name} ({Path(path).absolute()})"
-        for name, path in places.items()
-        if os.path.isdir(path)
-    ]
-    return f"Free: {', '.join(free)}. Make room where this command writes, and give it again."
+        if os.environ.get("DPOP_DEBUG"):
+            say(text_without_secrets("".join(traceback.format_exception(error))), is_problem=True)
+        say(told(argv, error), is_problem=True)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def _imported_when_called(place: str) -> Callable[[list[str]], int]:

@@ -1,11 +1,11 @@
 """The data sets that a run's arguments name: read as rows of pairs, not tokenised yet."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dpop_trainer.data import SourceStream, read_pairs
 from dpop_trainer.data.mixture import DatasetSource, mix_pairs, mix_streams, parse_sources
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.data.stream import RowStream, ShuffledStream
 from dpop_trainer.settings.arguments import DataArguments
 from dpop_trainer.settings.config import HeadConfig
@@ -82,7 +82,7 @@ def load_eval_data(arguments: DataArguments, config: HeadConfig, *, completions:
         raise ValueError(
             "dataset_test_split: expected a dataset_name beside it, got a mixture. Use eval_datasets with a split each."
         )
-    if Path(arguments.dataset_name).expanduser().is_file():
+    if expanded(arguments.dataset_name).is_file():
         raise ValueError(
             f"dataset_test_split: expected a data set with several splits, got the file {arguments.dataset_name}, all "
             "of which is trained on. Evaluate on another file with eval_dataset_name."

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from dpop_trainer.data.seams import specials_of
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.run_folder.files import flush_folder, move_folder, write_json
 from dpop_trainer.settings.model_paths import is_gguf
+from dpop_trainer.settings.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +43,7 @@ def folder_of_gguf(name_or_path: str) -> str:
     """
     if not is_gguf(name_or_path):
         return name_or_path
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     folder = path.with_name(f"{path.stem}-model")
     source = {"file": path.name, "bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
     if find_spec("gguf") is None and _read(folder / _SOURCE) != source:
@@ -74,7 +76,7 @@ def _make_folder(path: Path, folder: Path, source: dict[str, Any]) -> None:
             f"model_name_or_path: expected no folder {folder}, where the model of {path.name} is to be written, found "
             "one that was not made of it. Move it away, or name it instead of the file."
         )
-    print(f"Making an ordinary model of {path.name}, once: {folder}/")
+    say(f"Making an ordinary model of {path.name}, once: {folder}/")
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:

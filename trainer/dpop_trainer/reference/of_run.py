@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import load_trained, read_run_config, run_file
@@ -58,7 +59,7 @@ def reference_of_run(model: str, ref_model: str | None = None) -> RunReference:
     Raises:
         ValueError: the reference is neither given nor known.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     config = read_run_config(folder)
     rounding = as_trained(config)
     if ref_model is not None:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from dpop_trainer.data.records import REF_COLUMNS, REF_SHARED_COLUMN, TOKEN_COLUMNS
 from dpop_trainer.reference.cache import ReferenceCache
 from dpop_trainer.reference.keys import pair_keys
+from dpop_trainer.settings.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def precompute_reference(
     bar = tqdm(
         total=len(dataset),
         initial=len(dataset) - len(missing),
-        desc=f"Reference log-probs ({name})",
+        desc=printable(f"Reference log-probs ({name})"),
         unit=" pairs",
         disable=not (is_main and show_progress and len(missing)),
     )

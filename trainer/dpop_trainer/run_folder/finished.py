@@ -4,7 +4,6 @@
 files that it was trained on, with hashes: a run is finished while both are what they were.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,9 @@ def mark_finished(folder: Path, config: Mapping[str, Any], *, step: int, sources
     flush(folder)
 
 
-def is_finished(output_dir: str | None, config: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very run, finished; prints that it does, and what can be done.
+def finished_already(output_dir: str | None, config: Mapping[str, Any]) -> str | None:
+    """What to say where the folder holds this very run, finished: that it does, and what can be done. None where there
+    is something to train.
 
     A run that is to be longer than it was goes on from its last checkpoint.
 
@@ -53,7 +53,7 @@ def is_finished(output_dir: str | None, config: Mapping[str, Any]) -> bool:
     folder = Path(str(output_dir))
     finished = read_record(folder / FINISHED_FILE)
     if finished is None:
-        return False
+        return None
     before = finished["config"]
     step, changes = finished["step"], changed_fields(finished, {"config": config})
     other_data = _changed_data(finished)
@@ -66,20 +66,17 @@ def is_finished(output_dir: str | None, config: Mapping[str, Any]) -> bool:
     length = {key for key in LENGTH_FIELDS if key in before and key in config and before[key] != config[key]}
     if not length:
         _check_model(folder, finished)
-        if os.environ.get("RANK", "0") != "0":
-            return True
-        print(
+        return (
             f"Finished already: {output_dir} holds this run's model after {step} steps; nothing was trained. To train "
             "longer, raise max_steps or num_train_epochs; to train anew, choose another output_dir or delete that one."
         )
-        return True
     if last_checkpoint(folder) is None:
         raise CheckpointError(
             f"{', '.join(sorted(length))}: expected the finished run in {str(output_dir)!r} to have left a checkpoint "
             f"to go on from, found none: it was trained with save_strategy {before.get('save_strategy')!r}. Choose "
             "another output_dir, and its model as model_name_or_path."
         )
-    return False
+    return None
 
 
 def _changed_data(finished: Mapping[str, Any]) -> str | None:

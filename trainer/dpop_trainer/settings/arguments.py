@@ -15,6 +15,7 @@ from dpop_trainer.settings.ranges import check_finite, check_ranges
 from dpop_trainer.settings.recipes import run_recipe
 from dpop_trainer.settings.run_parser import RunParser, check_yaml_value, sections, training_arguments
 from dpop_trainer.settings.source_classes import class_from_source, function_from_source
+from dpop_trainer.settings.told import is_ours
 from dpop_trainer.settings.trl_fields import TRLFields, check_trl_fields, name_hint
 from dpop_trainer.settings.without_effect import check_refused
 
@@ -179,7 +180,12 @@ def parse_arguments(
         parser.set_defaults(**values)
     namespace = parser.parse(argv)
     values = {key: value for key, value in vars(namespace).items() if key in actions}
-    return parser.parse_dict(values, allow_extra_keys=False)
+    try:
+        return parser.parse_dict(values, allow_extra_keys=False)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if is_ours(error):
+            raise
+        raise ValueError(f"{program}: expected values that transformers takes, got its refusal: {error}") from error
 
 
 def check_arguments(
@@ -279,6 +285,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got a syntax error{_where(error)}") from error
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:  # other bytes, a 13th month
+        raise ValueError(f"{path}: expected YAML, got what cannot be read: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of fields to values, got {type(values).__name__}.")
     return values

@@ -36,13 +36,3 @@ def what_was_done(error: Exception) -> str | None:
 def folder_written_to(error: Exception) -> str | None:
     """See `doing`."""
     return getattr(error, _FOLDER, None)
-
-
-def printable(text: str) -> str:
-    """A text for a terminal: what would move its cursor, colour it or set its title is spelt out; lines, tabs stay."""
-    return "".join(f"\\x{ord(sign):02x}" if _steers(ord(sign)) and sign not in "\n\t" else sign for sign in text)
-
-
-def _steers(code: int) -> bool:
-    """Of the control characters C0 and C1, DEL, and those that turn the direction of writing."""
-    return code < 0x20 or 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069

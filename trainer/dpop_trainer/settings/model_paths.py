@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpop_trainer.data.source_path import looks_local
+from dpop_trainer.data.source_path import expanded, looks_local
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_FILES = ("config.json", ADAPTER_CONFIG)
@@ -10,7 +10,7 @@ MODEL_FILES = ("config.json", ADAPTER_CONFIG)
 
 def is_gguf(name_or_path: str) -> bool:
     """Whether the name is that of a model in one GGUF file that is there."""
-    return name_or_path.endswith(".gguf") and Path(name_or_path).expanduser().is_file()
+    return name_or_path.endswith(".gguf") and expanded(name_or_path).is_file()
 
 
 def check_model_path(name_or_path: str) -> None:
@@ -24,7 +24,7 @@ def check_model_path(name_or_path: str) -> None:
             f"model: expected a folder with {' or '.join(MODEL_FILES)}, got the file {name_or_path!r}. `dpop train` "
             f"and `dpop sft` make a folder of it, {folder_name}/ beside it; in Python, models.gguf.folder_of_gguf does."
         )
-    folder = Path(name_or_path).expanduser()
+    folder = expanded(name_or_path)
     if looks_local(name_or_path) and not any((folder / file).exists() for file in MODEL_FILES):
         raise ValueError(
             f"model: expected a folder with {' or '.join(MODEL_FILES)}, found none at {name_or_path!r}. "
@@ -34,7 +34,7 @@ def check_model_path(name_or_path: str) -> None:
 
 def is_adapter_folder(name_or_path: str) -> bool:
     """Whether the name is that of a local folder with an adapter."""
-    return (Path(name_or_path).expanduser() / ADAPTER_CONFIG).is_file()
+    return (expanded(name_or_path) / ADAPTER_CONFIG).is_file()
 
 
 def adapter_on_adapter(name_or_path: str) -> str:
@@ -51,7 +51,7 @@ def check_local_path(name_or_path: str, required_file: str) -> None:
     Raises:
         ValueError: the name is that of a local folder, and there is no such folder with this file.
     """
-    if looks_local(name_or_path) and not (Path(name_or_path).expanduser() / required_file).exists():
+    if looks_local(name_or_path) and not (expanded(name_or_path) / required_file).exists():
         raise ValueError(
             f"model: expected a folder with {required_file or 'a tokenizer'}, found none at {name_or_path!r}. "
             "Check the path (it is relative to the working directory)."
@@ -63,7 +63,7 @@ def check_trained_path(name_or_path: str) -> None:
     Raises:
         ValueError: the name is that of a local folder, and there is none, or one with neither a model nor an adapter.
     """
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     if path.is_dir():
         if not any((path / file).exists() for file in MODEL_FILES):
             raise ValueError(

@@ -38,6 +38,15 @@ def check_finite(settings: Any) -> None:
             raise ValueError(f"{name}: expected a finite number, got {value}. Give one, or leave it out.")
 
 
+def check_seed(name: str, seed: int | None) -> None:
+    """
+    Raises:
+        ValueError: it is none that numpy takes.
+    """
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"{name}: expected a whole number from 0 to {2**32 - 1}, got {seed}.")
+
+
 def check_ranges(args: "TrainingArguments") -> None:
     """
     Args:
@@ -53,6 +62,7 @@ def check_ranges(args: "TrainingArguments") -> None:
         value: Any = getattr(args, name)
         if value is not None and not value >= 0:
             raise ValueError(f"{name}: expected a number >= 0, got {value}. {remedy}")
+    check_seed("seed", args.seed)
     if args.max_steps != -1 and args.max_steps < 1:
         raise ValueError(
             f"max_steps: expected at least 1, or -1 for as many as num_train_epochs takes, got {args.max_steps}."

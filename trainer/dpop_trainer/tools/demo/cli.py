@@ -2,6 +2,8 @@
 
 from dpop_trainer.run_folder.files import check_writable
 from dpop_trainer.settings.command_parser import CommandParser
+from dpop_trainer.settings.errors import doing
+from dpop_trainer.settings.ranges import check_seed
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
 
 
@@ -17,16 +19,19 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.model and not options.chat:
         parser.error("--model: expected --chat beside it: the other demo makes its own model. Add --chat.")
+    check_seed("seed", options.seed)
     output_dir = options.output_dir or ("runs/demo-chat" if options.chat else "runs/demo")
     check_writable(output_dir)
     if options.chat:
         with under_way(LIBRARIES):
             from dpop_trainer.tools.demo.chat import run_chat_demo
 
-        run_chat_demo(output_dir, model=options.model, seed=options.seed)
+        with doing(f"running the demo in {output_dir}", output_dir):
+            run_chat_demo(output_dir, model=options.model, seed=options.seed)
     else:
         with under_way(LIBRARIES):
             from dpop_trainer.tools.demo.run import run_demo
 
-        run_demo(output_dir, seed=options.seed)
+        with doing(f"running the demo in {output_dir}", output_dir):
+            run_demo(output_dir, seed=options.seed)
     return 0

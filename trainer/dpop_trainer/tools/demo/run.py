@@ -29,6 +29,7 @@ from dpop_trainer.report.plots import plot_logratios, plot_token_shift
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.versions import versions
 from dpop_trainer.settings.config import DPOPConfig, SFTConfig
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.tools.demo.report import format_table, write_report
 from dpop_trainer.tools.demo.word_problems import Problem, build_tokenizer, final_answer, generate
 from dpop_trainer.tools.pairs.metamath import build_pairs
@@ -88,7 +89,7 @@ def run_demo(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _quiet()
     start = time.perf_counter()
-    print(f"DPO and DPOP on generated low-edit pairs (seed {seed}, {device}, results in {folder}/)")
+    say(f"DPO and DPOP on generated low-edit pairs (seed {seed}, {device}, results in {folder}/)")
 
     problems = generate(settings.num_train_problems + settings.num_eval_problems, seed)
     train_problems, eval_problems = problems[: settings.num_train_problems], problems[settings.num_train_problems :]
@@ -134,8 +135,8 @@ def run_demo(
         ("Change per token before, at and after the edit", folder / "token_shift.png"),
     ]
     write_report(summary, figures, folder / "report.html")
-    print(format_table(summary))
-    print(
+    say(format_table(summary))
+    say(
         f"{summary['seconds']:.0f} s. Written to {folder}/: summary.json, logratios.png, token_shift.png, report.html; "
         "the pairs (train_pairs.jsonl, test_pairs.jsonl) and the SFT model (sft), to go on with: dpop compare --help"
     )

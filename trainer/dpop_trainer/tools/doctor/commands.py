@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.data.truncate import check_truncation
 from dpop_trainer.settings.command_parser import CommandParser
+from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.model_paths import check_local_path
 from dpop_trainer.settings.own_process import is_own_process
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
 from dpop_trainer.settings.wording import counted
 
@@ -76,45 +78,50 @@ def inspect_pairs(argv: list[str]) -> int:
 
         if options.model is None and is_own_process():
             transformers_without_torch()
-        tokenizer = load_tokenizer(name)
-        prepare_tokenizer(tokenizer)
-        if options.chat_template_path:
-            tokenizer.chat_template = load_chat_template(options.chat_template_path)
-        from dpop_trainer.measure.stop_tokens import stop_token_ids
+        with doing(f"loading the tokenizer of {name!r}"):
+            tokenizer = load_tokenizer(name)
+            prepare_tokenizer(tokenizer)
+            if options.chat_template_path:
+                tokenizer.chat_template = load_chat_template(options.chat_template_path)
+            from dpop_trainer.measure.stop_tokens import stop_token_ids
 
-        stop_ids = stop_token_ids(_Named(load_generation_config(name)), tokenizer)
+            stop_ids = stop_token_ids(_Named(load_generation_config(name)), tokenizer)
     if options.model:
         import torch
 
         from dpop_trainer.models.loading import load_model
 
-        model = load_model(options.model).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    examination = examine_pairs(
-        options.file,
-        split=options.split,
-        config=options.config,
-        tokenizer=tokenizer,
-        model=model,
-        stop_ids=stop_ids,
-        eval_source=options.eval,
-        eval_split=options.eval_split,
-        max_length=options.max_length,
-        truncation_mode=options.truncation_mode,
-        max_scored=options.max_scored,
-        batch_size=options.batch_size,
-        num_proc=options.num_proc,
-        on_bad_record=options.on_bad_record,
-    )
+        with doing(f"loading the model {options.model!r}"):
+            model = load_model(options.model).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    with doing(f"examining {options.file}"):
+        examination = examine_pairs(
+            options.file,
+            split=options.split,
+            config=options.config,
+            tokenizer=tokenizer,
+            model=model,
+            stop_ids=stop_ids,
+            eval_source=options.eval,
+            eval_split=options.eval_split,
+            max_length=options.max_length,
+            truncation_mode=options.truncation_mode,
+            max_scored=options.max_scored,
+            batch_size=options.batch_size,
+            num_proc=options.num_proc,
+            on_bad_record=options.on_bad_record,
+        )
     out = Path(options.out or Path("runs") / "doctor" / (Path(options.file).stem or "pairs"))
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(examination, out / "doctor.json")
-    write_measures(examination, out / "measures.parquet")
-    write_report(examination, out / "report.html", tokenizer)
-    print(as_text(examination))
-    print(f"\nWritten: {out / 'report.html'}, {out / 'doctor.json'}, {out / 'measures.parquet'}")
+    with doing(f"writing the report to {out}", out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(examination, out / "doctor.json")
+        write_measures(examination, out / "measures.parquet")
+        write_report(examination, out / "report.html", tokenizer)
+    say(as_text(examination))
+    say(f"\nWritten: {out / 'report.html'}, {out / 'doctor.json'}, {out / 'measures.parquet'}")
     if options.write_clean:
-        kept = write_clean(examination, Path(options.write_clean))
-        print(f"Written: {options.write_clean} with {counted(kept, 'pair')}; {len(examination.drop):,} left out")
+        with doing(f"writing the clean pairs to {options.write_clean}", Path(options.write_clean).parent):
+            kept = write_clean(examination, Path(options.write_clean))
+        say(f"Written: {options.write_clean} with {counted(kept, 'pair')}; {len(examination.drop):,} left out")
     return 3 if examination.is_serious and not options.exit_zero else 0
 
 

@@ -17,6 +17,7 @@ from dpop_trainer.data.records import TOKEN_COLUMNS, BadRecord, raise_bad_record
 from dpop_trainer.data.tokenise import NoPairsError, OnBadRecord
 from dpop_trainer.data.truncate import TruncationMode, truncate_pair
 from dpop_trainer.measure.surface import Surface, SurfaceSample
+from dpop_trainer.settings.errors import doing
 from dpop_trainer.tools.doctor.findings import Evidence, Finding, find_all, rows_to_drop
 from dpop_trainer.tools.doctor.measure import CUT, EMPTY, FITS, Measures, fingerprints_of, measure_pairs
 from dpop_trainer.tools.doctor.pair_file import PairFile
@@ -146,8 +147,9 @@ def examine_pairs(
         ValueError: no record can be used, or with "error" one cannot (they are named), or the tokenizer does not suit
             them.
     """
-    if max_scored < 1:
-        raise ValueError(f"max_scored: expected at least 1, got {max_scored}.")
+    for name, value in (("max_scored", max_scored), ("batch_size", batch_size), ("num_proc", num_proc)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}.")
     if model is not None and tokenizer is None:
         raise ValueError("tokenizer: expected the model's tokenizer, got None.")
     pair_file = PairFile.open(source, split, config, on_bad_record=on_bad_record)
@@ -187,7 +189,8 @@ def examine_pairs(
     held_out = None
     if eval_source is not None:
         desc = "Reading evaluation pairs" if show_progress else None
-        held_out = fingerprints_of(PairFile.open(eval_source, eval_split, config), desc=desc)
+        with doing(f"reading the evaluation pairs {eval_source}"):
+            held_out = fingerprints_of(PairFile.open(eval_source, eval_split, config), desc=desc)
     surface = sample.surface()
     findings = find_all(Evidence(measures, fingerprints, held_out, max_length, notes, surface))
     scores = None

@@ -1,8 +1,6 @@
 """The options of `dpop inspect`."""
 
-from pathlib import Path
-
-from dpop_trainer.data.source_path import check_source_path
+from dpop_trainer.data.source_path import check_source_path, expanded
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.model_paths import check_trained_path
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
@@ -15,7 +13,7 @@ def main(argv: list[str]) -> int:
     check_source_path(options["pairs"])
     if options["ref_model"]:
         check_trained_path(options["ref_model"])
-    if options["out"] and Path(options["out"]).expanduser().is_file():
+    if options["out"] and expanded(options["out"]).is_file():
         raise ValueError(f"out: expected a folder, got the file {options['out']!r}. Choose another.")
     with under_way(LIBRARIES):
         from dpop_trainer.tools.inspect.inspection import run_inspect

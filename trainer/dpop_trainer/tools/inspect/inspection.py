@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.data import read_pairs, tokenise_pairs
 from dpop_trainer.data.edits import edit_regions
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.measure.pairs_under_model import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import load_trained, read_run_config
@@ -23,6 +24,8 @@ from dpop_trainer.report.plots import plot_checkpoints, plot_token_shift
 from dpop_trainer.report.token_text import token_texts
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.versions import versions
+from dpop_trainer.settings.errors import doing
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.tools.inspect.report import AnswerTokens, Inspection, PairChange, format_inspection, write_inspection
 
 
@@ -48,7 +51,7 @@ def subject_of(model: str, ref_model: str | None = None) -> Subject:
     Raises:
         ValueError: the reference is neither given nor known.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     config = read_run_config(folder)
     checkpoints = [(int(path.name.partition("-")[2]), str(path)) for path in folder.glob("checkpoint-[0-9]*")]
     return Subject(
@@ -88,35 +91,41 @@ def run_inspect(
     Raises:
         ValueError: a model or the pairs cannot be loaded, the reference is not known, or there is no pair to look at.
     """
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}.")
+    for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_worst", num_worst, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}.")
     subject = subject_of(model, ref_model)
-    folder = Path(out or model).expanduser()
+    folder = expanded(out or model)
     if out is None and not folder.is_dir():
         raise ValueError(f"out: expected a folder for the results of a model from the hub, got None for {model!r}.")
-    dataset = read_pairs(pairs)
-    rounding = as_trained(read_run_config(Path(model).expanduser()))
-    policy, tokenizer = load_trained(model, quantization_config=rounding)
-    dataset, counts = tokenise_pairs(
-        dataset.select(range(min(limit, len(dataset)))),
-        tokenizer,
-        max_length=max_length or subject.max_length,
-        truncation_mode=subject.truncation_mode,  # type: ignore[arg-type]
-    )
-    print(counts.summary())
+    with doing(f"reading the pairs {pairs}"):
+        dataset = read_pairs(pairs)
+    with doing(f"loading the model {model!r}"):
+        rounding = as_trained(read_run_config(expanded(model)))
+        policy, tokenizer = load_trained(model, quantization_config=rounding)
+    with doing(f"tokenising the pairs {pairs}"):
+        dataset, counts = tokenise_pairs(
+            dataset.select(range(min(limit, len(dataset)))),
+            tokenizer,
+            max_length=max_length or subject.max_length,
+            truncation_mode=subject.truncation_mode,  # type: ignore[arg-type]
+        )
+    say(counts.summary())
 
     score: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "batch_size": batch_size}
-    policy_logps = pair_token_logps(policy, dataset, desc="Policy", **score)
+    with doing(f"scoring the pairs {pairs} under {model!r}"):
+        policy_logps = pair_token_logps(policy, dataset, desc="Policy", **score)
     del policy
     gc.collect()
-    ref_logps = pair_token_logps(subject.reference.load(), dataset, desc="Reference", **score)
+    with doing(f"scoring the pairs {pairs} under the reference {subject.reference.shown!r}"):
+        ref_logps = pair_token_logps(subject.reference.load(), dataset, desc="Reference", **score)
     history = {}
     for step, path in subject.checkpoints if checkpoints else []:
         gc.collect()
-        logps = pair_token_logps(
-            load_trained(path, quantization_config=rounding).model, dataset, desc=f"Checkpoint {step}", **score
-        )
+        with doing(f"scoring the pairs {pairs} under the checkpoint {path}"):
+            logps = pair_token_logps(
+                load_trained(path, quantization_config=rounding).model, dataset, desc=f"Checkpoint {step}", **score
+            )
         history[step] = evaluate_pairs(logps, ref_logps, dataset)
 
     inspection = Inspection(
@@ -128,9 +137,10 @@ def run_inspect(
         history=history,
         worst=_worst(policy_logps, ref_logps, dataset, tokenizer, num_worst),
     )
-    _write(inspection, folder)
-    print(format_inspection(inspection))
-    print(f"Written to {folder}/: inspect.json, inspect.html and its figures")
+    with doing(f"writing to {folder}", folder):
+        _write(inspection, folder)
+    say(format_inspection(inspection))
+    say(f"Written to {folder}/: inspect.json, inspect.html and its figures")
     return inspection
 
 

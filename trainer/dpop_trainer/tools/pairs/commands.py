@@ -1,11 +1,13 @@
 """`dpop pairs build` and `dpop pairs inspect` as the command line calls them."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from dpop_trainer.settings.command_parser import CommandParser, did_you_mean
+from dpop_trainer.settings.errors import doing
+from dpop_trainer.settings.terminal import say
 
 USAGE = """usage: dpop pairs COMMAND [options]
 
@@ -24,12 +26,12 @@ USAGE = """usage: dpop pairs COMMAND [options]
 def run(argv: list[str]) -> int:
     """-> exit code: 0 done, 2 wrong usage, 3 (inspect) something serious was found."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        say(USAGE)
         return 0
     command = COMMANDS.get(argv[0])
     if command is None:
         hint = did_you_mean(argv[0], COMMANDS)
-        print(f"dpop pairs: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}.{hint}\n\n{USAGE}", file=sys.stderr)
+        say(f"dpop pairs: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}.{hint}\n\n{USAGE}", is_problem=True)
         return 2
     return command(argv[1:])
 
@@ -56,18 +58,20 @@ def build(argv: list[str]) -> int:
     own_options = {field.name: options.pop(field.name) for field in fields(recipe)}  # type: ignore[arg-type]
     from dpop_trainer.tools.pairs.build import build_file
 
-    counts = build_file(recipe(**own_options), options.pop("source"), options["out"], **_without(options, "out"))
-    print(counts)
+    source, out = options.pop("source"), options.pop("out")
+    with doing(f"building pairs of {source} in {out}", Path(out).parent):
+        counts = build_file(recipe(**own_options), source, out, **options)
+    say(counts)
     for detail in counts.details():
-        print(f"  {detail}")
+        say(f"  {detail}")
     from dpop_trainer.measure.surface import SURFACE_REMEDY  # numpy: not before the file is found
 
     surface = counts.surface
     if surface is not None and surface.gives_away:
-        print(f"WARNING: {surface}.\n  {SURFACE_REMEDY}")
+        say(f"WARNING: {surface}.\n  {SURFACE_REMEDY}")
     else:
-        print(f"Surface: {surface}.")
-    print(f"Written: {options['out']}")
+        say(f"Surface: {surface}.")
+    say(f"Written: {out}")
     return 0
 
 
@@ -100,10 +104,6 @@ def _add_build_options(parser: CommandParser) -> None:
 def _help(text: str, default: Any) -> str:
     text = text.replace("%", "%%")
     return f"{text} (default {default})" if default not in ("", None) else text
-
-
-def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in names}
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"build": build, "inspect": inspect}

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpop_trainer.data.read_json import PlacedRecord, read_json_records
 from dpop_trainer.data.records import BadRecord
-from dpop_trainer.data.source_path import check_source_path, is_json
+from dpop_trainer.data.source_path import check_source_path, expanded, is_json
 
 Item = PlacedRecord | BadRecord
 
@@ -53,7 +53,7 @@ def open_source(source: str, *, split: str = "train", config: str | None = None)
         ValueError: the file is of another kind, or cannot be read.
     """
     check_source_path(source, split)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if is_json(path):
         opened = Source(path.name, path, path.stat().st_size, "B")
         opened.items = read_json_records(path, on_position=opened.reached)

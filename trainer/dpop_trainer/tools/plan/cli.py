@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments, check_arguments
+from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.own_process import hidden, is_own_process
 from dpop_trainer.settings.run_parser import RunParser
 from dpop_trainer.settings.source_classes import class_from_source
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
 from dpop_trainer.tools.plan.arguments import PlanArguments
 from dpop_trainer.tools.plan.devices import find_device
@@ -32,17 +34,18 @@ def main(argv: list[str]) -> int:
 
         show("Building the model without its weights")
         model, data, config, plan = parse_plan(argv)
-        planner, choice, notes = make_planner(model, data, config, plan)
-        planner.show = show
-        asked = planner.outcome(choice)
-        if plan.sharding == "auto" and plan.devices > 1 and not asked.fits:
-            asked = planner.outcome(replace(choice, sharding="fsdp2"))
-        found = search(planner, asked) if plan.search else None
-        longest = longest_pair(planner, asked.choice) if plan.search and planner.run.budget is None else None
+        with doing(f"planning a run of {model.model_name_or_path!r}"):
+            planner, choice, notes = make_planner(model, data, config, plan)
+            planner.show = show
+            asked = planner.outcome(choice)
+            if plan.sharding == "auto" and plan.devices > 1 and not asked.fits:
+                asked = planner.outcome(replace(choice, sharding="fsdp2"))
+            found = search(planner, asked) if plan.search else None
+            longest = longest_pair(planner, asked.choice) if plan.search and planner.run.budget is None else None
     if plan.json:
-        print(json.dumps(as_json(planner, asked, found, longest, notes), indent=2))
+        say(json.dumps(as_json(planner, asked, found, longest, notes), indent=2))
     else:
-        print(as_text(planner, asked, found, longest, notes))
+        say(as_text(planner, asked, found, longest, notes))
     return 0 if asked.fits else DOES_NOT_FIT
 
 

@@ -1,7 +1,6 @@
 """From the arguments of a run to what is planned: its model, its pairs, and the setting that was asked for."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +8,14 @@ from peft import LoraConfig, PeftConfig
 
 from dpop_kernels import needs_reference
 from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.inputs.data_sets import load_train_data, train_paths
 from dpop_trainer.inputs.model_setup import check_bits, init_kwargs, lora_config
 from dpop_trainer.models.adapters import find_adapter_base
 from dpop_trainer.models.dtypes import autocast_dtype, named_dtype
 from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
+from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.model_paths import adapter_on_adapter, is_adapter_folder
 from dpop_trainer.tools.plan.arguments import PlanArguments
 from dpop_trainer.tools.plan.batches import Pairs, of_statistics, worst_case
@@ -152,7 +153,8 @@ def _pairs(model: ModelArguments, data: DataArguments, config: PlanConfig, plan:
         )
     if not _is_at_hand(data) and plan.data is None:
         return worst_case(config.max_length or DEFAULT_LENGTH, num_pairs=plan.num_pairs)
-    dataset = load_train_data(replace(data, streaming=False), config)
+    with doing(f"reading the pairs {', '.join(train_paths(data))}"):
+        dataset = load_train_data(replace(data, streaming=False), config)
     num_pairs = len(dataset)
     tokenizer_name = plan.tokenizer or str(model.model_name_or_path)
     tokenizer = load_tokenizer(
@@ -184,7 +186,7 @@ def _pairs(model: ModelArguments, data: DataArguments, config: PlanConfig, plan:
 def _is_at_hand(data: DataArguments) -> bool:
     """Whether pairs are named, all of them on this machine: from the hub they are fetched where --data asks for it."""
     names = train_paths(data)
-    return bool(names) and all(Path(name).expanduser().exists() for name in names)
+    return bool(names) and all(expanded(name).exists() for name in names)
 
 
 def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArguments) -> list[str]:

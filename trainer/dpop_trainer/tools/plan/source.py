@@ -11,6 +11,7 @@ import huggingface_hub
 from rapidfuzz import process
 from transformers import AutoConfig, PreTrainedConfig
 
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.models.adapters import find_adapter_base
 from dpop_trainer.settings.model_paths import check_model_path, is_adapter_folder
 from dpop_trainer.tools.plan.known_models import HUB_IDS, SHAPES, known_config, known_name
@@ -41,7 +42,7 @@ def find_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     Raises:
         ValueError: there is no such model; names the close ones.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return ModelSource(_from_file(path), f"{name}")
     if (path / "config.json").is_file():
@@ -68,7 +69,7 @@ def _from_file(path: Path) -> PreTrainedConfig:
     try:
         values = json.loads(path.read_text())
         return AutoConfig.for_model(**values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"model: expected a config.json of transformers, got {str(path)!r}. {error}") from error
 
 
@@ -87,8 +88,8 @@ def _from_hub(name: str, revision: str | None, trust_remote_code: bool) -> PreTr
 def _loaded(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _unknown(name, str(error).splitlines()[0]) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _unknown(name, f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
 def _hub_answers() -> bool:

@@ -3,7 +3,9 @@
 from itertools import groupby
 
 from dpop_trainer.settings.command_parser import CommandParser
+from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.recipes import STARTED_BY, copy_recipes, list_recipes, recipe_file
+from dpop_trainer.settings.terminal import say
 
 
 def main(argv: list[str]) -> int:
@@ -13,12 +15,13 @@ def main(argv: list[str]) -> int:
     what.add_argument("--copy", metavar="DIR", help="copy all of them to this folder, to edit; overwrites nothing")
     options = parser.parse_args(argv)
     if options.path is not None:
-        print(recipe_file(options.path))
+        say(recipe_file(options.path))
     elif options.copy is not None:
-        count = copy_recipes(options.copy)
-        print(f"{count} files in {options.copy}. Edit one, then: dpop train --config {options.copy}/lora.yaml")
+        with doing(f"copying the recipes to {options.copy}", options.copy):
+            count = copy_recipes(options.copy)
+        say(f"{count} files in {options.copy}. Edit one, then: dpop train --config {options.copy}/lora.yaml")
     else:
-        print(_listing())
+        say(_listing())
     return 0
 
 
