@@ -192,6 +192,66 @@ def test_missing_answers_are_named(tmp_path, questions_file, start_judge):
         judged(tmp_path / "empty", questions_file, judge)
 
 
+JUDGMENT = {
+    "question_id": 81,
+    "model": "m",
+    "judge": ["gpt-x", "single-v1"],
+    "user_prompt": "?",
+    "judgment": "[[5]]",
+    "score": 5,
+    "turn": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"question_id": [81]},
+        {"question_id": None},
+        {"model": 3},
+        {"judge": "gpt-x"},
+        {"judge": ["gpt-x"]},
+        {"judge": ["gpt-x", "single-v1", "more"]},
+        {"judge": {"a": 1, "b": 2}},
+        {"user_prompt": None},
+        {"score": "5"},
+        {"score": None},
+        {"score": True},
+        {"score": 11},
+        {"score": float("nan")},
+        {"turn": 3},
+        {"turn": "1"},
+    ],
+    ids=str,
+)
+def test_judgments_of_another_shape_are_named(answered, questions_file, start_judge, change):
+    path = answered / "model_judgment" / "gpt-x_single.jsonl"
+    append_records(path, [{**JUDGMENT, **change}, JUDGMENT])
+    judge = start_judge(lambda number, body: says("[[3]]"))
+    with pytest.raises(ValueError, match=r"gpt-x_single\.jsonl, line 1: expected a judgment with model, question_id"):
+        judged(answered, questions_file, judge)
+    assert judge.requests == []
+
+
+def test_less_than_one_worker_is_none(answered, questions_file, start_judge):
+    judge = start_judge(lambda number, body: says("[[3]]"))
+    with pytest.raises(ValueError, match="workers: expected at least 1 request at a time, got 0"):
+        run_judge(
+            questions=str(questions_file), out=str(answered), models=None, endpoint=endpoint_of(judge)[0], workers=0
+        )
+
+
+@pytest.mark.parametrize(
+    "template", ["{verdict}", "{question.__class__}", "{question:99999999999}", "{question!r}", "{}", "{0}", "{", "", 3]
+)
+def test_a_prompt_that_says_more_than_its_fields_is_refused(tmp_path, template):
+    path = tmp_path / "judge_prompts.jsonl"
+    records = [{"name": name, "system_prompt": "", "prompt_template": template} for name in FASTCHAT_NAMES]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(ValueError, match=r"prompt_file: expected (fields among|texts in) .*'single-v1' (of|in) judge"):
+        load_prompts(str(path))
+
+
 @pytest.mark.parametrize(
     ("text", "rating"),
     [

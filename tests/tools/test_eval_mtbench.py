@@ -13,6 +13,11 @@ from judges import write_questions
 TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}<assistant> "
 
 
+ODD = ["null", "true", "1.5", "[1]", '{"a": 1}']
+NO_TEXTS = ["null", "1", '"a"', "{}", "[1]", '[["a"]]', '["a", null]']
+GOOD = '{"turns": ["a"]}'
+
+
 @pytest.fixture
 def questions_file(tmp_path):
     return write_questions(tmp_path / "question.jsonl")
@@ -111,7 +116,19 @@ def test_a_model_without_a_chat_template_is_refused_before_it_is_loaded(answerin
     ("text", "message"),
     [
         ('{"question_id": 1, "turns": []}', "line 1: turns: expected a list of texts"),
-        ('{"turns": ["a"]}', "question_id: expected a number or a text, got none"),
+        ('{"turns": ["a"]}', "question_id: expected a whole number or a text, got none"),
+        *(
+            (f'{{"question_id": {odd}, "turns": ["a"]}}', "question_id: expected a whole number or a text")
+            for odd in ODD
+        ),
+        *((f'{{"question_id": 1, "turns": {odd}}}', "line 1: turns: expected a list of texts") for odd in NO_TEXTS),
+        *(
+            (f'{{"question_id": 1, "turns": ["a"], "reference": {odd}}}', "reference: expected a list of texts, one")
+            for odd in NO_TEXTS
+            if odd != "null"
+        ),
+        ('{"question_id": 1, "turns": ["a"], "category": ["math"]}', "category: expected a text, got"),
+        ('{"question_id": 1, "turns": ["\\ud800"]}', "turns: expected a list of texts"),
         ('{"question_id": 1, "turns": ["a"]}\n{"question_id": 1, "turns": ["b"]}', "1 repeated ids"),
         ("", "expected at least one question"),
         ("{", "line 1: expected a JSON object"),
@@ -121,6 +138,34 @@ def test_bad_questions_are_named(tmp_path, text, message):
     (tmp_path / "question.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_questions(tmp_path / "question.jsonl")
+
+
+@pytest.mark.parametrize(
+    "choices", ['"ab"', "{}", "[]", "[1]", '[{"turns": "ab"}]', '[{"turns": [1]}]', '[{"turns": null}]', "null"]
+)
+def test_answers_of_another_shape_are_named(tmp_path, choices):
+    path = tmp_path / "m.jsonl"
+    for record in (f'{{"question_id": 1, "choices": {choices}}}', f'{{"question_id": {choices}, "choices": [{GOOD}]}}'):
+        path.write_text(record + "\n" + record + "\n")  # of which the last may have been cut short
+        if choices == '"ab"' and GOOD in record:
+            assert list(read_answers(path)) == ["ab"]
+            continue
+        with pytest.raises(ValueError, match=r"m\.jsonl, line 1: expected an answer with question_id and choices"):
+            read_answers(path)
+
+
+def test_a_name_or_a_count_that_cannot_be_is_refused_before_the_model(answering, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(answer_module, "load_trained", None)
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff{{ messages }}")
+    for flag, value, message in (
+        ("--model_id", "..", "model_id: expected the name of a file, got '..'"),
+        ("--model_id", "a/b", "model_id: expected the name of a file, got 'a/b'"),
+        ("--limit", "-1", "limit: expected at least 1 question, got -1"),
+        ("--num_choices", "0", "num_choices, batch_size: expected at least 1"),
+        ("--chat_template", str(tmp_path / "bytes.jinja"), "chat_template: expected a Jinja file in UTF-8, got"),
+    ):
+        assert main([*answering, flag, value]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):

@@ -52,15 +52,39 @@ def test_redirects_are_not_followed(start_judge):
     ("kwargs", "message"),
     [
         ({"url": "localhost:8000"}, "endpoint: expected a URL"),
-        ({"url": "http://[::1/v1"}, "endpoint: expected a URL"),
+        *(
+            ({"url": url}, "endpoint: expected a URL such as")
+            for url in (
+                "http://[::1/v1",
+                "http://host:port/v1",
+                "http://host:99999/v1",
+                "http://host:-1/v1",
+                "http://host:0/v1",
+                "http://ho\x1bst/v1",
+                "http://host/v1\n",
+                "http://ho\udcffst/v1",
+                "http:///v1",
+                "file:///v1",
+                "http://" + "a" * 70_000,
+                "http://host/v1?a=1",
+                "http://host/v1#a",
+                "",
+            )
+        ),
         ({"url": "https://sk-1:x@host/v1"}, "expected a URL without a key"),
         ({"url": "http://host/v1", "api_key_env": "NO_SUCH_KEY"}, r"expected a key in \$NO_SUCH_KEY"),
+        ({"url": "http://host/v1", "api_key_env": "sk-0a1"}, r"expected the name of an environment variable"),
         ({"url": "http://host/v1", "max_attempts": 0}, "expected at least 1 try"),
+        *(
+            ({"url": "http://host/v1", "timeout": timeout}, "more than 0 seconds")
+            for timeout in (0.0, -1.0, float("nan"), float("inf"), 1e9)
+        ),
     ],
 )
 def test_bad_endpoints_are_named(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         Endpoint(model="gpt-x", **kwargs)
+    assert not any(key in str(caught.value) for key in ("sk-1", "sk-0a1", "a=1"))  # which may be a key
 
 
 DRIPS = {

@@ -12,10 +12,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, set_seed
 
+from dpop_trainer.data.source_path import expanded
+from dpop_trainer.data.templates import TEMPLATE_ERRORS, render_within
 from dpop_trainer.measure.stop_tokens import stop_token_ids, until_stop
 from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.trained import TrainedModel, fingerprint, load_trained, load_trained_tokenizer
+from dpop_trainer.run_folder.contents import read_record
 from dpop_trainer.run_folder.files import write_atomically
+from dpop_trainer.settings.errors import doing
+from dpop_trainer.settings.terminal import printable, say
 from dpop_trainer.tools.mtbench.files import Question, append_records, read_answers, read_questions, write_records
 
 # FastChat's sampling temperature for each category
@@ -70,10 +75,7 @@ class Generator:
     @torch.no_grad()
     def reply(self, conversations: list[list[dict[str, str]]], temperature: float) -> list[str]:
         """The assistant's next message in each conversation. A temperature of 0 is greedy."""
-        rows: list[list[int]] = [
-            self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-            for messages in conversations
-        ]
+        rows = [self._rendered(messages) for messages in conversations]
         replies = [""] * len(rows)
         fitting = [i for i, row in enumerate(rows) if self._context_length is None or len(row) < self._context_length]
         self.counts["answers left empty: the conversation fills the model's context"] += len(rows) - len(fitting)
@@ -81,6 +83,21 @@ class Generator:
             for i, reply in zip(fitting, self._generate([rows[i] for i in fitting], temperature), strict=True):
                 replies[i] = reply
         return replies
+
+    def _rendered(self, messages: list[dict[str, str]]) -> list[int]:
+        """
+        Raises:
+            ValueError: the chat template refuses the conversation, or takes more than it may.
+        """
+        options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
+        try:
+            text = render_within(lambda: str(self._tokenizer.apply_chat_template(messages, **options)))
+        except TEMPLATE_ERRORS as error:
+            raise ValueError(
+                f"chat_template: expected one that renders a conversation of {len(messages)} turns, got its error: "
+                f"{error}. Name another with --chat_template."
+            ) from error
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _generate(self, rows: list[list[int]], temperature: float) -> list[str]:
         length = max(len(row) for row in rows)
@@ -137,33 +154,37 @@ def run_answer(
     asked = read_questions(questions)[:limit]
     if settings.max_new_tokens < 1 or settings.num_choices < 1 or settings.batch_size < 1:
         raise ValueError(f"max_new_tokens, num_choices, batch_size: expected at least 1, got {settings}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected at least 1 question, got {limit}.")
     model_id = model_id or Path(model.rstrip("/\\")).name
-    if "/" in model_id:
-        raise ValueError(f"model_id: expected the name of a file, got {model_id!r} with a slash.")
+    if "/" in model_id or "\0" in model_id or not model_id.strip("."):
+        raise ValueError(f"model_id: expected the name of a file, got {model_id!r}. Give one with --model_id.")
     path = Path(out) / "model_answer" / f"{model_id}.jsonl"
     base = adapter_base(model)
     _with_chat_template(load_trained_tokenizer(model, base), settings)
     _check_made_with(path, {"model": fingerprint(model), **_deciding(settings)})
     known = read_answers(path) if path.exists() else {}
     missing = [question for question in asked if question.question_id not in known]
-    print(f"{model_id}: {len(asked)} questions, {len(asked) - len(missing)} answered before.", flush=True)
+    say(f"{model_id}: {len(asked)} questions, {len(asked) - len(missing)} answered before.")
     if missing:
-        trained = load_trained(
-            model,
-            init_kwargs={
-                name: value
-                for name, value in {
-                    "dtype": settings.dtype,
-                    "device_map": settings.device_map,
-                    "trust_remote_code": settings.trust_remote_code or None,
-                }.items()
-                if value is not None
-            },
-            device=settings.device,
-        )
+        init_kwargs = {
+            "dtype": settings.dtype,
+            "device_map": settings.device_map,
+            "trust_remote_code": settings.trust_remote_code or None,
+        }
+        with doing(f"loading {model}"):
+            trained = load_trained(
+                model,
+                init_kwargs={name: value for name, value in init_kwargs.items() if value is not None},
+                device=settings.device,
+            )
         _with_chat_template(trained.tokenizer, settings)
         generator = Generator(trained, settings.max_new_tokens)
-        with tqdm(total=len(asked), initial=len(asked) - len(missing), desc=model_id, unit="question") as bar:
+        num_done = len(asked) - len(missing)
+        with (
+            doing(f"answering with {model}", path.parent),
+            tqdm(total=len(asked), initial=num_done, desc=printable(model_id), unit="question") as bar,
+        ):
             # batches are made of all questions, so that a resumed run draws the same samples
             for batch in _batches(asked, settings.batch_size):
                 batch = [question for question in batch if question.question_id not in known]
@@ -177,8 +198,8 @@ def run_answer(
         write_records(path, [answers[question_id] for question_id in order + others])
         for what, count in generator.counts.items():
             if count:
-                print(f"{count} {what}.")
-    print(f"Written: {path}")
+                say(f"{count} {what}.")
+    say(f"Written: {path}")
     return path
 
 
@@ -231,10 +252,10 @@ def _batches(questions: list[Question], batch_size: int) -> list[list[Question]]
 
 def _with_chat_template(tokenizer: Any, settings: AnswerSettings) -> None:
     if settings.chat_template is not None:
-        file = Path(settings.chat_template).expanduser()
+        file = expanded(settings.chat_template)
         if not file.is_file():
             raise ValueError(f"chat_template: expected a Jinja file, found none at {settings.chat_template!r}.")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        tokenizer.chat_template = _template_of(file)
     if tokenizer.chat_template is None:
         raise ValueError(
             "chat_template: expected a tokenizer with a chat template, got one without: MT-Bench is a conversation. "
@@ -245,17 +266,21 @@ def _with_chat_template(tokenizer: Any, settings: AnswerSettings) -> None:
 def _deciding(settings: AnswerSettings) -> dict[str, Any]:
     values = {name: asdict(settings)[name] for name in ("max_new_tokens", "num_choices", "dtype")}
     template = settings.chat_template
-    return {
-        **values,
-        "chat_template": None if template is None else Path(template).expanduser().read_text(encoding="utf-8"),
-    }
+    return {**values, "chat_template": None if template is None else _template_of(expanded(template))}
+
+
+def _template_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template: expected a Jinja file in UTF-8, got {str(file)!r} ({error}).") from error
 
 
 def _check_made_with(path: Path, key: dict[str, Any]) -> None:
     """Beside the answers lies what they were made with, so that a file never mixes two models."""
     note = path.with_suffix(".made_with.json")
     if path.exists():
-        found = json.loads(note.read_text()) if note.exists() else {}
+        found = read_record(note) or {}
         different = sorted(name for name in key if name not in found or found[name] != key[name])
         if different:
             raise ValueError(

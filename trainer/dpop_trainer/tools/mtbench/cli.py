@@ -1,11 +1,12 @@
 """The options of `dpop mtbench answer` and `dpop mtbench judge`."""
 
 import json
-import sys
 from pathlib import Path
 
 from dpop_trainer.settings.command_parser import CommandParser
+from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.model_paths import check_trained_path
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
 from dpop_trainer.tools.mtbench.files import read_questions
 
@@ -33,7 +34,7 @@ def _judge(options: dict) -> int:
 
     try:
         request_fields = json.loads(options.pop("request_fields"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"request_fields: expected a JSON object, got a syntax error ({error}).") from error
     if not isinstance(request_fields, dict):
         raise ValueError(f"request_fields: expected a JSON object, got {request_fields!r}.")
@@ -45,12 +46,13 @@ def _judge(options: dict) -> int:
         max_attempts=options.pop("max_attempts"),
         request_fields=request_fields,
     )
-    report = run_judge(endpoint=endpoint, **options)
-    print("\n" + (Path(options["out"]) / f"scores_{file_stem(endpoint.model)}.md").read_text(encoding="utf-8"))
+    with doing(f"having the answers in {options['out']} judged by {endpoint.url}", options["out"]):
+        report = run_judge(endpoint=endpoint, **options)
+    say("\n" + (Path(options["out"]) / f"scores_{file_stem(endpoint.model)}.md").read_text(encoding="utf-8"))
     if report.failures:
-        print("Missing, and asked for again by the same command:", file=sys.stderr)
+        say("Missing, and asked for again by the same command:", is_problem=True)
         for failure in report.failures[:10]:
-            print(f"  {failure}", file=sys.stderr)
+            say(f"  {failure}", is_problem=True)
         return 1
     return 0
 

@@ -5,6 +5,7 @@ import email.utils
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 # the key, the address or the model's name is wrong: every request will fail
 FATAL = (300, 301, 302, 303, 307, 308, 401, 403, 404, 405)
 LONGEST_WAIT = 120.0  # seconds
+LONGEST_TIMEOUT = 86400.0
 LONGEST_REPLY = 16 << 20
 """Bytes, of which a judgment with all that its model thought takes a few hundred thousand."""
 
@@ -58,17 +60,13 @@ class Endpoint:
     sleep: Callable[[float], Any] | None = None
 
     def __post_init__(self) -> None:
-        try:
-            url = httpx2.URL(self.url)
-        except httpx2.InvalidURL:
-            url = httpx2.URL()
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ValueError(f"endpoint: expected a URL such as http://localhost:8000/v1, got {self.url!r}.")
-        if url.userinfo:
-            raise ValueError(
-                "endpoint: expected a URL without a key in it. Name an environment variable: --api_key_env."
-            )
+        _check_url(self.url)
         if self.api_key_env is not None:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):  # which may be the key itself
+                raise ValueError(
+                    "api_key_env: expected the name of an environment variable (letters, digits and _), got something "
+                    "else. Put the key into one, and give its name."
+                )
             key = os.environ.get(self.api_key_env)
             if not key:
                 raise ValueError(f"api_key_env: expected a key in ${self.api_key_env}, found it empty or not set.")
@@ -77,10 +75,10 @@ class Endpoint:
                     f"api_key_env: expected a key of letters, digits and signs in ${self.api_key_env}, got one with a "
                     "blank, a line's end or another character that no key has. Set it anew."
                 )
-        if self.max_attempts < 1 or self.timeout <= 0:
+        if self.max_attempts < 1 or not 0 < self.timeout <= LONGEST_TIMEOUT:
             raise ValueError(
-                f"max_attempts, timeout: expected at least 1 try and more than 0 seconds, got {self.max_attempts} and "
-                f"{self.timeout}."
+                f"max_attempts, timeout: expected at least 1 try and more than 0 seconds, at most {LONGEST_TIMEOUT:g}, "
+                f"got {self.max_attempts} and {self.timeout}."
             )
 
     def chat(self, messages: list[dict[str, str]], *, stop: threading.Event | None = None) -> str:
@@ -176,6 +174,30 @@ class _Reply(NamedTuple):
 
 class _NonsenseError(Exception):
     """A reply that is not a chat completion."""
+
+
+def _check_url(text: str) -> None:
+    """
+    Raises:
+        ValueError: no request can be sent there.
+    """
+    try:
+        url = httpx2.URL(text)
+        port = url.port
+    except (httpx2.InvalidURL, ValueError):  # a port of letters, half of a surrogate pair
+        url, port = httpx2.URL(), None
+    is_whole = url.scheme in ("http", "https") and url.host and (port is None or 0 < port < 2**16)
+    if is_whole and url.userinfo:
+        raise ValueError("endpoint: expected a URL without a key in it. Name an environment variable: --api_key_env.")
+    if not is_whole or url.query or url.fragment:
+        raise ValueError(
+            f"endpoint: expected a URL such as http://localhost:8000/v1, without ? and #, got {_shown_url(text)!r}."
+        )
+
+
+def _shown_url(text: str) -> str:
+    """Without what may be a key in it, and not all of one without an end."""
+    return re.sub(r"(?<=//)[^/@]*@|[?#].*", "...", text)[:200]
 
 
 def _retry_after(reply: _Reply) -> float | None:

@@ -12,15 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
+from dpop_trainer.report.markdown import plain, table
 from dpop_trainer.run_folder.files import write_atomically
+from dpop_trainer.settings.terminal import printable, say
 from dpop_trainer.tools.mtbench.endpoint import Endpoint, EndpointError, JudgeError
 from dpop_trainer.tools.mtbench.files import (
+    NO_SCORE,
     REFERENCE_CATEGORIES,
     Question,
     append_records,
     read_answers,
+    read_judgments,
     read_questions,
-    read_records,
     read_references,
     write_records,
 )
@@ -28,7 +31,6 @@ from dpop_trainer.tools.mtbench.prompts import JudgePrompt, JudgePrompts, load_p
 
 # the last one counts: judges think aloud before they decide
 RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
-NO_SCORE = -1  # FastChat's mark of a judgment without a rating, which it leaves out of means
 
 
 class Judging(NamedTuple):
@@ -90,6 +92,8 @@ def run_judge(
         ValueError: a file is missing or cannot be used.
         EndpointError: the endpoint refuses every request. What was judged before is kept.
     """
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1 request at a time, got {workers}.")
     asked, prompts = read_questions(questions), load_prompts(prompt_file)
     references = read_references(reference_file) if reference_file else {}
     asked = [
@@ -113,10 +117,10 @@ def run_judge(
     missing = [judging for judging in wanted if judging.key(endpoint.model) not in kept]
     without = sum(q.category in REFERENCE_CATEGORIES and q.reference is None for q in asked)
     if without:
-        print(f"{without} questions on {', '.join(REFERENCE_CATEGORIES)} have no reference answer: graded without.")
+        say(f"{without} questions on {', '.join(REFERENCE_CATEGORIES)} have no reference answer: graded without.")
     if unanswered:
-        print(f"{unanswered} questions have no answer and are left out.")
-    print(f"{len(wanted)} judgments, {len(wanted) - len(missing)} made before.", flush=True)
+        say(f"{unanswered} questions have no answer and are left out.")
+    say(f"{len(wanted)} judgments, {len(wanted) - len(missing)} made before.")
     failures = _ask(missing, endpoint, path, workers) if missing else []
     kept = _kept(path)
     scores = _scores(wanted, kept, endpoint.model)
@@ -137,15 +141,14 @@ def scores_as_markdown(scores: dict[str, Any]) -> str:
     """Mean scores by model and category."""
     categories = list(dict.fromkeys(name for model in scores["models"].values() for name in model["categories"]))
     header = ["model", "first turn", "second turn", "both", *categories]
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---"] * len(header)) + " |"]
+    rows = []
     for name, model in scores["models"].items():
         cells = [_cell(model[part]) for part in ("first_turn", "second_turn", "both")]
         cells += [_cell(model["categories"].get(category)) for category in categories]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    text = f"# MT-Bench, judged by {scores['judge']}\n\n" + "\n".join(lines)
-    text += (
-        f"\n\nMean grade from 1 to 10 ± one standard error (number of grades). Prompts: {', '.join(scores['prompts'])}."
-    )
+        rows.append([name, *cells])
+    text = f"# MT-Bench, judged by {plain(scores['judge'])}\n\n{table(header, rows)}"
+    prompts = plain(", ".join(scores["prompts"]))
+    text += f"\n\nMean grade from 1 to 10 ± one standard error (number of grades). Prompts: {prompts}."
     return text + "".join(f"\n\n{note}" for note in scores["notes"]) + "\n"
 
 
@@ -190,8 +193,8 @@ def _ask(missing: list[Judging], endpoint: Endpoint, path: Path, workers: int) -
         return f"{judging.model}, question {judging.question.question_id}, turn {judging.turn}"
 
     with (
-        ThreadPoolExecutor(max_workers=max(1, workers)) as pool,
-        tqdm(total=len(missing), desc=endpoint.model, unit="judgment") as bar,
+        ThreadPoolExecutor(max_workers=workers) as pool,
+        tqdm(total=len(missing), desc=printable(endpoint.model), unit="judgment") as bar,
     ):
         futures = {pool.submit(ask, judging): judging for judging in missing}
         try:
@@ -239,7 +242,7 @@ def _kept(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     if not path.exists():
         return {}
     records = {}
-    for _, record in read_records(path, "judgments", may_end_early=True):
+    for record in read_judgments(path):
         judge_model, prompt = record["judge"]
         key = (record["model"], record["question_id"], record["turn"], judge_model, prompt, record["user_prompt"])
         if key not in records or record["score"] != NO_SCORE:

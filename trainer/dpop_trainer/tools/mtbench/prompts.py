@@ -5,7 +5,8 @@ are not comparable, so every judgment carries the name of its prompt.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from string import Formatter
+from typing import Any, NamedTuple
 
 from dpop_trainer.tools.mtbench.files import read_records
 
@@ -39,6 +40,7 @@ class JudgePrompts(NamedTuple):
         return self[2 * (turn - 1) + int(with_reference)]
 
 
+_FIELDS = ("question", "answer", "question_1", "answer_1", "question_2", "answer_2", "ref_answer_1", "ref_answer_2")
 # FastChat's names for them
 FASTCHAT_NAMES = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
 
@@ -84,21 +86,23 @@ def load_prompts(path: str | None) -> JudgePrompts:
     missing = [name for name in FASTCHAT_NAMES if name not in found]
     if missing:
         raise ValueError(f"prompt_file: expected the prompts {', '.join(FASTCHAT_NAMES)}, {path!r} lacks {missing}.")
-    prompts = JudgePrompts(
-        *(
-            JudgePrompt(name, str(found[name].get("system_prompt", "")), str(found[name].get("prompt_template", "")))
-            for name in FASTCHAT_NAMES
-        )
-    )
-    fields = dict.fromkeys(
-        ("question", "answer", "question_1", "answer_1", "question_2", "answer_2", "ref_answer_1", "ref_answer_2"), ""
-    )
-    for prompt in prompts:
-        try:
-            prompt.template.format(**fields)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"prompt_file: expected fields among {', '.join(fields)} in {prompt.name!r} of {Path(path).name}, got "
-                f"{error}."
-            ) from error
-    return prompts
+    return JudgePrompts(*(_prompt(name, found[name], Path(path).name) for name in FASTCHAT_NAMES))
+
+
+def _prompt(name: str, record: dict[str, Any], file: str) -> JudgePrompt:
+    """
+    Raises:
+        ValueError: there is no template, or it has another field than those that are filled, or says how wide one is.
+    """
+    system, template = record.get("system_prompt", ""), record.get("prompt_template")
+    if not isinstance(system, str) or not isinstance(template, str) or not template:
+        raise ValueError(f"prompt_file: expected texts in system_prompt and prompt_template of {name!r} in {file}.")
+    try:
+        for _, field, width, conversion in Formatter().parse(template):
+            if field is not None and (field not in _FIELDS or width or conversion):
+                raise ValueError(repr(":".join(filter(None, [field, width]))))
+    except ValueError as error:
+        raise ValueError(
+            f"prompt_file: expected fields among {', '.join(_FIELDS)} in {name!r} of {file}, got {error}."
+        ) from error
+    return JudgePrompt(name, system, template)
