@@ -207,9 +207,14 @@ def test_result_with_another_key_is_not_taken(tmp_path):
     assert read_result(tmp_path / "nothing.json", {}) is None
 
 
-def test_labels_tell_models_apart():
+def test_labels_tell_models_apart(tmp_path, monkeypatch):
     assert labels(["Qwen/Qwen2.5-1.5B", "runs/dpop/"]) == ["Qwen2.5-1.5B", "dpop"]
     assert labels(["runs/a/best", "runs/b/best"]) == ["a/best", "b/best"]
+    monkeypatch.chdir(tmp_path)  # what a path without a name names
+    assert labels([".", "..", "x/../y", "../other"]) == [tmp_path.name, tmp_path.parent.name, "y", "other"]
+    for name in ("..", ".", "../..", "/", "a/../.."):
+        path = result_path(tmp_path / "out", labels([name])[0], "..")
+        assert path.resolve().parent.parent == tmp_path / "out"
     with pytest.raises(ValueError, match="expected each model once"):
         labels(["runs/a", "./runs/a/"])
 

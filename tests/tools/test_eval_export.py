@@ -8,6 +8,7 @@ import torch
 import yaml
 from dpop_trainer.cli import main
 from dpop_trainer.models.trained import load_trained
+from dpop_trainer.run_folder import files as files_module
 from dpop_trainer.tools.delivery import export as export_module
 from dpop_trainer.tools.delivery.card import base_license, model_card
 from peft import LoraConfig, get_peft_model
@@ -224,7 +225,47 @@ def test_a_saved_model_that_answers_otherwise_is_not_accepted(base, tmp_path, mo
     monkeypatch.setattr(export_module, "load_model", lambda *args: other)
     assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 1
     assert "expected the saved model to give the run's probabilities" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "README.md").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_was_killed_is_made_anew(base, tmp_path, monkeypatch):
+    """While it saves, and in the middle of putting its files into their places."""
+    out = tmp_path / "out"
+    (out / ".incomplete").mkdir(parents=True)
+    (out / ".incomplete" / "config.json").write_text("{")
+    (out / "model.safetensors").write_bytes(b"moved already")
+    (out / "own.txt").write_text("kept")
+    assert main(["export", str(base), "--out", str(out)]) == 0
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), logits(tiny_llama()))
+    assert not (out / ".incomplete").exists()
+    assert (out / "own.txt").read_text() == "kept"
+    moved, replace = [], files_module.os.replace
+    monkeypatch.setattr(files_module.os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
+    assert main(["export", str(base), "--out", str(tmp_path / "other")]) == 0
+    assert moved[-1] == "config.json"  # which says that the folder is taken
+
+
+def test_records_that_rotted_are_told_before_a_weight_is_loaded(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export_module, "merge_run", None)
+    for name, content in (
+        ("inspect.json", "{"),
+        ("inspect.json", '{"num_pairs": "many"}'),
+        ("inspect.json", "[]"),
+        ("config.yaml", "a: ["),
+        ("config.yaml", "[1]"),
+    ):
+        (base / name).write_text(content)
+        assert main(["export", str(base), "--out", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert f"{base}" in error
+        assert "expected" in error
+        assert "fault" not in error
+        (base / name).unlink()
+    (tmp_path / "results.json").write_text('{"models": 3}')
+    evaluation = ["--evaluation", str(tmp_path / "results.json")]
+    assert main(["export", str(base), "--out", str(tmp_path / "out"), *evaluation]) == 1
+    assert f"in {base} and {tmp_path / 'results.json'}, got some that cannot be read (" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_pushed_unless_asked(base, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.loading import load_adapter, load_model
 from dpop_trainer.models.tokenizer_loading import load_trained_tokenizer
@@ -47,6 +48,7 @@ def load_trained(
         ValueError: the model, the adapter or a tokenizer cannot be loaded.
     """
     init_kwargs = dict(init_kwargs or {})
+    _check_device(device)
     if quantization_config is not None and device is not None:
         init_kwargs.setdefault("device_map", {"": device})  # where it is rounded, and stays
     named_base = adapter_base(name_or_path, init_kwargs.get("revision"))
@@ -63,6 +65,22 @@ def load_trained(
     return TrainedModel(model.eval(), tokenizer)
 
 
+def _check_device(device: str | None) -> None:
+    """
+    Raises:
+        ValueError: torch knows no such device, or this machine has none.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:  # of a build without CUDA, an assertion
+        raise ValueError(
+            f"device: expected one of this machine (cpu, cuda, cuda:1, mps), got {device!r}: "
+            f"{str(error).partition(chr(10))[0]}"
+        ) from error
+
+
 def read_run_config(run: Path) -> dict[str, Any]:
     """config.yaml of a run; of one of its checkpoints, that of the folder above. Empty where there is none.
 
@@ -72,7 +90,12 @@ def read_run_config(run: Path) -> dict[str, Any]:
     path = run_file(run, "config.yaml")
     if path is None:
         return {}
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: expected the run's configuration as YAML, got what cannot be read ({error})."
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of fields to values, got {type(values).__name__}.")
     return values
@@ -89,7 +112,7 @@ def fingerprint(name_or_path: str, revision: str | None = None) -> str:
 
     Of a hub id it is the name and the revision: that a branch has moved on cannot be seen without asking the hub.
     """
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     if not path.is_dir():
         return f"{name_or_path}@{revision or 'main'}"
     files = sorted(file for pattern in WEIGHT_FILES for file in path.glob(pattern) if _is_weights(file))

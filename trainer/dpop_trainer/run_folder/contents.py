@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpop_trainer.data.digests import problem_with
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.run_folder.checkpoints import RECORD_FILE
 from dpop_trainer.run_folder.run_files import FINISHED_FILE
 
@@ -33,7 +34,7 @@ def check_contents(folder: str | os.PathLike) -> None:
     Raises:
         ValueError: a file is missing or has other bytes: names it.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     for record in (RECORD_FILE, FINISHED_FILE):
         found = read_record(path / record)
         if found is None:
@@ -59,7 +60,7 @@ def loaded_files(folder: Path) -> list[Path]:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What `checkpoint.json` or `finished.json` says; None where there is none that can be read."""
+    """What `checkpoint.json`, `finished.json` or their like says; None where there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,32 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def filled_at_once(folder: Path, *, last: str) -> Iterator[Path]:
+    """A place to write files to, which move into `folder` when all went well: so that none is there before all are.
+
+    Args:
+        folder: made if it is not there. What a killed process has left half written in it is removed.
+        last: the file that moves last, by which others know that the folder is taken.
+    """
+    part, is_new = folder / ".incomplete", not folder.exists()
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        flush_folder(part)
+        for path in sorted(part.iterdir(), key=lambda path: path.name == last):
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            os.replace(path, folder / path.name)
+        flush(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing has come into it
 
 
 def move_folder(source: Path, target: Path, aside: Path) -> None:

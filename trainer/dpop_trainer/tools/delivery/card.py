@@ -1,6 +1,8 @@
 """A model card from what a run left behind: nothing in it is typed by hand, and what is not known is said to be."""
 
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,15 @@ import yaml
 
 from dpop_kernels.losses.options import LossOptions
 from dpop_trainer.data.mixture import DatasetSource, parse_sources
-from dpop_trainer.data.source_path import looks_local
+from dpop_trainer.data.source_path import expanded, looks_local
 from dpop_trainer.models.trained import read_run_config, run_file
+from dpop_trainer.report.markdown import code, plain, table
 from dpop_trainer.run_folder.run_files import METRICS_FILE, read_metrics
 from dpop_trainer.run_folder.versions import versions
 
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # settings that say what was trained, in this order; the rest is in config.yaml, which goes with the card
 SETTINGS = (
     "loss_type",
@@ -84,7 +90,7 @@ def model_card(
         **({"datasets": list(dict.fromkeys(datasets))} if datasets else {}),
     }
     sections = [
-        f"# {name}",
+        f"# {plain(name)}",
         _opening(config, trained_from, merge_note),
         "## Data",
         _data(config, run),
@@ -106,7 +112,7 @@ def base_license(base: str | None) -> str | None:
     """The licence in the base's own card: in its folder or in the hub's cache. The hub is not asked."""
     if base is None:
         return None
-    card = Path(base).expanduser() / "README.md"
+    card = expanded(base) / "README.md"
     if not card.is_file():
         from huggingface_hub import try_to_load_from_cache
 
@@ -114,10 +120,12 @@ def base_license(base: str | None) -> str | None:
         if not isinstance(found, str):
             return None
         card = Path(found)
-    text = card.read_text(encoding="utf-8")
-    if not text.startswith("---"):
+    try:
+        text = card.read_text(encoding="utf-8")
+        front = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
+    except (OSError, UnicodeError, yaml.YAMLError, RecursionError) as error:
+        logger.warning("%s: its licence cannot be read (%s). Name it with --license.", card, error)
         return None
-    front = yaml.safe_load(text.split("---", 2)[1])
     found = front.get("license") if isinstance(front, dict) else None
     return found if isinstance(found, str) else None
 
@@ -129,9 +137,8 @@ def shown_model(name: str) -> str:
 
 def _opening(config: dict[str, Any], base: str | None, merge_note: str) -> str:
     losses = config.get("loss_type")
-    losses = ", ".join(losses) if isinstance(losses, list) else losses
-    what = f"preference fine-tuning (loss: {losses})" if losses else "fine-tuning"
-    start = f"`{shown_model(base)}`" if base else "a model that the run's records do not name"
+    what = f"preference fine-tuning (loss: {plain(_plain(losses))})" if losses else "fine-tuning"
+    start = code(shown_model(base)) if base else "a model that the run's records do not name"
     return (
         f"Made from {start} by {what} with dpop-kernels; the loss DPOP is of "
         f"[arXiv:2402.13228](https://arxiv.org/abs/2402.13228).\n\n{merge_note}"
@@ -147,7 +154,7 @@ def _data(config: dict[str, Any], run: Path) -> str:
         (key.replace("_data/", ": ").replace("_", " "), f"{value:,}") for key, value in first.items() if "data/" in key
     ]
     if rows:
-        lines.append("What tokenising kept, dropped and cut:\n\n" + _table(("count", "value"), rows))
+        lines.append("What tokenising kept, dropped and cut:\n\n" + table(("count", "value"), rows))
     return "\n\n".join(lines)
 
 
@@ -183,7 +190,7 @@ def _told_source(source: DatasetSource) -> str:
         "weight": source.weight,
         "records": source.num_pairs,
     }
-    told = ", ".join(f"{name} {value}" for name, value in details.items() if value is not None)
+    told = plain(", ".join(f"{name} {value}" for name, value in details.items() if value is not None))
     return _shown_source(source.path) + (f", {told}" if told else "")
 
 
@@ -194,7 +201,7 @@ def _training(config: dict[str, Any], run: Path) -> str:
     idle = "num_train_epochs" if (config.get("max_steps") or -1) > 0 else "max_steps"
     names = [*SETTINGS, *(name for name, usual in _OTHER_OPTIONS.items() if config.get(name, usual) != usual)]
     rows = [(name, _plain(config[name])) for name in names if config.get(name) is not None and name != idle]
-    text = "Every setting is in `training_config.yaml`. The main ones:\n\n" + _table(("setting", "value"), rows)
+    text = "Every setting is in `training_config.yaml`. The main ones:\n\n" + table(("setting", "value"), rows)
     logged = [line for line in _metrics(run) if "loss" in line]
     if logged:
         first, last = logged[0], logged[-1]
@@ -204,7 +211,7 @@ def _training(config: dict[str, Any], run: Path) -> str:
             if isinstance(first.get(key), (int, float)) and isinstance(last.get(key), (int, float))
         ]
         header = ("in training", f"step {first['step']}", f"step {last['step']}")
-        text += "\n\n" + _table(header, figures)
+        text += "\n\n" + table(header, figures)
     return text
 
 
@@ -225,7 +232,7 @@ def _evaluation(run: Path, evaluation: Path | None) -> str:
             for key, label in FIGURES.items()
             if isinstance(last.get(f"eval_{key}"), (int, float))
         ]
-        parts.append(f"Held-out pairs at step {last['step']}:\n\n" + _table(("figure", "value"), figures))
+        parts.append(f"Held-out pairs at step {last['step']}:\n\n" + table(("figure", "value"), figures))
     if evaluation is not None:
         from dpop_trainer.tools.evaluation.compare import as_markdown
 
@@ -235,8 +242,8 @@ def _evaluation(run: Path, evaluation: Path | None) -> str:
 
 def _license(license_id: str | None, base: str | None) -> str:
     if license_id:
-        return f"`{license_id}`. The base model's terms and those of the data apply as well."
-    named = f" `{shown_model(base)}`" if base else ""
+        return f"{code(license_id)}. The base model's terms and those of the data apply as well."
+    named = f" {code(shown_model(base))}" if base else ""
     return f"Not stated in the run's records: the terms of the base model{named} apply."
 
 
@@ -250,20 +257,15 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return not looks_local(name) and not Path(name).exists()
+    return bool(_HUB_ID.fullmatch(name)) and not looks_local(name) and not Path(name).exists()
 
 
 def _shown_source(name: str) -> str:
     """A hub id in full; of a local file its name alone, which gives nothing of the machine away."""
     if _is_hub_id(name):
         return f"[{name}](https://huggingface.co/datasets/{name})"
-    return f"`{Path(name).name}` (a local file)"
+    return f"{code(Path(name).name)} (a local file)"
 
 
 def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---"] * len(header)) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])

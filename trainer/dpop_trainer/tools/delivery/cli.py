@@ -3,7 +3,7 @@
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.model_paths import check_trained_path
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
-from dpop_trainer.tools.delivery.inputs import check_out, evaluation_file
+from dpop_trainer.tools.delivery.inputs import check_out, check_shard_size, evaluation_file
 
 
 def main(argv: list[str]) -> int:
@@ -13,6 +13,7 @@ def main(argv: list[str]) -> int:
     if options["base"]:
         check_trained_path(options["base"])
     check_out(options["out"])
+    check_shard_size(options["max_shard_size"])
     evaluation_file(options["evaluation"])
     with under_way(LIBRARIES):
         from dpop_trainer.tools.delivery.export import run_export

@@ -1,5 +1,6 @@
 """`dpop export`: merge, save, check what was saved, write the card; and only if asked, push."""
 
+import functools
 import gc
 import json
 from pathlib import Path
@@ -9,13 +10,17 @@ import torch
 import yaml
 
 from dpop_trainer.measure.policy_probe import PolicyProbe, read_probe
+from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.loading import load_model
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import read_run_config
-from dpop_trainer.run_folder.files import write_json
+from dpop_trainer.report.markdown import code
+from dpop_trainer.run_folder.files import filled_at_once, write_json
 from dpop_trainer.run_folder.private import shareable
+from dpop_trainer.settings.errors import doing
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.tools.delivery.card import model_card, shown_model
-from dpop_trainer.tools.delivery.inputs import check_out, evaluation_file
+from dpop_trainer.tools.delivery.inputs import check_out, check_shard_size, evaluation_file
 from dpop_trainer.tools.delivery.merge import Merged, largest_change, merge_run, probe_logps
 
 # largest change of a probability between the run and what was saved, by the dtype that was saved
@@ -65,6 +70,7 @@ def run_export(
     """
     folder = Path(out)
     check_out(out)
+    check_shard_size(max_shard_size)
     results = evaluation_file(evaluation)
     run_config = read_run_config(Path(run))
     if merge_into not in (None, "rounded", "full"):
@@ -81,43 +87,46 @@ def run_export(
     if rounding is not None and run_config.get("dtype"):  # weights in another dtype would be rounded otherwise
         load_kwargs["dtype"] = run_config["dtype"]
     is_other_base = base is not None
-    print(f"Loading {run}", flush=True)
-    merged = merge_run(run, base=base, init_kwargs=load_kwargs, device=device, quantization_config=rounding)
-    if rounding is not None and isinstance(getattr(torch, dtype or "", None), torch.dtype):
-        merged.model.to(getattr(torch, dtype or ""))
-    folder.mkdir(parents=True, exist_ok=True)
-    merged.model.save_pretrained(folder, max_shard_size=max_shard_size)
-    merged.tokenizer.save_pretrained(folder)
-    saved_dtype = next(merged.model.parameters()).dtype
-    logps, base = merged.probe_logps, merged.base
-    note = _merge_note(merged, run_config, saved_dtype, is_rounded=rounding is not None)
-    del merged
-    gc.collect()
-    init_kwargs["dtype"] = saved_dtype
-    is_other_base = is_other_base or (rounding is None and bool(run_config.get("load_in_4bit")))
-    probe = None if is_other_base or run_config.get("load_in_8bit") else read_probe(Path(run))
-    change, difference = _check_saved(folder, logps, saved_dtype, init_kwargs, device, probe)
-    note += f" Reloaded, it gives the run's probabilities to {change:.1e} ({str(saved_dtype).removeprefix('torch.')})"
-    if difference is not None:
-        note += f", and the log-probs that the policy had when it was saved to {difference:.1e} nats."
-    else:
-        note += "; of the policy as it trained, on these weights, nothing is recorded to hold it against."
-    card = model_card(
-        Path(run),
+    card = functools.partial(
+        _card,
+        run,
         name=name or (push_to_hub or folder.resolve().name).rpartition("/")[2],
-        base=base,
+        base=base or adapter_base(run),
         license_id=license_id,
-        merge_note=note,
         evaluation=results,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    if run_config:
-        (folder / "training_config.yaml").write_text(yaml.safe_dump(shareable(run_config)), encoding="utf-8")
-    if results is not None:
-        write_json(folder / "evaluation.json", shareable(json.loads(results.read_text(encoding="utf-8"))))
-    print(f"{note}\nWritten: {folder}")
+    card(merge_note="")  # what is wrong with the records is told before a weight is loaded
+    say(f"Loading {run}")
+    with doing(f"merging {run}"):
+        merged = merge_run(run, base=base, init_kwargs=load_kwargs, device=device, quantization_config=rounding)
+        if rounding is not None and isinstance(getattr(torch, dtype or "", None), torch.dtype):
+            merged.model.to(getattr(torch, dtype or ""))
+    with doing(f"saving the model of {run} to {folder}", folder), filled_at_once(folder, last="config.json") as part:
+        merged.model.save_pretrained(part, max_shard_size=max_shard_size)
+        merged.tokenizer.save_pretrained(part)
+        saved_dtype = next(merged.model.parameters()).dtype
+        logps = merged.probe_logps
+        note = _merge_note(merged, run_config, saved_dtype, is_rounded=rounding is not None)
+        del merged
+        gc.collect()
+        init_kwargs["dtype"] = saved_dtype
+        is_other_base = is_other_base or (rounding is None and bool(run_config.get("load_in_4bit")))
+        probe = None if is_other_base or run_config.get("load_in_8bit") else read_probe(Path(run))
+        change, difference = _check_saved(part, logps, saved_dtype, init_kwargs, device, probe)
+        note += f" Reloaded, it gives the run's probabilities to {change:.1e} ({_name(saved_dtype)})"
+        if difference is not None:
+            note += f", and the log-probs that the policy had when it was saved to {difference:.1e} nats."
+        else:
+            note += "; of the policy as it trained, on these weights, nothing is recorded to hold it against."
+        (part / "README.md").write_text(card(merge_note=note), encoding="utf-8")
+        if run_config:
+            (part / "training_config.yaml").write_text(yaml.safe_dump(shareable(run_config)), encoding="utf-8")
+        if results is not None:
+            write_json(part / "evaluation.json", shareable(json.loads(results.read_text(encoding="utf-8"))))
+    say(f"{note}\nWritten: {folder}")
     if push_to_hub is not None:
-        print(f"Pushed: {push(folder, push_to_hub, private=private)}")
+        with doing(f"uploading {folder} to {push_to_hub}"):
+            say(f"Pushed: {push(folder, push_to_hub, private=private)}")
     return folder
 
 
@@ -159,16 +168,35 @@ def _check_saved(
     if not change <= tolerance:
         raise ValueError(
             f"out: expected the saved model to give the run's probabilities to {tolerance:g}, got a difference of "
-            f"{change:g}. The weights were written but are not to be trusted; with a 16-bit base try --dtype float32."
+            f"{change:g}. Nothing was kept; with a 16-bit base try --dtype float32."
         )
     return change, None if probe is None else probe.check(saved, is_rounded=dtype.itemsize < 4)
 
 
+def _card(run: str, *, evaluation: Path | None, **options: Any) -> str:
+    """
+    Raises:
+        ValueError: the run's records, or those of its evaluation, are not what was written.
+    """
+    try:
+        return model_card(Path(run), evaluation=evaluation, **options)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        others = "" if evaluation is None else f" and {evaluation}"
+        raise ValueError(
+            f"run: expected records that a card can be made of in {run}{others}, got some that cannot be read "
+            f"({type(error).__name__}: {error}). Mend them, or move them out of the folder."
+        ) from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _merge_note(merged: Merged, run_config: dict[str, Any], dtype: torch.dtype, *, is_rounded: bool) -> str:
-    name = str(dtype).removeprefix("torch.")
+    name = _name(dtype)
     if merged.base is None:
         return f"The weights are the run's, in {name}."
-    note = f"The adapter is merged into `{shown_model(merged.base)}`, in {name}."
+    note = f"The adapter is merged into {code(shown_model(merged.base))}, in {name}."
     if is_rounded:
         note += (
             " The base is rounded to 4 bits, as it was in training, and stored widened: the policy that was trained."

@@ -5,6 +5,7 @@ from pathlib import Path
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.model_paths import check_trained_path
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
 from dpop_trainer.tools.evaluation.tasks import LEADERBOARD, SUITE, parse_tasks
 
@@ -25,8 +26,8 @@ def main(argv: list[str]) -> int:
 
     settings = EvalSettings(**options)
     run_eval(what.pop("models"), settings, **what)
-    print("\n" + (Path(settings.out) / "results.md").read_text(encoding="utf-8"))
-    print(f"Written: {settings.out}/results.md, {settings.out}/results.json")
+    say("\n" + (Path(settings.out) / "results.md").read_text(encoding="utf-8"))
+    say(f"Written: {settings.out}/results.md, {settings.out}/results.json")
     return 0
 
 

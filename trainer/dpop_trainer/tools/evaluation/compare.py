@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpop_trainer.report.markdown import plain, table
 from dpop_trainer.tools.evaluation.held_out import TASK as PAIRS
 from dpop_trainer.tools.evaluation.held_out import compare_with_reference
 from dpop_trainer.tools.evaluation.records import Metric, TaskResult
@@ -97,8 +98,7 @@ def as_markdown(comparison: dict[str, Any], title: str = "Evaluation") -> str:
     several = len(models) > 1
     header = ["task", "metric", "shots", "questions", *models]
     header += [f"{model} − {models[0]}" for model in models[1:]]
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---"] * len(header)) + " |"]
-    unpaired = False
+    rows, unpaired = [], False
     for row in comparison["rows"]:
         cells = [row["task"], row["metric"], _shown(row["num_fewshot"]), _shown(row["num_questions"])]
         cells += [_cell(row["metric"], row["figures"].get(model)) for model in models]
@@ -106,17 +106,17 @@ def as_markdown(comparison: dict[str, Any], title: str = "Evaluation") -> str:
             change = row["differences"].get(model)
             cells.append(_cell(row["metric"], change, signed=True))
             unpaired |= change is not None and not change["paired"]
-        lines.append("| " + " | ".join(cells) + " |")
-    text = f"# {title}\n\n" + "\n".join(lines) + "\n\n± is one standard error."
+        rows.append(cells)
+    text = f"# {title}\n\n{table(header, rows)}\n\n± is one standard error."
     if several:
         text += " That of a difference is over the questions' own differences: both models answered the same ones."
         text += " A difference below about two of them may be chance."
     if unpaired:
         text += " Where the questions' own figures do not make up a task's, the two errors are added in squares."
     if several and any(row["task"] == PAIRS for row in comparison["rows"]):
-        text += f" Δ is the change of an answer's log-prob against {models[0]}, in nats."
+        text += f" Δ is the change of an answer's log-prob against {plain(models[0])}, in nats."
     if comparison["notes"]:
-        text += "\n\n" + "\n".join(f"- {note}" for note in comparison["notes"])
+        text += "\n\n" + "\n".join(f"- {plain(note)}" for note in comparison["notes"])
     return text + "\n"
 
 

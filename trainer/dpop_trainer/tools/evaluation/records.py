@@ -1,12 +1,16 @@
 """Results on disk: one JSON file for each model and task, so that a finished one is not run again."""
 
 import json
+import logging
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dpop_trainer.data.source_path import expanded
 from dpop_trainer.run_folder.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,16 @@ def read_result(path: Path, key: dict[str, Any], *, whole: bool = True) -> TaskR
     """
     if not path.exists():
         return None
-    values = json.loads(path.read_text())
-    found, expected = values["key"], json.loads(json.dumps(key))
-    if found != expected and (whole or found != {**found, **expected}):
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found, expected = values["key"], json.loads(json.dumps(key))
+        if found != expected and (whole or found != {**found, **expected}):
+            return None
+        metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
+        return TaskResult(metrics=metrics, **values)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        logger.warning("%s: expected a finished result, got what cannot be read (%s). It is run again.", path, error)
         return None
-    metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
-    return TaskResult(metrics=metrics, **values)
 
 
 def write_result(path: Path, result: TaskResult) -> None:
@@ -72,13 +80,20 @@ def labels(models: list[str]) -> list[str]:
     Raises:
         ValueError: the same model twice.
     """
-    parts = [[part for part in re.split(r"[/\\]", model.rstrip("/\\")) if part not in ("", ".")] for model in models]
+    parts = [_path_parts(model) for model in models]
     if len({tuple(part) for part in parts}) < len(parts):
         raise ValueError(f"models: expected each model once, got {models}.")
     length = 1
     while len({tuple(part[-length:]) for part in parts}) < len(parts):
         length += 1
     return ["/".join(part[-length:]) for part in parts]
+
+
+def _path_parts(model: str) -> list[str]:
+    parts = [part for part in re.split(r"[/\\]", model) if part not in ("", ".")]
+    if not parts or ".." in parts:  # which name nothing by themselves
+        parts = [part for part in expanded(model).resolve().parts if part != "/"]
+    return parts or ["model"]
 
 
 def _file_name(text: str) -> str:

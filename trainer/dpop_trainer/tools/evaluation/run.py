@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,11 @@ from datasets import Dataset
 from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained, check_bitsandbytes, compute_dtype, four_bit_config
 from dpop_trainer.models.trained import TrainedModel, fingerprint, load_trained, read_run_config
+from dpop_trainer.run_folder.contents import read_record
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.versions import versions
+from dpop_trainer.settings.errors import doing
+from dpop_trainer.settings.terminal import say
 from dpop_trainer.tools.evaluation import held_out
 from dpop_trainer.tools.evaluation.compare import as_markdown, compare
 from dpop_trainer.tools.evaluation.records import TaskResult, labels, read_result, result_path, write_result
@@ -92,7 +96,8 @@ def run_eval(
     names = labels(models)
     for model in models:
         adapter_base(model)  # a wrong path is said before any data is fetched
-    dataset = None if pairs is None else held_out.load_held_out(pairs, pairs_split, settings.limit)
+    with doing(f"reading the pairs {pairs}"):
+        dataset = None if pairs is None else held_out.load_held_out(pairs, pairs_split, settings.limit)
     out = Path(settings.out)
     jobs = [
         _Job(name, model, _plan(model, requests, pairs, dataset, settings), {})
@@ -103,7 +108,8 @@ def run_eval(
     wanted = [request for request in requests if any(request.name in job.missing() for job in jobs)]
     data = _Data({request.name: request for request in requests}, _load_tasks(wanted), dataset)
     for job in jobs:
-        _run_job(job, data, settings, out)
+        with doing(f"evaluating {job.model}", out):
+            _run_job(job, data, settings, out)
     now = {job.name: {task: job.results[task] for task in job.plan} for job in jobs}
     paths = dict(zip(names, models, strict=True))
     earlier = _earlier(out, paths, now, settings)
@@ -121,8 +127,10 @@ def run_eval(
 
 def _models_of(out: Path) -> dict[str, str]:
     """The models of the table that an earlier call left, by the names that they have there."""
-    path = out / "results.json"
-    return json.loads(path.read_text(encoding="utf-8"))["settings"]["models"] if path.is_file() else {}
+    try:
+        return dict((read_record(out / "results.json") or {})["settings"]["models"])
+    except (LookupError, TypeError, ValueError):  # there is none, or one that nobody can read: it is written anew
+        return {}
 
 
 def _earlier(
@@ -180,13 +188,14 @@ class _Job(NamedTuple):
 def _run_job(job: _Job, data: _Data, settings: EvalSettings, out: Path) -> None:
     """Run what is missing; each result is kept as soon as it is there."""
     missing, num_done = job.missing(), len(job.results)
-    print(f"{job.name}: {num_done} of {len(job.plan)} done before{'' if missing else ': nothing to do'}.", flush=True)
+    say(f"{job.name}: {num_done} of {len(job.plan)} done before{'' if missing else ': nothing to do'}.")
     if not missing:
         return
-    trained = _load(job.model, settings)
+    with doing(f"loading {job.model}"):
+        trained = _load(job.model, settings)
     lm = None
     for number, task in enumerate(missing, num_done + 1):
-        print(f"{job.name}: {task} ({number} of {len(job.plan)})", flush=True)
+        say(f"{job.name}: {task} ({number} of {len(job.plan)})")
         if task == held_out.TASK:
             assert data.pairs is not None
             result = held_out.score_pairs(
@@ -235,7 +244,9 @@ def _check(models: list[str], settings: EvalSettings) -> None:
         raise ValueError("models: expected at least one folder or hub id, got none.")
     if settings.limit is not None and settings.limit < 1:
         raise ValueError(f"limit: expected at least 1 question, got {settings.limit}.")
-    if settings.batch_size != "auto" and not (settings.batch_size.isdigit() and int(settings.batch_size) > 0):
+    if settings.num_fewshot is not None and settings.num_fewshot < 0:
+        raise ValueError(f"num_fewshot: expected at least 0 examples, got {settings.num_fewshot}.")
+    if settings.batch_size != "auto" and not re.fullmatch("0*[1-9][0-9]{0,8}", settings.batch_size):
         raise ValueError(f"batch_size: expected a number from 1 or 'auto', got {settings.batch_size!r}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -255,7 +266,7 @@ def _load_tasks(requests: list[TaskRequest]) -> dict[str, Any]:
     from dpop_trainer.tools.evaluation.harness import quiet_harness
 
     quiet_harness()
-    print(f"Loading the data of {', '.join(request.name for request in requests)}", flush=True)
+    say(f"Loading the data of {', '.join(request.name for request in requests)}")
     return load_tasks(requests)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpop_trainer.data.source_path import expanded
+
 
 class KnownTask(NamedTuple):
     """A task of the first Open LLM Leaderboard."""
@@ -81,7 +83,7 @@ def parse_tasks(tasks: list[str] | None, local: list[str] | None, num_fewshot: i
         name, _, file = item.partition("=")
         if not name or not file:
             raise ValueError(f"local: expected NAME=FILE, got {item!r}. For example arc=ARC-Challenge_validation.jsonl")
-        if not Path(file).expanduser().is_file():
+        if not expanded(file).is_file():
             raise ValueError(f"local: expected a file of questions for {name}, found none at {file!r}.")
         name, _, part = name.partition(".")
         if part not in ("", EXAMPLES):
@@ -89,7 +91,7 @@ def parse_tasks(tasks: list[str] | None, local: list[str] | None, num_fewshot: i
         key = ALIASES.get(name, name) + (f".{EXAMPLES}" if part else "")
         if key in files:
             raise ValueError(f"local: expected one file for {key}, got {files[key]!r} and {file!r}.")
-        files[key] = str(Path(file).expanduser())
+        files[key] = str(expanded(file))
     local_names = [key for key in files if not key.endswith(f".{EXAMPLES}")]
     for key in files:
         if key.removesuffix(f".{EXAMPLES}") not in local_names:
@@ -204,4 +206,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _file_hash(file: str) -> str:
-    return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(expanded(file).read_bytes()).hexdigest()[:12]
