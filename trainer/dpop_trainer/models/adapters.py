@@ -12,6 +12,8 @@ from torch import nn
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from dpop_trainer.data.source_path import expanded
+from dpop_trainer.models.from_elsewhere import from_elsewhere
 from dpop_trainer.settings.model_paths import ADAPTER_CONFIG, check_trained_path, is_adapter_folder
 
 # peft's inits that change the base by what loading cannot repeat -> what to use instead
@@ -88,7 +90,7 @@ def find_adapter_base(name_or_path: str, init_kwargs: Mapping[str, Any] | None =
     Raises:
         ValueError: the adapter names no base, or one that is an adapter itself.
     """
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     config_file: Path | None
     if path.is_dir():
         config_file = path / ADAPTER_CONFIG
@@ -99,8 +101,9 @@ def find_adapter_base(name_or_path: str, init_kwargs: Mapping[str, Any] | None =
         config_file = None if found is None else Path(found)
     if config_file is None:
         return None
-    base = json.loads(config_file.read_text()).get("base_model_name_or_path")
-    if not base:
+    with from_elsewhere("model: expected an adapter's configuration", str(config_file)):
+        base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ValueError(
             f"model: expected base_model_name_or_path in {config_file}, found none. Add the base model's hub id or "
             "folder."
@@ -123,7 +126,7 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
     """
     check_trained_path(name_or_path)
     base = find_adapter_base(name_or_path, {"revision": revision})
-    if base is None and not Path(name_or_path).expanduser().is_dir():
+    if base is None and not expanded(name_or_path).is_dir():
         try:
             cached_file(name_or_path, "config.json", revision=revision)
         except OSError as error:

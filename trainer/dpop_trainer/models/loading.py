@@ -12,12 +12,14 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from dpop_trainer.models.adapters import WHERE, check_adapters, find_adapter_base, has_adapter_inside
 from dpop_trainer.models.auto_class import auto_class
 from dpop_trainer.models.dtypes import named_dtype
+from dpop_trainer.models.from_elsewhere import from_elsewhere
 from dpop_trainer.models.quantised import make_trainable, widened
 from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.run_folder.contents import check_contents
 from dpop_trainer.settings.config import HeadConfig
 from dpop_trainer.settings.model_paths import adapter_on_adapter, check_model_path
 from dpop_trainer.settings.renamed import without_renaming_warnings
+from dpop_trainer.settings.under_way import under_way
 
 logger = logging.getLogger(__name__)
 
@@ -111,13 +113,12 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, qua
     base = find_adapter_base(name_or_path, kwargs)
     if base is not None:
         return load_adapter(name_or_path, base, init_kwargs, quantization_config)
-    check_contents(name_or_path)
+    with under_way(f"Reading {name_or_path}"):
+        check_contents(name_or_path)
     found_by = {key: kwargs[key] for key in (*WHERE, "subfolder", "gguf_file", "trust_remote_code") if key in kwargs}
-    try:
+    with from_elsewhere("model: expected a hub id or a folder with a model", name_or_path):
         config = kwargs["config"] if "config" in kwargs else AutoConfig.from_pretrained(name_or_path, **found_by)
         model, told = auto_class(config).from_pretrained(name_or_path, **kwargs, output_loading_info=True)
-    except OSError as error:
-        raise ValueError(f"model: expected a hub id or a folder with a model, got {name_or_path!r}. {error}") from error
     _check_all_loaded(name_or_path, told, kwargs)
     make_trainable(model)
     return model
@@ -165,19 +166,18 @@ def load_adapter(
     kwargs = dict(init_kwargs or {})
     where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     kwargs.pop("revision", None)
-    check_contents(name_or_path)
+    with under_way(f"Reading {name_or_path}"):
+        check_contents(name_or_path)
     model = load_model(base, kwargs, quantization_config)
     if widen and quantization_config is not None:
         model = widened(model)
     if num_tokens is not None and num_tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(num_tokens)
-    try:
-        with without_renaming_warnings():
-            return PeftModel.from_pretrained(model, name_or_path, is_trainable=is_trainable, **where)
-    except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"model: expected an adapter that goes on its base {base!r}, got {name_or_path!r}. {error}"
-        ) from error
+    with (
+        from_elsewhere(f"model: expected an adapter that goes on its base {base!r}", name_or_path),
+        without_renaming_warnings(),
+    ):
+        return PeftModel.from_pretrained(model, name_or_path, is_trainable=is_trainable, **where)
 
 
 def _check_no_adapter_inside(model: Any) -> None:

@@ -2,9 +2,10 @@
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpop_trainer.data.source_path import expanded
+from dpop_trainer.models.from_elsewhere import from_elsewhere
 from dpop_trainer.settings.model_paths import check_local_path
 from dpop_trainer.settings.own_process import hidden
 from dpop_trainer.settings.recipes import recipe_files
@@ -54,18 +55,15 @@ def load_tokenizer(
             "processing_class: expected a tokenizer, got None, and the model does not say where it came from. Pass the "
             "tokenizer that the model was trained with."
         )
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     if base is not None and path.is_dir() and not (path / "tokenizer_config.json").exists():
         name_or_path, revision = base, None
     check_local_path(name_or_path, "")
     from transformers import AutoTokenizer
 
-    try:
-        revision = revision or "main"
+    with from_elsewhere("processing_class: expected a folder or a hub id with a tokenizer", name_or_path):
         load: Any = AutoTokenizer.from_pretrained
-        return load(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"processing_class: expected a tokenizer at {name_or_path!r}, found none. {error}") from error
+        return load(name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code)
 
 
 def load_trained_tokenizer(
@@ -99,9 +97,10 @@ def load_chat_template(path_or_text: str) -> str:
     """
     if "{{" in path_or_text or "{%" in path_or_text:
         return path_or_text
-    path = recipe_files().get(f"{path_or_text}.jinja") or Path(path_or_text).expanduser()
+    path = recipe_files().get(f"{path_or_text}.jinja") or expanded(path_or_text)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        with from_elsewhere("chat_template_path: expected a Jinja file in UTF-8", path_or_text):
+            return path.read_text(encoding="utf-8")
     if path.suffix in (".jinja", ".j2"):
         raise ValueError(f"chat_template_path: expected an existing file, got {path_or_text!r}. Check the path.")
     try:
