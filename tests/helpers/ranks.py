@@ -18,6 +18,7 @@ from dpop_trainer.settings.recipes import FOLDER
 from torch import multiprocessing as mp
 
 RECIPES = FOLDER / "accelerate"
+LONGEST = 600.0  # seconds
 PRELOADED = ["torch", "transformers", "datasets", "peft", "accelerate", "dpop_trainer.training.trainer"]
 
 
@@ -38,11 +39,15 @@ def launcher_environment(recipe):
 
 def launch(function, *args, num_ranks=2, env=None):
     """function(rank, *args) in `num_ranks` processes; the first failure is raised here."""
+    start_ranks(_as_rank, (function, args, _meeting_place(num_ranks) | (env or {})), num_ranks)
+
+
+def _meeting_place(num_ranks):
+    """The variables by which ranks find one another."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks), **(env or {})}
-    start_ranks(_as_rank, (function, args, env), num_ranks)
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
 
 
 def start_ranks(function, args, num_ranks):
@@ -51,21 +56,41 @@ def start_ranks(function, args, num_ranks):
     mp.start_processes(function, args=args, nprocs=num_ranks, start_method="forkserver")
 
 
-def run_alone(function, *args):
-    """function(*args) in a forked process -> its exit code (-9 if it was killed), all that it wrote."""
+def run_alone(function, *args, longest=LONGEST):
+    """function(*args) in a forked process -> its exit code (-9 if it was killed, as it is after `longest` seconds), all
+    that it wrote."""
     with started_alone(function, *args) as (process, written):
-        process.join()
-        return process.exitcode, written.read_text()
+        return _ended(process, written, longest)
+
+
+def run_ranks(function, *args, num_ranks=2):
+    """function(rank, *args) in ranks that end as they may, each on its own -> of each its exit code, what it wrote."""
+    place = {**_meeting_place(num_ranks), "ACCELERATE_USE_CPU": "true"}
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                started_alone(function, rank, *args, env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            )
+            for rank in range(num_ranks)
+        ]
+        return [_ended(*one, LONGEST) for one in started]
+
+
+def _ended(process, written, longest):
+    process.join(longest)
+    process.kill()  # where it has not ended
+    process.join()
+    return process.exitcode, written.read_text(errors="replace")
 
 
 @contextlib.contextmanager
-def started_alone(function, *args):
+def started_alone(function, *args, env=None):
     """A forked process that runs function(*args) and ends with its result, the file of all that it writes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "written"
-        process = context.Process(target=_alone, args=(written, function, args))
+        process = context.Process(target=_alone, args=(written, function, args, env or {}))
         process.start()
         try:
             yield process, written
@@ -74,7 +99,8 @@ def started_alone(function, *args):
             process.join()
 
 
-def _alone(written, function, args):
+def _alone(written, function, args, env):
+    os.environ.update(env)
     out = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
