@@ -8,6 +8,7 @@
 # make test-device  ... on the versions of the machine that GPU figures are measured on
 # make test-survival  runs of six kinds killed at a file operation, twenty times each, and held against whole ones
 # make test-distributed  every engine with every layout, LoRA and all weights, against one process
+# make test-attacks  500 mutated command lines, 500 damaged files, 50,000 records: what is told, and how many stood
 # make dist-check   build the wheel and the sdist, and try both in an empty environment (four minutes, mostly pip)
 # make bench        measure against the peers that are installed (ten minutes), then write README's and docs' figures
 # make docs         the documentation as a site, site/index.html, in an environment of its own
@@ -23,7 +24,7 @@ READY  := $(VENV)/.ready
 TEST_WORKERS ?= 2
 
 .PHONY: demo demo-chat test lint portability test-newest test-oldest test-device dist-check bench docs \
-	hub-kernel test-survival test-distributed clean
+	hub-kernel test-survival test-attacks test-distributed clean
 
 demo: $(READY)
 	@$(BIN)/dpop demo
@@ -45,6 +46,9 @@ test-survival: $(READY)
 
 test-distributed: $(READY)
 	@$(BIN)/python -m pytest tests/engines.py
+
+test-attacks: $(READY)
+	@$(BIN)/python tests/helpers/attacks.py 500
 
 dist-check: $(READY)
 	@$(BIN)/python tests/dist_check.py
