@@ -1,15 +1,18 @@
 """`dpop plan` as a user meets it: recipes, data and lengths, what does not fit, errors that name what is wrong."""
 
 import contextlib
+import copy
 import functools
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from dpop_trainer.cli import main
+from dpop_trainer.models import tiled_mlp
 from dpop_trainer.settings.arguments import parse_arguments
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.recipes import FOLDER, recipe_file
@@ -202,14 +205,41 @@ def test_more_devices_where_one_is_too_small():
         assert outcome is None or outcome.fits
 
 
+def test_tiles_then_the_host_s_memory_are_proposed_before_more_devices(monkeypatch):
+    monkeypatch.setitem(tiled_mlp.TILE_BYTES, "gpu", 1 << 20)
+    asked = Choice("flat", 1, 1, True, None, "none", 1)
+    costs = {}
+    leaner = [replace(asked, tiled_mlp="auto"), replace(asked, tiled_mlp="auto", offloading=True)]
+
+    def planner_on(num_bytes):
+        device = find_device("own", memory=num_bytes / 2**30, tflops=1.0)
+        planner = run_of(device, lora=copy.copy(LORA), pairs=worst_case(512))
+        planner._costs = costs  # none of another test's, whose tiles are others
+        return planner
+
+    sizes = [planner_on(2**40).outcome(choice).memory.total for choice in (asked, *leaner)]
+    assert sizes == sorted(sizes, reverse=True)
+    for larger, smaller, expected in zip(sizes, sizes[1:], leaner, strict=False):
+        planner = planner_on((larger + smaller) / 2)
+        found = search(planner, planner.outcome(asked))
+        assert found.nearest is not None
+        assert found.nearest.choice == expected
+        assert found.cheapest is not None
+        assert replace(found.cheapest.choice, layout="flat") == expected
+    slow, fast = (planner_on(2**40).outcome(choice).time for choice in (leaner[1], leaner[0]))
+    assert slow.total == pytest.approx(fast.total + slow.moves)
+    assert slow.moves > 0
+
+
 def test_a_proposed_setting_is_one_that_train_takes(tmp_path):
-    choice = Choice("auto", 2, 4, True, 4, "fsdp2", 8)
+    choice = Choice("auto", 2, 4, True, 4, "fsdp2", 8, tiled_mlp="auto")
+    assert "activation_offloading: true" in setting_yaml(replace(choice, offloading=True))
     path = tmp_path / "run.yaml"
     path.write_text("\n".join(setting_yaml(choice)) + "\n")
     model, _, config = parse_arguments(DPOPConfig, ["--config", str(path), "--use_cpu", "true"], "dpop train")
     assert (model.load_in_4bit, model.use_bnb_nested_quant, model.bnb_4bit_quant_storage) == (True, True, "bfloat16")
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (2, 4)
-    assert (config.gradient_checkpointing, config.layout) == (True, "auto")
+    assert (config.gradient_checkpointing, config.layout, config.tiled_mlp) == (True, "auto", "auto")
     for sharding in ("ddp", "fsdp2", "zero2", "zero3"):
         assert recipe_file(str(accelerate_file(Choice("auto", 1, 1, True, None, sharding, 8)))).is_file()
     assert recipe_file(str(accelerate_file(Choice("auto", 1, 1, True, None, "fsdp2", 16)))).is_file()
@@ -325,6 +355,12 @@ def test_cpu_utilisation_is_that_of_the_records():
             1,
             "layout: expected",
         ),
+        (
+            [*KNOWN, "--device", "h100", "--devices", "8", "--sharding", "zero3", "--tiled_mlp", "auto"],
+            1,
+            "tiled_mlp: expected 'none' with zero3",
+        ),
+        ([*KNOWN, "--device", "cpu", "--activation_offloading"], 1, "activation_offloading: expected a GPU, got cpu"),
         (["--device", "h100", "--modle", "x"], 2, "Did you mean"),
     ],
 )

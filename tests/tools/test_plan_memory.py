@@ -128,7 +128,7 @@ def measured(config, lora, folder, prompt, pairs, **settings):
     return held + peak.peak, taken[accumulation : 2 * accumulation], collate.layout
 
 
-def planned(config, lora, batch, *, is_flat, checkpointing, autocast=None, accumulates=False):
+def planned(config, lora, batch, *, is_flat, checkpointing, autocast=None, accumulates=False, tiled_mlp=None):
     model = ModelSetting(torch.float32, lora=lora)
     sizes = count(build(config, model))
     setting = StepSetting(
@@ -138,6 +138,7 @@ def planned(config, lora, batch, *, is_flat, checkpointing, autocast=None, accum
         reference="adapter off" if lora else "copy",
         accumulates=accumulates,
         optimizer_temporaries=False,
+        tiled_mlp=tiled_mlp,
     )
     cost = step_cost(config, sizes, model, setting, batch, is_flat=is_flat)
     device = Device("cpu", 16.0, 1.0, 1.0, 1.0, "", is_gpu=False)
@@ -165,11 +166,11 @@ def planned(config, lora, batch, *, is_flat, checkpointing, autocast=None, accum
         ("llama", None, False, "flat", 150, {"gradient_accumulation_steps": 2}),
         ("llama", LORA, True, "tree", 60, {"bf16": True}),
         ("qwen2", LORA, False, "flat", 150, {}),
-        ("qwen2", None, True, "tree", 60, {}),
-        ("gemma2", LORA, False, "rows", 60, {}),
+        ("qwen2", None, True, "tree", 60, {"tiled_mlp": 64}),
+        ("gemma2", LORA, False, "rows", 60, {"tiled_mlp": 64}),
         ("gemma2", None, True, "rows", 150, {"gradient_accumulation_steps": 2}),
         ("mixtral", ON_ATTENTION, False, "tree", 60, {}),
-        ("mixtral", ON_ATTENTION, True, "flat", 150, {}),
+        ("mixtral", ON_ATTENTION, True, "flat", 150, {"tiled_mlp": 64}),
     ],
 )
 def test_peak_is_what_a_step_of_the_trainer_took(tmp_path, name, lora, checkpointing, layout, prompt, more):
@@ -187,6 +188,7 @@ def test_peak_is_what_a_step_of_the_trainer_took(tmp_path, name, lora, checkpoin
         checkpointing=checkpointing,
         autocast=torch.bfloat16 if more.get("bf16") else None,
         accumulates="gradient_accumulation_steps" in more,
+        tiled_mlp=more.get("tiled_mlp"),
     )
     assert expected == pytest.approx(total, rel=0.02)
 
@@ -216,6 +218,47 @@ def test_flop_are_those_of_the_formula(lora, checkpointing):
     forwards = 2 + checkpointing
     # a kernel that keeps no scores makes them once more in its backward: five products where the formula has four
     assert cost.flop["attention"] == pytest.approx(expected.attention * (forwards + 2.5) / (forwards + 2), rel=1e-6)
+
+
+def test_flash_attention_by_hand():
+    """Of T positions in a window of W each sees W, the first ones fewer; no mask of T x T is made. Forward, forward
+    again, and in the backward five products for two."""
+    config = CONFIGS["gemma2"]  # layers in turn with a window and without
+    long = PairCollator(pad_token_id=0, layout="rows")([{**record, "pair_id": 0} for record in records(1, 2000)])
+    setting = StepSetting(True, True, None, "none", False, False)
+    masked, cost = (
+        step_cost(config, count(build(config, model)), model, setting, long, is_flat=False)
+        for model in (ModelSetting(torch.float32, lora=LORA, attention=name) for name in (None, "flash_attention_2"))
+    )
+    rows, length = long["input_ids"].shape
+    whole, windowed = length * (length + 1) // 2, 512 * length - 512 * 511 // 2
+    assert cost.flop["attention"] == pytest.approx(4.5 * 4 * rows * 4 * 32 * (2 * whole + 3 * windowed))
+    assert masked.peak.total - cost.peak.total >= rows * length**2  # a byte for each pair of positions
+
+
+def test_checkpoints_in_the_host_s_memory_by_hand():
+    """Each of nine layers has its input sent, and fetched once. When the backward begins, that of the last has been
+    fetched, and that of the first is there, which is a leaf of the graph: the adapter asks for its gradient."""
+    config = LlamaConfig(**(SIZES | {"num_hidden_layers": 9}))
+    model = ModelSetting(torch.float32, lora=LORA)
+    sizes = count(build(config, model))
+    batch = PairCollator(pad_token_id=0, layout="rows")([{**record, "pair_id": 0} for record in records(1, 60)])
+    kept, sent = (
+        step_cost(
+            config,
+            sizes,
+            model,
+            StepSetting(True, True, None, "none", False, False, offloading=flag),
+            batch,
+            is_flat=False,
+        )
+        for flag in (False, True)
+    )
+    states = batch["input_ids"].numel() * 128 * 4
+    assert (kept.moved_bytes, sent.moved_bytes) == (0, 2 * 9 * states)
+    saved = kept.moments["backward begins"].total - sent.moments["backward begins"].total
+    assert saved == (9 - 2) * states
+    assert sent.flop == kept.flop
 
 
 @pytest.mark.parametrize(

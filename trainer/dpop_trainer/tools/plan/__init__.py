@@ -7,6 +7,7 @@ and no data. What torch's allocator would be asked for is written on a tape.
     paper_model  that model without weights, whole for counting and a few layers deep for running
     stand_ins    what a paper step cannot run: 4-bit products, fused kernels, data-dependent experts
     flat_on_paper  the attention of flat rows
+    flash_on_paper  FlashAttention's, of rows
     tape         allocations, and matrix products, as they happen
     step         one training step -> bytes by moment and by part, FLOP; carried on to all layers
     batches      the data's pairs, or lengths that stand for them -> the batches of the run

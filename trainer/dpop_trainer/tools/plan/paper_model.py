@@ -15,6 +15,7 @@ from dpop_trainer.models.adapters import base_model
 from dpop_trainer.models.auto_class import auto_class
 from dpop_trainer.models.loading import disable_dropout
 from dpop_trainer.settings.renamed import without_renaming_warnings
+from dpop_trainer.tools.plan.flash_on_paper import attention_on_paper
 from dpop_trainer.tools.plan.stand_ins import quantise
 
 LONGEST_PERIOD = 8
@@ -82,7 +83,8 @@ def build(config: PreTrainedConfig, setting: ModelSetting, *, num_layers: int | 
         ValueError: transformers has no causal LM of this configuration.
     """
     config = _shortened(config, num_layers) if num_layers is not None else copy.deepcopy(config)
-    more = {} if setting.attention is None else {"attn_implementation": setting.attention}
+    attention = attention_on_paper(setting.attention)
+    more = {} if attention is None else {"attn_implementation": attention}
     with torch.device("meta"):
         model: Any = auto_class(config).from_config(config, dtype=setting.dtype, **more)
         if setting.bits is not None:

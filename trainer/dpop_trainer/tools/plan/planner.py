@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from dpop_trainer.batches import Batch
 from dpop_trainer.batches.choose_layout import flat_obstacle, tree_obstacle
 from dpop_trainer.batches.flat_attention import BLOCK_SIZE
+from dpop_trainer.models.tiled_mlp import can_tile
 from dpop_trainer.tools.plan.batches import Batches, BatchSetting, Pairs, make_batches
 from dpop_trainer.tools.plan.devices import Device, Sharding
 from dpop_trainer.tools.plan.memory import Memory, device_memory, optimizer_named
@@ -33,6 +34,10 @@ class Choice:
     """4 or 8 for a quantised base."""
     sharding: Sharding
     num_devices: int
+    tiled_mlp: int | str | None = None
+    """As in DPOPConfig."""
+    offloading: bool = False
+    """Of activations, with checkpointing."""
 
     @property
     def global_pairs(self) -> int:
@@ -121,22 +126,27 @@ class Planner:
     @cached_property
     def best_layout(self) -> str:
         """What `auto` comes to, as far as the model's kind tells: a probe at the start of a run has the last word."""
-        if flat_obstacle(self._bare, max_length=self.run.max_length) is None:
+        if flat_obstacle(self.bare, max_length=self.run.max_length) is None:
             return "flat"
-        return "auto" if tree_obstacle(self._bare, max_length=self.run.max_length) is None else "rows"
+        return "auto" if tree_obstacle(self.bare, max_length=self.run.max_length) is None else "rows"
 
     def obstacle(self, layout: str) -> str | None:
         """Why the model cannot run a layout that is asked for by name."""
         if layout in ("auto", "rows"):
             return None
         find = flat_obstacle if layout == "flat" else tree_obstacle
-        return find(self._bare, max_length=self.run.max_length)
+        return find(self.bare, max_length=self.run.max_length)
 
     @cached_property
-    def _bare(self) -> Any:
+    def bare(self) -> Any:
         """The model without its adapter, deep enough to show its kinds of layers."""
         num_layers = min(self.run.config.get_text_config().num_hidden_layers, 2 * LONGEST_PERIOD)
         return build(self.run.config, replace(self.run.model, bits=None, lora=None), num_layers=num_layers)
+
+    @cached_property
+    def can_tile(self) -> bool:
+        """Whether the model's MLPs can be computed over tiles."""
+        return can_tile(self.bare)
 
     def outcome(self, choice: Choice, *, pairs: Pairs | None = None, exact_time: bool = True) -> Outcome:
         """
@@ -162,6 +172,8 @@ class Planner:
             accumulates=choice.accumulation > 1 and not is_split,
             optimizer_temporaries=optimizer.whole_temporaries,
             in_compute_dtype=is_split,
+            tiled_mlp=choice.tiled_mlp,
+            offloading=choice.offloading,
         )
         cost = self._cost(choice.bits, setting, batches.largest, is_flat=layout == "flat")
         typical, scale = cost, batches.positions / batches.largest.input_ids.numel()
@@ -222,6 +234,8 @@ class Planner:
         if key not in self._costs:
             packed = "" if bits is None else f", {bits}-bit base"
             kept = ", gradient checkpointing" if setting.checkpointing else ""
+            kept += ", tiled MLPs" if setting.tiled_mlp is not None else ""
+            kept += ", offloading" if setting.offloading else ""
             self.show(f"A step of {batch.input_ids.numel():,} positions on paper{packed}{kept}")
             self._costs[key] = step_cost(
                 self.run.config, self.sizes(bits), self._model(bits), setting, batch, is_flat=is_flat

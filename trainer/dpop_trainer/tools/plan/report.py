@@ -78,6 +78,10 @@ def setting_yaml(choice: Choice, *, nested: bool = True) -> list[str]:
         f"gradient_checkpointing: {str(choice.checkpointing).lower()}",
         f"layout: {choice.layout}",
     ]
+    if choice.tiled_mlp is not None:
+        lines.append(f"tiled_mlp: {choice.tiled_mlp}")
+    if choice.offloading:
+        lines.append("activation_offloading: true")
     if choice.bits is not None:
         lines.append(f"load_in_{choice.bits}bit: true")
     if choice.bits == 4:

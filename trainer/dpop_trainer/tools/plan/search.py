@@ -90,12 +90,23 @@ def search(planner: Planner, asked: Outcome) -> Found:
 def _stages(planner: Planner, asked: Choice) -> Iterator[list[Choice]]:
     """Settings without a batch size, those of one stage of equal merit."""
     for bits, sharding, num_devices in _resources(planner, asked):
-        yield [
-            replace(
-                asked, layout="auto", checkpointing=checkpointing, bits=bits, sharding=sharding, num_devices=num_devices
-            )
-            for checkpointing in (False, True)
-        ]
+        base = replace(asked, layout="auto", bits=bits, sharding=sharding, num_devices=num_devices)
+        kept, recomputed = replace(base, checkpointing=False, offloading=False), replace(base, checkpointing=True)
+        yield [kept, recomputed]
+        tiled = _tiled(planner, recomputed)
+        yield from ([leaner] for leaner in dict.fromkeys((tiled, _offloaded(planner, tiled))) if leaner != recomputed)
+
+
+def _tiled(planner: Planner, choice: Choice) -> Choice:
+    """The same with MLPs in tiles, where they can be: no product more with checkpointing."""
+    if choice.tiled_mlp is not None or choice.sharding == "zero3" or not planner.can_tile:
+        return choice
+    return replace(choice, tiled_mlp="auto")
+
+
+def _offloaded(planner: Planner, choice: Choice) -> Choice:
+    """The same with what checkpointing keeps in the host's memory, where that is another."""
+    return replace(choice, offloading=planner.run.device.is_gpu)
 
 
 def _resources(planner: Planner, asked: Choice):
@@ -155,6 +166,8 @@ def _nearest(planner: Planner, asked: Choice) -> Outcome | None:
     """One change after the other, each kept, until the run fits."""
     best = planner.best_layout if asked.layout != "auto" else "auto"
     changes = [replace(asked, checkpointing=True), replace(asked, checkpointing=True, layout=best)]
+    changes.append(_tiled(planner, changes[-1]))
+    leanest = changes[-1]
     per_device = asked.num_pairs * asked.accumulation
     num_pairs = asked.num_pairs
     while num_pairs % 2 == 0 and planner.run.budget is None:
@@ -162,6 +175,7 @@ def _nearest(planner: Planner, asked: Choice) -> Outcome | None:
         changes.append(replace(changes[-1], num_pairs=num_pairs, accumulation=per_device // num_pairs))
     if num_pairs > 1 and planner.run.budget is None:
         changes.append(replace(changes[-1], num_pairs=1, accumulation=per_device))
+    changes.append(_offloaded(planner, changes[-1]))
     tried: set[Choice] = {asked}
     for choice in changes:
         if choice not in tried:
@@ -170,7 +184,7 @@ def _nearest(planner: Planner, asked: Choice) -> Outcome | None:
                 return planner.outcome(choice)
     for bits, sharding, num_devices in _resources(planner, asked):
         accumulation = max(1, asked.accumulation * asked.num_devices // num_devices)
-        base = replace(changes[1], bits=bits, sharding=sharding, num_devices=num_devices, accumulation=accumulation)
+        base = replace(leanest, bits=bits, sharding=sharding, num_devices=num_devices, accumulation=accumulation)
         for outcome in _largest_batches(planner, base, most=asked.num_pairs):
             return planner.outcome(outcome.choice)
     return None

@@ -13,6 +13,7 @@ from dpop_trainer.inputs.data_sets import load_train_data, train_paths
 from dpop_trainer.inputs.model_setup import check_bits, init_kwargs, lora_config
 from dpop_trainer.models.adapters import find_adapter_base
 from dpop_trainer.models.dtypes import autocast_dtype, named_dtype
+from dpop_trainer.models.tiled_mlp import check_tiles
 from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
 from dpop_trainer.settings.errors import doing
@@ -25,6 +26,7 @@ from dpop_trainer.tools.plan.options import PlanConfig
 from dpop_trainer.tools.plan.paper_model import ModelSetting
 from dpop_trainer.tools.plan.planner import Choice, Planner, Run
 from dpop_trainer.tools.plan.source import find_config
+from dpop_trainer.tools.plan.timing import HOST_LINK
 
 NUM_READ = 2000
 """Pairs that lengths are taken from."""
@@ -90,16 +92,24 @@ def make_planner(
     )
     planner = Planner(run)
     obstacle = planner.obstacle(config.layout)
+    if config.tiled_mlp is not None:
+        check_tiles(planner.bare)
+        if plan.sharding == "zero3":
+            raise ValueError("tiled_mlp: expected 'none' with zero3, which gathers weights for each tile. Use fsdp2.")
+    if config.planned["activation_offloading"] and not device.is_gpu:
+        raise ValueError(f"activation_offloading: expected a GPU, got {device.name}. Leave it off here.")
     if obstacle is not None:
         raise ValueError(f"layout: expected one that the model can run, got {config.layout!r}: {obstacle}. Use auto.")
     choice = Choice(
         layout=config.layout,
         num_pairs=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=config.gradient_checkpointing or config.planned["activation_offloading"],
         bits=bits,
         sharding=_sharding(plan),
         num_devices=plan.devices,
+        tiled_mlp=config.tiled_mlp,
+        offloading=config.planned["activation_offloading"],
     )
     return planner, choice, _notes(planner, source.origin, config, plan)
 
@@ -209,7 +219,7 @@ def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArgument
     if (backend := config.planned["kernel_backend"]) != "auto":
         notes.append(f"The kernels' workspace is counted as with kernel_backend auto, not {backend}.")
     if config.planned["activation_offloading"]:
-        notes.append("activation_offloading is not counted: it needs less memory than this.")
+        notes.append(f"Assumed: activations go to the host and back at {HOST_LINK / 1e9:.0f} GB/s, beside no product.")
     if config.sequence_parallel_size > 1:
         notes.append(
             f"sequence_parallel_size {config.sequence_parallel_size} is not counted: a device holds one of so many "

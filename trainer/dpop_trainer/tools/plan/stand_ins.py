@@ -3,10 +3,12 @@
 PaperHead         the scoring head of a device: unit gradients, workspace, products
 QuantisedLinear   bitsandbytes' 4-bit and 8-bit layers: packed weights, widened for each product
 grouped_product   a mixture's experts, whichever tokens they get
+offload_on_paper  what checkpointing keeps, on its way to the host and back
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from dpop_kernels.backends import bounds
 from dpop_kernels.logps.linear import as_autocast
 from dpop_kernels.model_head.layers import StandIn, is_lora, output_layers
 from dpop_kernels.model_head.transforms import logit_transform
-from dpop_trainer.tools.plan.tape import add_flop, part
+from dpop_trainer.tools.plan.tape import add_flop, add_moved, part
 
 FP32, FP64 = 4, 8
 QUANTISED_BLOCK = 64
@@ -228,6 +230,32 @@ def grouped_experts() -> Iterator[None]:
         yield
     finally:
         moe._grouped_mm = own
+
+
+def offload_on_paper(model: nn.Module) -> None:
+    """Let the checkpoints of a model, which has been told to make some, lie where they take none of the memory that is
+    counted: with transformers' own offloading they are copied off the device as they are made, and back one by one."""
+    for module in model.modules():
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if checkpoint is not None:
+            vars(module)["_gradient_checkpointing_func"] = partial(_offloaded, checkpoint)
+
+
+def _offloaded(checkpoint: Any, *args: Any) -> Any:
+    with torch.autograd.graph.saved_tensors_hooks(_sent, _fetched):
+        return checkpoint(*args)
+
+
+def _sent(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    add_moved(tensor.nbytes)
+    return tensor.shape, tensor.dtype
+
+
+def _fetched(sent: tuple[torch.Size, torch.dtype]) -> Tensor:
+    shape, dtype = sent
+    tensor = torch.empty(shape, dtype=dtype)
+    add_moved(tensor.nbytes)
+    return tensor
 
 
 def _bytes(count: int) -> Tensor:

@@ -26,10 +26,11 @@ from dpop_trainer.batches import Batch
 from dpop_trainer.batches.flat_attention import runs
 from dpop_trainer.batches.scoring import forward_inputs
 from dpop_trainer.models.adapters import base_model
+from dpop_trainer.models.tiled_mlp import tile_mlps
 from dpop_trainer.settings.renamed import enable_checkpointing
 from dpop_trainer.tools.plan.flat_on_paper import PAPER_ATTENTION, flat_row_on_paper
 from dpop_trainer.tools.plan.paper_model import ModelSetting, Sizes, build, decoder_layers, on_paper
-from dpop_trainer.tools.plan.stand_ins import PaperHead, grouped_experts
+from dpop_trainer.tools.plan.stand_ins import PaperHead, grouped_experts, offload_on_paper
 from dpop_trainer.tools.plan.tape import Moment, Tape
 
 BEGINS, BETWEEN, ENDS = "backward begins", "backward", "backward ends"
@@ -53,6 +54,10 @@ class StepSetting:
     """The optimizer works on all weights at once (torch's foreach), with temporaries of their size."""
     in_compute_dtype: bool = False
     """Weights arrive in autocast's dtype, as FSDP2 and DeepSpeed gather them."""
+    tiled_mlp: int | str | None = None
+    """As in DPOPConfig."""
+    offloading: bool = False
+    """What checkpointing keeps lies in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class StepCost:
     """The worst of each phase."""
     flop: Mapping[str, float]
     """Of matrix products, 2 per multiply-add: layers, attention, head."""
+    moved_bytes: float = 0.0
+    """To the host and back."""
 
     @property
     def phase(self) -> str:
@@ -83,7 +90,7 @@ class StepCost:
         for phase, moment in self.moments.items():
             parts = {name: size for name, size in moment.parts.items() if name not in names}
             moments[phase] = Moment(sum(parts.values()), parts)
-        return StepCost(moments, self.flop)
+        return StepCost(moments, self.flop, self.moved_bytes)
 
 
 def step_cost(
@@ -108,7 +115,7 @@ def step_cost(
     few = sizes.num_leading + 3 * sizes.period
     if sizes.num_layers <= few:
         tape = _run(build(config, model), setting, batch, is_flat=is_flat, sizes=sizes)
-        return StepCost(tape.moments(), tape.flop())
+        return StepCost(tape.moments(), tape.flop(), tape.moved_bytes())
     tape = _run(build(config, model, num_layers=few), setting, batch, is_flat=is_flat, sizes=sizes)
     middle = range(sizes.num_leading + sizes.period, sizes.num_leading + 2 * sizes.period)
     share = (sizes.num_layers - few) / sizes.period
@@ -126,7 +133,8 @@ def step_cost(
         parts = {name: carry_on(low.parts.get(name, 0), high.parts.get(name, 0)) for name in names}
         moments[phase] = Moment(sum(parts.values()), parts)
     shorter_flop, longer_flop = tape.flop(without=middle), tape.flop()
-    return StepCost(moments, {kind: carry_on(shorter_flop[kind], flop) for kind, flop in longer_flop.items()})
+    flop = {kind: carry_on(shorter_flop[kind], flop) for kind, flop in longer_flop.items()}
+    return StepCost(moments, flop, carry_on(tape.moved_bytes(without=middle), tape.moved_bytes()))
 
 
 def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes: Sizes) -> Tape:
@@ -144,6 +152,9 @@ def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes
         enable_checkpointing(model)
         if isinstance(model, PeftModel):
             model.enable_input_require_grads()
+        if setting.offloading:
+            offload_on_paper(base)
+    tile_mlps(model, setting.tiled_mlp, on_gpu=setting.on_gpu)  # type: ignore[arg-type]
     model.train()
     has_padding = not bool(batch.attention_mask.all())
     row = contextlib.nullcontext()

@@ -47,6 +47,7 @@ class Tape(TorchDispatchMode):
         self._storages = {storage._cdata for storage in self._known}
         self._events: list[_Event] = []
         self._flop: dict[tuple[str, int], float] = defaultdict(float)  # by kind and layer
+        self._moved: dict[int, int] = defaultdict(int)  # bytes by layer
         self._parts: dict[int, str] = {}  # by serial number
         self._serials: dict[int, int] = {}  # by storage
         self._phase = "forward"
@@ -120,6 +121,14 @@ class Tape(TorchDispatchMode):
             sums[kind] += 0.0 if layer in without else flop
         return dict(sums)
 
+    def moved_bytes(self, *, without: Collection[int] = ()) -> int:
+        """To the host and back."""
+        return sum(num_bytes for layer, num_bytes in self._moved.items() if layer not in without)
+
+    def add_moved(self, num_bytes: int) -> None:
+        """Sent to the host, or fetched from there, at the layer that is under way."""
+        self._moved[self._layer] += num_bytes
+
     def add_flop(self, kind: str, flop: float) -> None:
         """Products of a kind, at the layer that is under way."""
         self._flop[kind, self._layer] += flop
@@ -175,6 +184,12 @@ def add_flop(kind: str, flop: float) -> None:
     """Products that no operator shows, if a tape is running."""
     if _OPEN:
         _OPEN[-1].add_flop(kind, flop)
+
+
+def add_moved(num_bytes: int) -> None:
+    """Bytes between device and host, if a tape is running."""
+    if _OPEN:
+        _OPEN[-1].add_moved(num_bytes)
 
 
 def attention_flop(query: Tensor, key: Tensor, *, is_causal: bool) -> float:

@@ -6,6 +6,9 @@ from dpop_trainer.tools.plan.devices import Device
 from dpop_trainer.tools.plan.paper_model import ModelSetting, Sizes
 from dpop_trainer.tools.plan.step import StepCost
 
+HOST_LINK = 25e9
+"""Bytes per second between a GPU and pinned memory of its host, PCIe 4.0 x16: assumed."""
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -14,10 +17,12 @@ class StepTime:
     products: float
     weights: float
     """Widening packed weights, and updating trained ones: memory traffic that no product hides."""
+    moves: float = 0.0
+    """Activations to the host and back, in the stream of the products, as transformers copies them."""
 
     @property
     def total(self) -> float:
-        return self.products + self.weights
+        return self.products + self.weights + self.moves
 
 
 def step_time(
@@ -53,4 +58,4 @@ def step_time(
         widened = passes * sizes.num_packed * (model.bits / 8 + 2) / bandwidth
     # read weight, gradient and two moments, write all but the gradient
     update = 7 * 4 * sizes.num_trained / bandwidth / accumulation
-    return StepTime(products, widened + update)
+    return StepTime(products, widened + update, cost.moved_bytes * scale / HOST_LINK)
