@@ -3,6 +3,7 @@
 Whole runs of trainers, against one process, are in `test_distributed.py`.
 """
 
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType, ParallelismConfig
 from dpop_trainer.batches import Batch, PairCollator
-from dpop_trainer.batches.flat_attention import use_flat_attention
+from dpop_trainer.batches.flat_attention import block_mask, use_flat_attention
 from dpop_trainer.batches.routers import RouterLoss
 from dpop_trainer.batches.scoring import ScoredModel, attention_of, forward_inputs
 from dpop_trainer.batches.sequence_group import SequenceGroup, join_group
@@ -20,11 +21,13 @@ from dpop_trainer.batches.shared_attention import share_attention
 from dpop_trainer.settings.renamed import enable_checkpointing
 from dpop_trainer.training.sequence_parallel import check_sequence_parallel
 from layout_models import PAD, build, compute_nothing_in_fp32, edge_pairs, family
-from rounding import EQUAL
+from rounding import CONTRACT_NATS, EQUAL
 from sharded import run_ranks
 from tiny import token_pairs, word_tokenizer
 from torch import distributed as dist
-from trainers import trainer
+from torch.nn.attention.flex_attention import flex_attention
+from trainers import config, trainer
+from transformers.integrations import flex_attention as flex
 
 from benchmarks.measure import peak_bytes
 from dpop_kernels import ScoringHead
@@ -81,9 +84,9 @@ def scores_and_grads(scored, batch):
 def check_models(rank, models):
     compute_nothing_in_fp32()
     group = join_group(dist.get_world_size())
-    for config, overrides, layouts in models.values():
+    for config_class, overrides, layouts in models.values():
         for layout in layouts:
-            model = build(config, overrides, dtype=torch.float64)
+            model = build(config_class, overrides, dtype=torch.float64)
             if layout == "flat":
                 enable_checkpointing(model)  # computed again in backward, columns are exchanged again
                 model.train()
@@ -155,6 +158,13 @@ def test_rows_that_do_not_divide_are_refused_with_the_length_that_does():
         share_out(batch, SequenceGroup(None, 0, wrong))
 
 
+def test_rows_of_a_run_are_filled_up_to_what_both_ask_for(tmp_path):
+    assert config(tmp_path).row_multiple is None
+    assert config(tmp_path, pad_to_multiple_of=8).row_multiple == 8
+    assert config(tmp_path, sequence_parallel_size=3).row_multiple == 3
+    assert config(tmp_path, pad_to_multiple_of=8, sequence_parallel_size=6).row_multiple == 24
+
+
 def token_pairs_with_ids(num_pairs):
     return [{**pair, "pair_id": i} for i, pair in enumerate(token_pairs(num_pairs))]
 
@@ -197,6 +207,37 @@ def test_a_model_whose_tokens_meet_elsewhere_is_found_out():
     run_ranks(check_strangers)
 
 
+def check_on_a_gpu(rank):
+    """What a GPU does, as far as a CPU can: a flat row under FlexAttention's own mask, and mixed precision."""
+    group = join_group(2)
+    model = family("llama")
+    scored = sharing(model, "flat")
+    batch = PairCollator(pad_token_id=PAD, layout="flat", pad_to_multiple_of=128)(edge_pairs())
+    shared = to_run_together(share_out(batch, group), group)
+    masks = []
+
+    def by_definition(query, key, value, *, block_mask, training, **options):
+        masks.append(block_mask.shape)
+        return flex_attention(query, key, value, block_mask=block_mask, **options)
+
+    flex.compile_friendly_flex_attention = by_definition
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        truth = scored.token_logps(batch)
+        inputs = {**forward_inputs(batch, model), "attention_mask": block_mask(batch.trie_ends, compiled=False)}
+        by_flex = scored.token_logps(shared, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            alone, together = scored.token_logps(batch), scored.token_logps(shared)
+    assert masks == [(1, 1, 128, 128)] * 2  # in both layers, of all columns
+    torch.testing.assert_close(by_flex, truth, rtol=0, atol=3 * CONTRACT_NATS)  # two layers in fp32
+    # errors of independent roundings: three times the norm would be nine times as many
+    assert 0 < (together - truth).norm() <= 3 * (alone - truth).norm()
+
+
+def test_a_block_mask_and_mixed_precision():
+    run_ranks(check_on_a_gpu)
+
+
 KINDS = {
     "heads": (
         "LlamaConfig",
@@ -217,9 +258,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_of_model_is_refused_by_name(kind):
-    config, overrides, run, message = KINDS[kind]
+    config_class, overrides, run, message = KINDS[kind]
     with pytest.raises(ValueError, match=message):
-        check_shared_model(build(config, overrides), **{"size": 2, "longest": 64, **run})
+        check_shared_model(build(config_class, overrides), **{"size": 2, "longest": 64, **run})
 
 
 def test_a_kind_that_goes_by_lengths_within_which_it_does_not():
