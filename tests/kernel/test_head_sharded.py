@@ -1,7 +1,7 @@
-"""ScoringHead on models whose weights are sharded or replicated over two gloo ranks, held against one process.
+"""ScoringHead on models whose weights are sharded or replicated over two or three gloo ranks, held against one process.
 
 Each rank has its own batch; the loss is the sum over a rank's tokens, and data-parallel wrappers average gradients over
-the ranks. So the expected gradient is the mean of both batches' gradients on the unwrapped model.
+the ranks. So the expected gradient is the mean of all batches' gradients on the unwrapped model.
 
 ZeRO-3 is not tested (DeepSpeed is not a dependency): like FSDP2 it gathers weights in hooks around a module's call and,
 for backward, around its output; both are what the tests here rest on.
@@ -13,6 +13,7 @@ from families import VOCAB_SIZE, build
 from peft import LoraConfig, get_peft_model
 from rounding import MODEL_GRADIENT, TWO_ROADS_NATS
 from sharded import run_ranks
+from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -60,11 +61,11 @@ def grads_of(model):
 
 
 def expected_of(kind, rank):
-    """This rank's log-probs, and the mean over both ranks' batches of the gradients of their sums."""
+    """This rank's log-probs, and the mean over all ranks' batches of the gradients of their sums."""
     model = model_of(kind)
     head = ScoringHead(model)
-    logps = [score(model, head, other) for other in range(2)]
-    (sum(part.sum() for part in logps) / 2).backward()
+    logps = [score(model, head, other) for other in range(dist.get_world_size())]
+    (sum(part.sum() for part in logps) / len(logps)).backward()
     return logps[rank].detach(), grads_of(model)
 
 
@@ -125,9 +126,10 @@ def check_replicas(rank):
 
 
 def check_tensor_parallel(name, rank):
-    """The head's rows over both ranks, everything else whole: the same batch on both, so the same loss."""
+    """The head's rows over all ranks, everything else whole: the same batch on each, so the same loss."""
     plain, model = build(name), build(name)
-    parallelize_module(model, init_device_mesh("cpu", (2,)), {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
     logps, grads = [], []
     for candidate in (plain, model):
         head = ScoringHead(candidate)
@@ -155,3 +157,13 @@ def check_all(rank):
 @pytest.mark.slow
 def test_two_ranks_equal_one_process():
     run_ranks(check_all)
+
+
+def check_thirds(rank):
+    check_fsdp("lora", rank, own_unit=True)
+    check_ddp("tied", rank)
+    check_tensor_parallel("phi", rank)
+
+
+def test_three_ranks_equal_one_process():
+    run_ranks(check_thirds, world_size=3)

@@ -17,8 +17,8 @@ from dpop_kernels.logps.tiling import tiled_token_logps
 from dpop_kernels.logps.vocab_parallel import vocab_parallel_token_logps
 
 VOCAB_SIZE, NUM_TOKENS, HIDDEN_SIZE = 101, 24, 16
-# bounds of the ranks' slices: even, uneven, one row only
-SPLITS = {"even": (0, 51, 101), "uneven": (0, 90, 101), "one_row": (0, 1, 101)}
+# bounds of the ranks' slices: even, uneven, one row only; of three ranks
+SPLITS = {"even": (0, 51, 101), "uneven": (0, 90, 101), "one_row": (0, 1, 101), "thirds": (0, 34, 68, 101)}
 OPTIONS = {"plain": {}, "scale_and_softcap": {"logit_scale": 0.5, "softcap": 6.0}}
 
 
@@ -60,9 +60,9 @@ def check_against_whole_head(rank, split, options, dtype, backend, frozen):
     else:
         assert relative_error(grads[1], expected_grads[1][start:end]) <= bound
         assert relative_error(grads[2], expected_grads[2][start:end]) <= bound
-    everyones = [torch.empty_like(logps) for _ in range(2)]
+    everyones = [torch.empty_like(logps) for _ in range(dist.get_world_size())]
     dist.all_gather(everyones, logps.detach())
-    assert torch.equal(*everyones)
+    assert all(torch.equal(one, everyones[0]) for one in everyones)
     again = sliced(*leaves)
     assert torch.equal(again, logps)
     assert torch.equal(torch.autograd.grad(again, leaves[0], grad.to(again.dtype))[0], grads[0])
@@ -109,7 +109,7 @@ def check_wrong_slices(rank):
 
 def check_all(rank):
     bounds.CPU = bounds.TileBounds(7, 32, gradient_rows=7, gradient_bytes=1, pair_bytes=1)
-    for split in SPLITS:
+    for split in ("even", "uneven", "one_row"):
         check_against_whole_head(rank, split, {}, torch.float32, "chunked", frozen=False)
     for options in OPTIONS.values():
         check_against_whole_head(rank, "uneven", options, torch.float64, "chunked", frozen=False)
@@ -126,6 +126,15 @@ def check_all(rank):
 
 def test_two_ranks_equal_the_whole_head():
     run_ranks(check_all)
+
+
+def check_thirds(rank):
+    for frozen in (False, True):
+        check_against_whole_head(rank, "thirds", OPTIONS["scale_and_softcap"], torch.float64, "chunked", frozen=frozen)
+
+
+def test_three_ranks_equal_the_whole_head():
+    run_ranks(check_thirds, world_size=3)
 
 
 def test_combination_keeps_confident_tokens_and_unlikely_slices(monkeypatch):
