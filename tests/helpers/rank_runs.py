@@ -74,7 +74,8 @@ def build(
         "use_cpu": True,
         "dpop_lambda": 5.0,
         "seed": 3,
-        "tiled_mlp": 5 if tiled and num_ranks > 1 else None,  # against one process without
+        # against one process without
+        "tiled_mlp": 5 if tiled and (num_ranks > 1 or overrides.get("sequence_parallel_size", 1) > 1) else None,
         **overrides,
     }
     model, records = tiny_llama(**SHAPE), token_pairs(num_pairs)

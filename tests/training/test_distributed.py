@@ -17,11 +17,9 @@ from transformers import AutoModelForCausalLM
 
 # The grid of engines and cases is `tests/engines.py`; here is each engine with some, and each kind of case under one.
 ON_TWO_RANKS = {
-    "ddp": (None, ["tree", "lora", "weighted"]),
-    "fsdp2": (
-        "fsdp2_8.yaml",
-        ["checkpointed", "moving", "precomputed", "idle_rank"],
-    ),  # which needs all at each forward
+    "ddp": (None, ["accumulated", "lora", "weighted"]),
+    # which needs a rank that has no pair at every forward
+    "fsdp2": ("fsdp2_8.yaml", ["checkpointed", "moving", "precomputed", "idle_rank"]),
 }
 # three ranks have one, two and two of an epoch's last five pairs
 THIRDS = {"layout": "rows", "pairs_per_step": 6}
