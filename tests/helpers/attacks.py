@@ -4,7 +4,8 @@
     python tests/helpers/attacks.py 100 --seed 3
 
 Command lines: words of one that works are dropped, doubled, swapped, or replaced by what no option takes. Files: bytes
-of one that works are cut, flipped, filled or exchanged. Records: fields of one that works hold any other value.
+of one that works are cut, flipped, filled or exchanged, or a value in its JSON is another. Records: fields of one that
+works hold any other value.
 
 A command stands where it ends by itself within its bound with an exit code of its own, no traceback, no control
 character on the terminal, and, if it failed, with words of this package that name what was wrong: the boundary for
@@ -208,9 +209,11 @@ def fault_of(code: int | None, output: str, named: tuple[str, ...]) -> str | Non
 def mutated_line(generator: random.Random) -> list[str]:
     """The words of a command that works, but for one to three of them."""
     words = generator.choice(LINES).split()
-    for _ in range(generator.randint(1, 3)):
+    for _ in range(generator.choice([1, 1, 1, 2, 3])):
         place = generator.randrange(1, len(words)) if len(words) > 1 else 0
-        kind = generator.choice(["drop", "double", "swap", "replace", "insert", "glue", "cut"])
+        kind = generator.choice(
+            ["drop", "double", "swap", "replace", "value", "value", "value", "insert", "glue", "cut"]
+        )
         if kind == "drop":
             words = words[:place] + words[place + 1 :]
         elif kind == "double":
@@ -220,6 +223,9 @@ def mutated_line(generator: random.Random) -> list[str]:
             words[place], words[other] = words[other], words[place]
         elif kind == "replace":
             words[place] = generator.choice(NASTY)
+        elif kind == "value":
+            places = [number for number, word in enumerate(words) if number > 1 and not word.startswith("--")]
+            words[generator.choice(places or [place])] = generator.choice(NASTY)
         elif kind == "insert":
             words.insert(place, generator.choice(NASTY))
         elif kind == "glue":
@@ -233,6 +239,9 @@ def mutated_line(generator: random.Random) -> list[str]:
 
 def damaged(content: bytes, generator: random.Random) -> bytes:
     """Another content."""
+    changed = _with_another_value(content, generator)
+    if changed is not None and generator.random() < 0.5:
+        return changed
     size = len(content)
     place, length = generator.randrange(size), generator.choice([1, 1, 4, 30, 400])
     kind = generator.choice(["cut", "flip", "zeros", "noise", "insert", "repeat", "empty", "first gone", "other"])
@@ -248,6 +257,27 @@ def damaged(content: bytes, generator: random.Random) -> bytes:
         "first gone": content[place:],
         "other": generator.choice([b"[]", b"{}", b"null\n", b"3\n", b'"a"\n', b"[[]]\n", b"{\n", b"\xff\xfe{\x00"]),
     }[kind]
+
+
+def _with_another_value(content: bytes, generator: random.Random) -> bytes | None:
+    """JSON, or a line of it, with any other value somewhere; None where it is none."""
+    lines = content.splitlines()
+    place = generator.randrange(len(lines))
+    before, text, after = [], content, []
+    if len(lines) > 1 and lines[0].startswith(b"{") and lines[0].endswith(b"}"):
+        before, text, after = lines[:place], lines[place], lines[place + 1 :]
+    try:
+        whole = json.loads(text)
+    except ValueError:  # not UTF-8, or not JSON
+        return None
+    holder = whole
+    while isinstance(holder, dict | list) and holder:
+        key = generator.choice(list(holder)) if isinstance(holder, dict) else generator.randrange(len(holder))
+        if not isinstance(holder[key], dict | list) or not holder[key] or generator.random() < 0.3:
+            holder[key] = generator.choice(VALUES)
+            break
+        holder = holder[key]
+    return b"\n".join([*before, json.dumps(whole).encode(), *after]) + b"\n"
 
 
 def attack_lines(number: int, seed: int) -> Result:

@@ -168,6 +168,19 @@ def test_a_name_or_a_count_that_cannot_be_is_refused_before_the_model(answering,
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[7].content + 1 }}", "conversation of 1 turns, got its err"),
+        ("", "conversation, got nothing of it"),
+    ],
+)
+def test_a_template_that_renders_nothing_is_named(answering, tmp_path, template, message, capsys):
+    (tmp_path / "template.jinja").write_text(template)
+    assert main(answering) == 1
+    assert f"chat_template: expected one that renders a {message}" in capsys.readouterr().err
+
+
 def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
     (tmp_path / "question.jsonl").write_bytes(b'{"question_id": 1, "turns": ["a"]}\n{"turns": ["\xff"]}\n')
     with pytest.raises(ValueError, match=r"question\.jsonl, line 2: expected a JSON object, got .*utf-8"):

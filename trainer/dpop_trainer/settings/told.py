@@ -71,7 +71,7 @@ def is_of_another_process(error: Exception) -> bool:
 def _while(argv: Sequence[str], error: Exception) -> str:
     doing = what_was_done(error)
     if doing is None:  # words that are files, and so no secrets
-        named = [word for word in argv[1:] if os.path.exists(word)]
+        named = list(dict.fromkeys(word for word in argv[1:] if os.path.exists(word)))
         doing = f"running `dpop {argv[0]}`" + (f" with {', '.join(named)}" if named else "")
     return f"while {doing}: "
 

@@ -97,7 +97,13 @@ class Generator:
                 f"chat_template: expected one that renders a conversation of {len(messages)} turns, got its error: "
                 f"{error}. Name another with --chat_template."
             ) from error
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(
+                "chat_template: expected one that renders a conversation, got nothing of it. Name another with "
+                "--chat_template."
+            )
+        return ids
 
     def _generate(self, rows: list[list[int]], temperature: float) -> list[str]:
         length = max(len(row) for row in rows)
