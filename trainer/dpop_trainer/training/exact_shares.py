@@ -27,8 +27,9 @@ class ExactShares(SequenceParallel):
     """transformers.Trainer with `shares.RankShares` in place of accelerate's padded shards."""
 
     def dealt_out(self, loader: Any) -> Any:
-        group, dataset = self.sequence_group, loader.dataset
-        if group is not None and isinstance(dataset, IterableDatasetShard):
+        group = self.sequence_group
+        if group is not None and isinstance(loader.dataset, IterableDatasetShard):
+            dataset = loader.dataset
             dataset.num_processes, dataset.process_index = self.num_data_ranks, dataset.process_index // group.size
             loader.base_dataloader.collate_fn = SharedCollator(loader.collate_fn, group)
             return loader
