@@ -14,12 +14,14 @@ from dpop_trainer.cli import main
 from dpop_trainer.data import SourceStream, TokenisedStream, tokenise_pairs
 from dpop_trainer.data.convert import convert_pairs, row_pair
 from dpop_trainer.data.seams import last_visible, without_ends
+from dpop_trainer.data.templates import turn_opening
 from dpop_trainer.tools.doctor.examine import examine_pairs
 from tiny import tiny_llama
 from tiny import word_tokenizer as tiny_tokenizer
 from transformers import GenerationConfig
 from words import ASSISTANT, BOS, END, EOS, USER, A, B, C, chat_tokenizer, ids_of, text_of, texts, tokens, turn
 from words import character_tokenizer as new_character_tokenizer
+from words import word_tokenizer as new_word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +224,36 @@ def test_answers_that_end_in_no_stop_token_are_counted(stop_ids, expected):
     assert counts_of(both, chat_tokenizer(), stop_ids=stop_ids).endless_answers == sum(expected)
 
 
+def test_text_without_the_turns_of_a_chat_template_is_told():
+    """Its user's turn opens with <user>; a tokenizer without a template has none to miss."""
+    pairs = texts(("a", " b", " c"), ("<user> a <end> <assistant>", " b", " c"), ("b", " a", " c"))
+    counts = counts_of(pairs, chat_tokenizer())
+    assert counts.plain_text == 2
+    assert "2 pairs are plain text, without the turns of the tokenizer's chat template" in counts.summary()
+    assert counts_of(pairs, new_word_tokenizer("<s> $A")).plain_text == 0
+    told = counts_of(Dataset.from_list([chat()]), chat_tokenizer())
+    assert told.plain_text == 0
+    assert "plain text" not in told.summary()
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+            "<|im_start|>user",
+        ),
+        ("{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "[INST]"),
+        ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n{{ messages[0].content }}", "<|im_start|>user"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
+        ("{{ raise_exception('system first') }}", None),
+        ("", None),
+    ],
+)
+def test_what_a_template_writes_before_a_user(template, expected):
+    assert turn_opening(chat_tokenizer(template)) == expected
+
+
 def test_white_space_behind_an_end(character_tokenizer):
     """As ChatML writes it: the line break is no end."""
     ids = [ord(character) for character in "b>\n "]
@@ -286,6 +318,8 @@ def test_doctor_names_the_pairs(tmp_path):
         show_progress=False,
     )
     assert {finding.name: finding.rows.tolist() for finding in stray.findings}["stray_specials"] == [1]
+    plain = next(finding for finding in stray.findings if finding.name == "plain_text")
+    assert (plain.level, plain.rows.tolist()) == ("note", [0, 1])
 
 
 @pytest.mark.parametrize(("named", "is_found"), [(None, True), (EOS, True), ([EOS, END], False)])

@@ -41,6 +41,8 @@ class TokeniseCounts(NamedTuple):
     """Pairs of which the chat template leaves out a part of an answer (reasoning, a tool call) or a tool."""
     foreign_turns: int
     """Pairs whose answers go on over turns that the model does not write (a user's, a tool's); they are scored."""
+    plain_text: int
+    """Pairs of text whose prompt has none of the turns that the tokenizer's chat template writes."""
     endless_answers: int
     """Pairs with an answer that ends in no token at which the model stops; 0 where these are not known."""
     equal_scores: int
@@ -100,6 +102,12 @@ class TokeniseCounts(NamedTuple):
             f"{self.num_pairs:,} of {_counted(self.num_pairs_in, 'pair{s}')} kept; dropped: {dropped}.\n"
             f"{self.prompt_tokens:,} prompt, {self.chosen_tokens:,} chosen and {self.rejected_tokens:,} rejected "
             f"tokens; changed: {changed}."
+            + (
+                f"\n{self.plain_text:,} pairs are plain text, without the turns of the tokenizer's chat template: a "
+                "chat model is asked in turns (give it messages); for a base model text is right."
+                if self.plain_text
+                else ""
+            )
             + (f"\nPairs to look at: {notes} (docs/data.md, Seams)." if notes != "nothing" else "")
             + (f"\nScores of the two answers: {scores}." if self.equal_scores or self.inverted_scores else "")
             + (f"\n{weighted} a weight other than 1 in the loss." if self.weighted else "")

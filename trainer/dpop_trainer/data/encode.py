@@ -21,7 +21,7 @@ from dpop_trainer.data.seams import (
     without_second_bos,
     without_specials,
 )
-from dpop_trainer.data.templates import TEMPLATE_ERRORS, TemplateLimitError, render_within
+from dpop_trainer.data.templates import TEMPLATE_ERRORS, TemplateLimitError, render_within, turn_opening
 from dpop_trainer.data.tool_arguments import as_objects, as_texts, has_tool_calls, is_in_python
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class EncodedPair(NamedTuple):
     """The chat template leaves out a part of an answer, or a tool."""
     foreign_turns: bool = False
     """An answer goes on over turns that the model does not write."""
+    plain_text: bool = False
+    """The tokenizer has a chat template, and the prompt is text without the turns that it writes."""
     chosen_end: int = -1
     """The last token of the chosen answer that is not white space; -1 of none."""
     rejected_end: int = -1
@@ -137,8 +139,11 @@ def _encode_texts(pairs: list[Any], tokenizer: "PreTrainedTokenizerBase", specia
         for text, text_ids, added in zip(texts, encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
     }
     eos_id: Any = tokenizer.eos_token_id
+    opening = turn_opening(tokenizer)
     return [
-        _end_answers(_split([ids[text] for text in three], specials), both, eos_id)
+        _end_answers(_split([ids[text] for text in three], specials), both, eos_id)._replace(
+            plain_text=opening is not None and opening not in three[0]
+        )
         for three, both in zip(threes, answers, strict=True)
     ]
 

@@ -16,7 +16,7 @@ from dpop_trainer.data.pair_weights import WEIGHT_COLUMN
 from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
 
 CUT_COLUMNS = ("prompt_cut", "chosen_cut", "rejected_cut")
-NOTE_COLUMNS = ("prompt_shortened", "mended_seams", "stray_specials", "left_out", "foreign_turns")
+NOTE_COLUMNS = ("prompt_shortened", "mended_seams", "stray_specials", "left_out", "foreign_turns", "plain_text")
 END_COLUMNS = ("chosen_end", "rejected_end")
 
 
@@ -92,6 +92,7 @@ def count_outcomes(table: pa.Table, outcomes: Outcomes) -> TokeniseCounts:
         stray_specials=total(table["stray_specials"]),
         left_out=total(table["left_out"]),
         foreign_turns=total(table["foreign_turns"]),
+        plain_text=total(table["plain_text"]),
         endless_answers=int((outcomes.endless & outcomes.kept).sum()),
         equal_scores=total(pc.equal(table["score_gap"], 0.0)),
         inverted_scores=total(pc.less(table["score_gap"], 0.0)),

@@ -10,8 +10,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 try:
     import resource
@@ -52,6 +56,22 @@ def render_within(render: Callable[[], str]) -> str:
     if len(text) > LONGEST_TEXT:
         raise TemplateLimitError(f"it gave {len(text)} characters, of at most {LONGEST_TEXT}")
     return text
+
+
+def turn_opening(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """What the chat template writes on the line before a user's words, such as "<|im_start|>user"; None where there is
+    no template, or one that writes nothing there."""
+    if not tokenizer.chat_template:
+        return None
+    words = "Hello"
+    turn = [{"role": "user", "content": words}]
+    try:
+        text = render_within(lambda: str(tokenizer.apply_chat_template(turn, tokenize=False)))
+    except (TemplateLimitError, *TEMPLATE_ERRORS):
+        return None  # one that takes no user's turn alone; of messages that it does not take, every record says so
+    before = text.partition(words)[0].removeprefix(str(tokenizer.bos_token or ""))
+    lines = [line.strip() for line in before.splitlines() if line.strip()]
+    return lines[-1] if lines else None
 
 
 @contextlib.contextmanager

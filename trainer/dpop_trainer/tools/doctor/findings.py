@@ -359,6 +359,11 @@ _NOTED = {
         "have an answer that goes on over turns that the model does not write (a user's, a tool's), which are scored",
         "End answers with the assistant's turn; make a pair of each later turn, with the turns before as its prompt.",
     ),
+    "plain_text": (
+        "are plain text, without the turns of the tokenizer's chat template",
+        'For a chat model give messages ([{"role": "user", "content": ...}]): it is asked in turns. For a base model '
+        "text is right.",
+    ),
     "endless": (
         "have an answer that ends in no token at which the model stops",
         "End turns with the model's own EOS, or name the template's end in generation_config.eos_token_id: else the "
@@ -376,7 +381,7 @@ _OF_ONE = {
     "repeat": "repeats",
     "stand": "stands",
 }
-_NOTES = {"both_ways", "over_represented", "mended_seams"}
+_NOTES = {"both_ways", "over_represented", "mended_seams", "plain_text"}
 DROPPED = ("empty", "identical", "no_room", "same_after_cut", "contradictory", "duplicate", "near_duplicate", "leaked")
 """Findings whose pairs `--write_clean` leaves out; the first that applies is a row's reason."""
 CHECKS: tuple[Callable[[Evidence], list[Finding]], ...] = (
