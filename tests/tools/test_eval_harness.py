@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from dpop_trainer.cli import main
 from dpop_trainer.models.trained import load_trained
 from dpop_trainer.tools.evaluation import run as eval_run
@@ -226,10 +227,39 @@ def test_a_file_of_the_wrong_fields_is_named(tiny_llama, tmp_path, monkeypatch, 
     path = tmp_path / "arc.jsonl"
     path.write_text('{"problem": "1 + 1?"}\n')
     assert main(["eval", "--models", str(tiny_llama), "--local", f"arc={path}"]) == 1
-    assert str(path) in capsys.readouterr().err
+    told = f"for arc_challenge with the columns question, choices, answerKey, got {str(path)!r} with problem."
+    assert told in capsys.readouterr().err
     path.write_text('{"question": \n')
     assert main(["eval", "--models", str(tiny_llama), "--local", f"arc={path}"]) == 1
     assert "line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["winogrande", "truthfulqa_mc2", "gsm8k"])
+def test_known_columns_are_what_a_task_reads(name):
+    """A question of them alone is asked, answered and, without any one of them, refused by name."""
+    values = {
+        "sentence": "a _ b",
+        "option1": "x",
+        "option2": "y",
+        "answer": "1",
+        "question": "q?",
+        "mc2_targets": {"choices": ["c", "d"], "labels": [1, 0]},
+    }
+    columns = LEADERBOARD[name].columns
+    dataset = Dataset.from_list([{column: values[column] for column in columns}])
+    request = TaskRequest(name, 0, "questions.jsonl")
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(**tasks._where_to_look([request]))
+    (task,) = manager.load([tasks._local_spec(request, {tasks.QUESTIONS: dataset})])["tasks"].values()
+    document = next(iter(task.test_docs()))
+    assert task.doc_to_text(document) is not None
+    assert task.doc_to_target(document) is not None
+    if task.OUTPUT_TYPE == "multiple_choice":
+        assert len(task.doc_to_choice(document)) == 2
+    tasks._check_columns(name, "f", [*columns, "other"])
+    for absent in columns:
+        found = [column for column in columns if column != absent]
+        with pytest.raises(ValueError, match=f"for {name} with the columns {', '.join(columns)}, got 'f' with"):
+            tasks._check_columns(name, "f", found)
 
 
 def test_unknown_task_names_the_close_ones(tiny_llama, monkeypatch, capsys):

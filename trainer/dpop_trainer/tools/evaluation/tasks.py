@@ -20,15 +20,22 @@ class KnownTask(NamedTuple):
     """The metric that the leaderboard showed, by lm-eval's name."""
     folder: str
     """Where lm-eval keeps it: reading one folder takes a hundredth of the time of its whole index."""
+    columns: tuple[str, ...]
+    """What the task reads of a question, as it is published."""
+    prepared: tuple[str, ...] = ()
+    """What it reads after its own preparation, which a file may be written after."""
 
 
+_PREPARED = ("query", "choices", "gold")
 LEADERBOARD = {
-    "arc_challenge": KnownTask(25, "acc_norm", "arc"),
-    "hellaswag": KnownTask(10, "acc_norm", "hellaswag"),
-    "mmlu": KnownTask(5, "acc", "mmlu"),
-    "truthfulqa_mc2": KnownTask(0, "acc", "truthfulqa"),
-    "winogrande": KnownTask(5, "acc", "winogrande"),
-    "gsm8k": KnownTask(5, "exact_match,strict-match", "gsm8k"),
+    "arc_challenge": KnownTask(25, "acc_norm", "arc", ("question", "choices", "answerKey")),
+    "hellaswag": KnownTask(
+        10, "acc_norm", "hellaswag", ("ctx_a", "ctx_b", "activity_label", "endings", "label"), _PREPARED
+    ),
+    "mmlu": KnownTask(5, "acc", "mmlu", ("question", "choices", "answer")),
+    "truthfulqa_mc2": KnownTask(0, "acc", "truthfulqa", ("question", "mc2_targets")),
+    "winogrande": KnownTask(5, "acc", "winogrande", ("sentence", "option1", "option2", "answer")),
+    "gsm8k": KnownTask(5, "exact_match,strict-match", "gsm8k", ("question", "answer")),
 }
 SUITE = "open_llm_leaderboard"
 ALIASES = {"arc": "arc_challenge", "truthfulqa": "truthfulqa_mc2"}
@@ -132,32 +139,58 @@ def _load_task(request: TaskRequest, manager: Any) -> Any:
         hint = f"Did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them."
         raise ValueError(f"tasks: expected names that lm-eval knows, got {request.name!r}. {hint}")
     example = request.name if request.name in manager.all_subtasks else "NAME"  # a group has no questions of its own
-    spec: Any = request.name if request.questions_file is None else _local_spec(request, manager)
+    splits = _local_splits(request, manager)
+    spec: Any = _local_spec(request, splits) if splits else request.name
     try:
         loaded = manager.load([spec])
     # the hub, its cache, the network and the reading of a file fail in a dozen classes without a common ancestor
     except Exception as error:
         raise ValueError(
             f"tasks: expected the data of {request.name!r} from {_named_source(request)}, could not load it "
-            f"({type(error).__name__}: {_first_line(error)}). Connect to the hub once (its cache serves later runs), "
-            f"or give the questions as a file: --local {example}=FILE."
+            f"({type(error).__name__}: {_first_line(error)}). {_way_out(example, splits)}"
         ) from error
     # the group that a local task is loaded through has no figure of its own
     return loaded if request.questions_file is None else {"tasks": loaded["tasks"]}
 
 
-def _local_spec(request: TaskRequest, manager: Any) -> dict[str, Any]:
-    """The task as lm-eval configures it, with the data of the files."""
+def _local_splits(request: TaskRequest, manager: Any) -> dict[str, Any]:
+    """The questions and examples of the files, by split; none for a task on the hub's data.
+
+    Raises:
+        ValueError: the task is a group, or a file lacks what the task reads.
+    """
     from dpop_trainer.data import load_pairs
 
-    assert request.questions_file is not None
+    if request.questions_file is None:
+        return {}
     if request.name not in manager.all_subtasks:
         raise ValueError(
             f"local: expected a single task, got the group {request.name!r}. Give a file for each of its tasks."
         )
-    splits = {QUESTIONS: load_pairs(request.questions_file)}
-    if request.examples_file is not None:
-        splits[EXAMPLES] = load_pairs(request.examples_file)
+    files = {QUESTIONS: request.questions_file, EXAMPLES: request.examples_file}
+    splits = {split: load_pairs(file) for split, file in files.items() if file is not None}
+    for split, dataset in splits.items():
+        _check_columns(request.name, str(files[split]), dataset.column_names)
+    return splits
+
+
+def _check_columns(name: str, file: str, found: list[str]) -> None:
+    """Of a task whose columns are known. Others fail in lm-eval, which knows no more than the first that is missing."""
+    known = LEADERBOARD.get(name)
+    if known is None:
+        return
+    forms = [form for form in (known.columns, known.prepared) if form]
+    if any(set(form) <= set(found) for form in forms):
+        return
+    expected = " or ".join(", ".join(form) for form in forms)
+    raise ValueError(
+        f"local: expected a file for {name} with the columns {expected}, got {file!r} with {', '.join(found)}. Give "
+        "them the names that they have in the published data set."
+    )
+
+
+def _local_spec(request: TaskRequest, splits: dict[str, Any]) -> dict[str, Any]:
+    """The task as lm-eval configures it, with the data of the files."""
     task: dict[str, Any] = {
         "task": request.name,
         "custom_dataset": lambda **_: splits,
@@ -168,7 +201,7 @@ def _local_spec(request: TaskRequest, manager: Any) -> dict[str, Any]:
         "fewshot_split": EXAMPLES if request.examples_file else QUESTIONS,
     }
     # the harness prepares raw HellaSwag itself; a file written after that step has its columns already
-    prepared = {{"query", "choices", "gold"} <= set(split.column_names) for split in splits.values()}
+    prepared = {set(_PREPARED) <= set(split.column_names) for split in splits.values()}
     if request.name == "hellaswag" and True in prepared:
         if False in prepared:
             raise ValueError(
@@ -178,6 +211,16 @@ def _local_spec(request: TaskRequest, manager: Any) -> dict[str, Any]:
         task |= {"process_docs": None, "doc_to_target": "{{gold}}"}
     # as a member of a group, a dict overrides the registered task; alone it would be a task of its own
     return {"group": f"{request.name}, local", "task": [task]}
+
+
+def _way_out(example: str, splits: dict[str, Any]) -> str:
+    if splits:
+        found = ", ".join(dict.fromkeys(name for split in splits.values() for name in split.column_names))
+        return f"The file's columns are: {found}. Give them the names that they have in the published data set."
+    return (
+        "Connect to the hub once (its cache serves later runs), or give the questions as a file: "
+        f"--local {example}=FILE."
+    )
 
 
 def _where_to_look(requests: list[TaskRequest]) -> dict[str, Any]:
