@@ -85,7 +85,7 @@ VERSIONS_device := torch==2.11.0 triton==3.6.0 transformers==5.17.0 'numpy<2.4'
 # Pages and what they link to keep their places, so that every link works in the repository and on the site alike
 docs: $(DOCS_VENV)/.ready
 	@rm -rf build/pages && mkdir -p build/pages
-	@git ls-files --cached --others --exclude-standard -- '*.md' '*.png' '*.yaml' '*.sbatch' LICENSE CITATION.cff examples \
+	@git ls-files --cached --others --exclude-standard -- '*.md' '*.svg' '*.yaml' '*.sbatch' LICENSE CITATION.cff examples \
 		| tar -cf - -T - | tar -xf - -C build/pages
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@! grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' site --include='*.html' || \

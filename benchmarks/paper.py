@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dpop_trainer.report.plots import plot_logratios, plot_token_shift
+from dpop_trainer.report.plots import logratio_panels, token_shift_panels
+from dpop_trainer.report.svg import Panel
 from dpop_trainer.tools.compare.answers import Answers
 from dpop_trainer.tools.compare.report import (
     Comparison,
@@ -23,7 +24,6 @@ from benchmarks.levels import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
-IMAGES = ROOT / "docs" / "images"
 
 LOSSES = ["DPO", "IPO", "SLIC", "DPOP"]
 LAMBDAS = ["DPOP, λ = 5", "DPOP, λ = 500"]
@@ -137,16 +137,18 @@ def gradient() -> str:
     return f"{table(['', 'tokens pushed down', 'mean step on the logit'], rows)}\n\n{note}"
 
 
-def draw() -> list[Path]:
-    """Write the page's pictures -> their paths."""
-    paths = []
+def pictures() -> list[Panel]:
+    """The page's."""
+    found = []
     for name in ("gsm8k", *_HIGH_EDIT.values()):
         comparison = _comparison(name, LOSSES)  # the values of λ would lie on each other
-        paths.append(IMAGES / f"paper_curves_{name}.png")
-        plot_logratios(curves_of(comparison), paths[-1])
-    paths.append(IMAGES / "paper_token_shift.png")
-    plot_token_shift(token_shifts(_comparison("gsm8k", LOSSES)), paths[-1])
-    return paths
+        found += [_named(panel, name) for panel in logratio_panels(curves_of(comparison))]
+    shifts = token_shift_panels(token_shifts(_comparison("gsm8k", LOSSES)))
+    return found + [_named(panel, "gsm8k") for panel in shifts]
+
+
+def _named(panel: Panel, name: str) -> Panel:
+    return panel._replace(name=f"paper_{name}_{panel.name}")
 
 
 def _results(name: str, methods: list[str]) -> str:

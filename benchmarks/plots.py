@@ -3,74 +3,58 @@
 Every peer keeps its colour, line and marker in all pictures, so that they read in grey.
 """
 
-import math
-from pathlib import Path
 from typing import Any
 
-from dpop_trainer.run_folder import plot_style as style
-from dpop_trainer.run_folder.plot_style import LABEL, finish
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from dpop_trainer.report.charts import LARGE, Line, lines
+from dpop_trainer.report.palette import SERIES, Style
+from dpop_trainer.report.scale import Axis
+from dpop_trainer.report.svg import Panel
 
 from benchmarks.levels import OURS, Group, device_of_levels, latest
 from benchmarks.peers import all_peers
 from benchmarks.plan import SWEPT
 
-_COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE, style.SKY_BLUE, style.BLACK)
-_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 2)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 _SMALLEST_ERROR = 1e-9
 """An error of zero is drawn here."""
 
 
-def plot_against_tokens(path: Path) -> None:
-    """Writes a PNG of the swept model's frozen head: time and peak memory by tokens, and the floor by model.
-
-    Args:
-        path: the PNG.
+def against_tokens() -> list[Panel]:
+    """The swept model's frozen head: time and peak memory by tokens, and the floor by model.
 
     Raises:
         ValueError: there are no records of the head.
     """
-    device = _device("plot_against_tokens")
+    device = _device("against_tokens")
     frozen = {g: p for g, p in latest().items() if (g.device, g.level, g.task) == (device, "head", "frozen")}
     sweep = {g: p for g, p in frozen.items() if g.size.startswith(SWEPT)}
-    figure = Figure(figsize=(10.2, 3.5), layout="constrained")
-    time, memory, floor = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
-    for name in _names(sweep):
-        points = sorted(_tokens_and_record(sweep, name), key=lambda point: point[0])
-        tokens = [point[0] for point in points]
-        label = _label(points[-1][1])
-        _line(time, tokens, [record["median_s"] * 1e3 for _, record in points], name, label)
-        _line(memory, tokens, [record["peak_bytes"] / 2**20 for _, record in points], name, label)
-    points = sorted(_tokens_and_record(sweep, OURS), key=lambda point: point[0])
-    floors = [record["floor_s"] * 1e3 for _, record in points]
-    time.plot([t for t, _ in points], floors, color="0.6", linewidth=3, zorder=0, label="floor: two products")
-    for axes, title, unit in ((time, "Time", "ms"), (memory, "Peak memory over the inputs", "MiB")):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([t for t, _ in points], [_thousands(t) for t, _ in points])
-        axes.xaxis.set_minor_locator(NullLocator())
-        _log_scale(axes)
-        finish(axes, title, "tokens", unit)
-    _plot_floors(floor, frozen)
-    handles, labels = time.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=LABEL)
+    points = {name: sorted(_tokens_and_record(sweep, name), key=lambda point: point[0]) for name in _names(sweep)}
+    ours = points[OURS]
     model = next(iter(sweep.values()))[OURS]["shape"]["name"]
-    figure.suptitle(f"Frozen head of {model}, forward and backward — {device}", fontsize=10)
-    _save(figure, path)
+    tokens = Axis(f"tokens of {model}, {device}", log=True, ticks=tuple((float(t), _thousands(t)) for t, _ in ours))
+    tokens = tokens._replace(low=0.9 * ours[0][0], high=1.1 * ours[-1][0])
+    floor = Line("floor: two products", [t for t, _ in ours], [r["floor_s"] * 1e3 for _, r in ours], kind="floor")
+    panels = []
+    for name, title, unit, value, below in (
+        ("time", "Time", "ms", lambda record: record["median_s"] * 1e3, [floor]),
+        ("memory", "Peak memory over the inputs", "MiB", lambda record: record["peak_bytes"] / 2**20, []),
+    ):
+        # ours is drawn last, on top
+        series = [
+            Line(_label(of_peer[-1][1]), [t for t, _ in of_peer], [value(r) for _, r in of_peer], _style(peer))
+            for peer, of_peer in sorted(points.items(), key=lambda item: item[0] == OURS)
+        ]
+        unit = f"{unit}, frozen head, forward and backward"
+        panels.append(Panel(f"head_{name}", lines(title, below + series, tokens, Axis(unit, log=True), size=LARGE)))
+    return [*panels, Panel("head_floors", _floors(frozen))]
 
 
-def plot_precision(path: Path) -> None:
-    """Writes a PNG of error against time, one point per peer: log-probs left, the worst gradient row right.
-
-    Args:
-        path: the PNG.
+def precision() -> list[Panel]:
+    """Error against time, one point per peer: of log-probs, and of the worst gradient row.
 
     Raises:
         ValueError: there are no records of the head.
     """
-    device = _device("plot_precision")
+    device = _device("precision")
     groups = {
         group: peers
         for group, peers in latest().items()
@@ -78,37 +62,31 @@ def plot_precision(path: Path) -> None:
     }
     # the size at which most peers have a time, the largest of those
     group, peers = max(groups.items(), key=lambda item: (len(_timed(item[1])), item[1][OURS]["shape"]["num_tokens"]))
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2)
     keys = (
-        ("logp_nats", "Log-probs", "largest error (nats)"),
-        ("grad_worst_row", "Gradient", "error of its worst row"),
+        ("logp_nats", "Log-probs: lower left is better", "largest error, nats"),
+        ("grad_worst_row", "Gradient: lower left is better", "error of its worst row"),
     )
-    for axes, (key, title, label) in zip(panels, keys, strict=True):
-        for name, record in _timed(peers).items():
-            if key in record["errors"]:
-                error = max(record["errors"][key], _SMALLEST_ERROR)
-                _, marker, color = _style(name)
-                axes.plot(
-                    record["median_s"] * 1e3,
-                    error,
-                    marker,
-                    color=color,
-                    markersize=7,
-                    linestyle="",
-                    label=_label(record),
-                )
-        axes.margins(x=0.1)
-        axes.set_xlim(left=0)
-        _log_scale(axes)
-        finish(axes, f"{title}: lower left is better", "ms", label)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=LABEL)
-    figure.suptitle(f"Precision against speed, frozen head: {group.size} — {device}", fontsize=10)
-    _save(figure, path)
+    panels = []
+    for key, title, label in keys:
+        series = [
+            Line(
+                _label(record),
+                [record["median_s"] * 1e3],
+                [max(record["errors"][key], _SMALLEST_ERROR)],
+                _style(name),
+                kind="marker",
+            )
+            for name, record in _timed(peers).items()
+            if key in record["errors"]
+        ]
+        slowest = max(one.x[0] for one in series)
+        x = Axis(f"ms, {group.size}", low=0.0, high=1.1 * slowest)
+        y = Axis(f"{label}, {device}", log=True)
+        panels.append(Panel(f"precision_{key}", lines(title, series, x, y, size=LARGE)))
+    return panels
 
 
-def _plot_floors(axes: Axes, frozen: dict[Group, dict[str, dict[str, Any]]]) -> None:
+def _floors(frozen: dict[Group, dict[str, dict[str, Any]]]) -> str:
     """A row per model, of the case with the most tokens that others have too; a marker per peer."""
     by_model: dict[str, dict[str, dict[str, Any]]] = {}
     for peers in frozen.values():
@@ -117,15 +95,18 @@ def _plot_floors(axes: Axes, frozen: dict[Group, dict[str, dict[str, Any]]]) -> 
         if known is None or shape["num_tokens"] > known[OURS]["shape"]["num_tokens"]:
             by_model[shape["name"]] = peers
     models = sorted(by_model, key=lambda name: by_model[name][OURS].get("of_floor", 0))
-    for row, model in enumerate(models):
-        for name, record in _timed(by_model[model]).items():
-            _, marker, color = _style(name)
-            axes.plot(record["of_floor"] * 100, row, marker, color=color, markersize=6, zorder=3)
-    axes.axvline(100, color="0.6", linewidth=3, zorder=0)
-    axes.set_yticks(range(len(models)), models)
-    axes.set_xlim(left=0)
-    axes.margins(y=0.12)
-    finish(axes, "Of the floor, by model", "%", "")
+    series = []
+    for name in all_peers():
+        rows = [(row, by_model[model][name]) for row, model in enumerate(models) if name in _timed(by_model[model])]
+        if rows:
+            shares, label = [record["of_floor"] * 100 for _, record in rows], _label(rows[0][1])
+            series.append(Line(label, shares, [float(row) for row, _ in rows], _style(name), kind="marker"))
+    rows = tuple((float(row), model) for row, model in enumerate(models))
+    y = Axis("", -0.5, len(models) - 0.5, ticks=rows)
+    whole = Line("the floor", [100.0, 100.0], [-0.5, len(models) - 0.5], kind="floor")
+    furthest = max(share for one in series for share in one.x)
+    x = Axis("% of the floor", low=0.0, high=max(105.0, 1.05 * furthest))
+    return lines("Of the floor, by model", [whole, *series], x, y, size=LARGE)
 
 
 def _device(name: str) -> str:
@@ -150,26 +131,11 @@ def _tokens_and_record(groups: dict[Group, dict[str, dict[str, Any]]], name: str
     return [(record["shape"]["num_tokens"], record) for record in records]
 
 
-def _style(name: str) -> tuple[Any, str, str]:
-    """Line, marker, colour of a peer: the same in every picture."""
+def _style(name: str) -> Style:
+    """Of a peer: the same in every picture."""
     place = list(all_peers()).index(name)
-    return _LINES[place % len(_LINES)], _MARKERS[place % len(_MARKERS)], _COLORS[place % len(_COLORS)]
-
-
-def _line(axes: Axes, x: list[int], y: list[float], name: str, label: str) -> None:
-    line, marker, color = _style(name)
-    above = 4 if name == OURS else 3
-    axes.plot(
-        x,
-        y,
-        label=label,
-        color=color,
-        linestyle=line,
-        marker=marker,
-        markersize=5,
-        linewidth=style.LINE_WIDTH,
-        zorder=above,
-    )
+    style = SERIES[place % len(SERIES)]
+    return style if place < len(SERIES) else style._replace(marker=SERIES[(place + 3) % len(SERIES)].marker)
 
 
 def _label(record: dict[str, Any]) -> str:
@@ -177,20 +143,5 @@ def _label(record: dict[str, Any]) -> str:
     return f"{record['peer']} {(record['peer_version'] or '').partition('+')[0]}".strip()
 
 
-def _log_scale(axes: Axes) -> None:
-    """Logarithmic in y, from a power of ten to a power of ten, so that the scale is always labelled."""
-    axes.set_yscale("log")
-    low, high = axes.dataLim.intervaly
-    axes.set_ylim(10 ** math.floor(math.log10(low) - 0.1), 10 ** math.ceil(math.log10(high) + 0.1))
-    if low >= 0.01:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _thousands(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(style.png(figure))

@@ -4,6 +4,7 @@ Between `<!-- NAME -->` and `<!-- /NAME -->` in a page stands what the function 
 there is typed by hand; `--check` only says whether the pages are up to date.
 
     benchmarks/results/demo/*.json     summary.json of `dpop demo`, one per seed
+    benchmarks/results/run/metrics.jsonl     of the run that docs/runs.md shows
     benchmarks/results/gsm8k/*.json    inspect.json of `dpop inspect`, one per loss (docs/gsm8k.md)
     benchmarks/results/eval/*.json     results.json of `dpop eval` (docs/evaluation.md)
     benchmarks/results/cpu_step.jsonl  what `python -m benchmarks.cpu_step` appends
@@ -31,7 +32,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpop_trainer.report.plots import plot_logratios
+from dpop_trainer.report.plots import logratio_panels
+from dpop_trainer.report.run_page import large_panels
+from dpop_trainer.report.svg import Panel, write_svg
+from dpop_trainer.run_folder.run_files import read_metrics
 from dpop_trainer.tools.evaluation.compare import as_markdown
 
 from benchmarks import levels, paper, plots, published, records, scale
@@ -44,12 +48,6 @@ from benchmarks.shapes import KNOWN, model_size
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
-PICTURE = IMAGES / "demo.png"
-LEVEL_PICTURES: dict[str, Callable[[Path], None]] = {
-    "benchmarks.png": plots.plot_against_tokens,
-    "precision.png": plots.plot_precision,
-}
-"""Made where there are records of the head."""
 
 
 def demo() -> str:
@@ -68,21 +66,67 @@ def demo() -> str:
         ("rejected Δ, nats", "rejected_logratio", "{:+.1f}".format),
         ("after the edit, nats/token", "after_edit_per_token", "{:+.3f}".format),
         ("reward accuracy", "reward_accuracy", "{:.0%}".format),
-        ("exact match", "exact_match", "{:.0%}".format),
+        ("problems solved", "exact_match", "{:.0%}".format),
     ]
     rows = [
-        [name, *(cell(method, key, text) for _, key, text in columns)]
+        [name, *(cell(method, key, text) for _, key, text in columns), _points(_solved_more(records, method))]
         for name, method in (("before (SFT)", "sft"), ("DPO", "dpo"), ("DPOP", "dpop"))
     ]
     first = records[0]
     seconds = statistics.median(record["seconds"] for record in records)
     note = (
         f"`make demo`, median (range) of {len(records)} seeds, {first['data']['num_eval_pairs']} held-out pairs; Δ is "
-        f"the change of an answer's log-prob against the model before. {seconds / 60:.1f} minutes "
-        f"({first['device']}, torch {first['versions']['torch']})."
+        f"the change of an answer's log-prob against the model before, points that of the share of problems solved, "
+        f"seed by seed. {_on_solving(records)} {seconds / 60:.1f} minutes ({first['device']}, torch "
+        f"{first['versions']['torch']}); another processor or number of threads rounds otherwise, and may leave the "
+        "ranges."
     )
-    picture = "![Log-ratio of chosen and rejected answers over training, DPO against DPOP](docs/images/demo.png)"
-    return f"{table(['', *(title for title, _, _ in columns)], rows)}\n\n{note}\n\n{picture}"
+    answers = ("chosen", "rejected")
+    shown = [
+        picture(f"Log-ratio of the {answer} answers over training, DPO against DPOP", f"demo_{answer}_answers", "docs/")
+        for answer in answers
+    ]
+    titles = ["", *(title for title, _, _ in columns), "points, by seed"]
+    return f"{table(titles, rows)}\n\n{note}\n\n{chr(10).join(shown)}"
+
+
+def _solved_more(records: list[dict[str, Any]], method: str) -> list[float]:
+    """Per seed, the share of problems that a method solves less that of the model before, in points."""
+    solved = [record["methods"] for record in records]
+    return [100 * (methods[method]["exact_match"] - methods["sft"]["exact_match"]) for methods in solved]
+
+
+def _points(changes: list[float]) -> str:
+    return ", ".join(f"{change:+.1f}" for change in changes) if any(changes) else "–"
+
+
+def _on_solving(records: list[dict[str, Any]]) -> str:
+    """What the seeds agree on: a gain or a loss is said of a method only where each of them has it."""
+    sentences = []
+    for name, method in (("DPO", "dpo"), ("DPOP", "dpop")):
+        changes = _solved_more(records, method)
+        if all(change > 0 for change in changes):
+            sentences.append(f"{name} solves more in every seed.")
+        elif all(change < 0 for change in changes):
+            sentences.append(f"{name} solves fewer in every seed.")
+        else:
+            sentences.append(f"Of {name} the seeds disagree: no gain and no loss over the model before is claimed.")
+    return " ".join(sentences)
+
+
+def picture(alt: str, name: str, folder: str = "") -> str:
+    """One of `images/`: two of them stand side by side where there is room, one below the other on a phone."""
+    return f"![{alt}]({folder}images/{name}.svg)"
+
+
+def pictures_of_pages() -> list[Panel]:
+    """Every picture of README and docs."""
+    found = [panel._replace(name=f"demo_{panel.name}") for panel in logratio_panels(_records("demo")[0]["histories"])]
+    found += [panel._replace(name=f"run_{panel.name}") for panel in large_panels(read_metrics(RESULTS / "run"))]
+    found += paper.pictures()
+    if levels.device_of_levels() is not None:
+        found += [*plots.against_tokens(), *plots.precision()]
+    return found
 
 
 def step() -> str:
@@ -104,8 +148,16 @@ def step() -> str:
     )
     if device is None:
         return sentence
-    picture = "![Time, memory and fraction of the floor of a frozen head, by tokens](docs/images/benchmarks.png)"
-    return f"{sentence}\n\n{picture}"
+    return f"{sentence}\n\n{_head_pictures('docs/')}"
+
+
+def _head_pictures(folder: str = "") -> str:
+    shown = {
+        "head_time": "Time of a frozen head, by tokens",
+        "head_memory": "Memory of a frozen head, by tokens",
+        "head_floors": "Fraction of the floor, by model",
+    }
+    return "\n".join(picture(alt, name, folder) for name, alt in shown.items())
 
 
 def _steps_by_device() -> dict[str, dict[str, dict[str, Any]]]:
@@ -149,11 +201,11 @@ def pictures() -> str:
     """docs/benchmarks.md: the middle of the sweep and the two pictures, where there are records to draw."""
     if levels.device_of_levels() is None:
         return levels.NOT_YET
-    return (
-        f"{levels.headline()}\n\n"
-        "![Time, memory and fraction of the floor of a frozen head, by tokens](images/benchmarks.png)\n\n"
-        "![Error against time, a point for each peer](images/precision.png)"
-    )
+    precision = [
+        picture(f"Error of {what} against time, a point for each peer", f"precision_{key}")
+        for key, what in (("logp_nats", "log-probs"), ("grad_worst_row", "the gradient's worst row"))
+    ]
+    return "\n\n".join([levels.headline(), _head_pictures(), "\n".join(precision)])
 
 
 def longest() -> str:
@@ -413,12 +465,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if stale else 0
     for page in stale:
         page.write_text(updated(page))
-    plot_logratios(_records("demo")[0]["histories"], PICTURE)
-    drawn = [PICTURE, *paper.draw()]
-    if levels.device_of_levels() is not None:
-        for name, draw in LEVEL_PICTURES.items():
-            draw(IMAGES / name)
-            drawn.append(IMAGES / name)
+    drawn = [write_svg(panel, IMAGES) for panel in pictures_of_pages()]
     names = [str(path.relative_to(ROOT)) for path in (*stale, *drawn)]
     print(f"Updated: {', '.join(names)}")
     return 0

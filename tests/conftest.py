@@ -79,14 +79,6 @@ def on_its_device(request):
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(request, monkeypatch):
-    """A run of ten steps takes half a second, its picture a whole one: drawn where a test is marked to look at it."""
-    module = sys.modules.get("dpop_trainer.run_folder.run_files")
-    if module is not None and request.node.get_closest_marker("pictures") is None:
-        monkeypatch.setattr(module.RunFiles, "_plot", lambda *_: None)
-
-
-@pytest.fixture(autouse=True)
 def _poison_empty(monkeypatch):
     """Every uninitialised allocation made from Python holds NaN (or the largest integer): an unwritten output shows."""
 

@@ -1,8 +1,7 @@
 """The report of the levels: which record counts, what a cell says, and pictures that can be drawn from any records."""
 
-from pathlib import Path
-
 import pytest
+from page import Page
 
 from benchmarks import levels, plots, records, report
 
@@ -67,8 +66,8 @@ def test_without_records_the_page_says_so(write):
     assert levels.all_levels() == report.pictures() == levels.NOT_YET
     assert levels.headline() == ""
     assert levels.device_of_levels() is None
-    with pytest.raises(ValueError, match=r"plot_precision: expected records of the head, found none\. Run make bench"):
-        plots.plot_precision(Path("never.png"))
+    with pytest.raises(ValueError, match=r"precision: expected records of the head, found none\. Run make bench"):
+        plots.precision()
 
 
 def test_the_last_record_counts(write):
@@ -123,16 +122,20 @@ def test_sizes_tell_cases_apart():
 
 
 @pytest.mark.parametrize("lonely", [False, True])
-def test_pictures_are_drawn_with_and_without_gaps(write, tmp_path, lonely):
+def test_pictures_are_drawn_with_and_without_gaps(write, lonely):
     """A peer that ran out of memory at one size, another model, an error of exactly zero; and ours alone."""
     write(*sweep()[:: 2 if lonely else 1])
     if not lonely:
         write(without_time("PyTorch", 2048, failed="out of memory"))
         other = {"name": "Gemma-2-9B/8", "num_tokens": 1024, "hidden_size": 448, "vocab_size": 32000}
         write(record("dpop-kernels", 1024, 0.1, shape=other, errors={"logp_nats": 0.0, "grad_worst_row": 0.0}))
-    for name, draw in report.LEVEL_PICTURES.items():
-        draw(tmp_path / name)
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    panels = [*plots.against_tokens(), *plots.precision()]
+    assert [panel.name for panel in panels] == [
+        "head_time", "head_memory", "head_floors", "precision_logp_nats", "precision_grad_worst_row",
+    ]  # fmt: skip
+    for panel in panels:
+        assert "dpop-kernels" in Page(panel.svg).text
+        assert "nan" not in panel.svg
 
 
 def test_every_model_has_a_longest_pair(write):

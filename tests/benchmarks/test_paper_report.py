@@ -6,7 +6,8 @@ from datasets import Dataset
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.measure.pairs_under_model import PairTokenLogps, evaluate_pairs
 from dpop_trainer.tools.compare.answers import Answers
-from dpop_trainer.tools.compare.report import Comparison, RunResult, write_comparison
+from dpop_trainer.tools.compare.page import write_comparison
+from dpop_trainer.tools.compare.report import Comparison, RunResult
 from tiny import word_tokenizer
 
 from benchmarks import paper

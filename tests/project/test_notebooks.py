@@ -60,10 +60,8 @@ def test_notebooks_run(name, tmp_path, monkeypatch):
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(tmp_path / "kernel"))
     client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(cleanup_kc=True)
-    images = [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
-    ]
-    assert images
+    shown = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    assert shown & {"image/png", "image/svg+xml"}
 
 
 def _package_folders():

@@ -170,7 +170,7 @@ def test_train_full_then_inspect(setting, capsys):
     )
     assert result["chosen_logratio"] == pytest.approx(by_region / 6, rel=1e-5)
     assert result["reference"] == str(setting / "model")
-    assert (run / "shift.png").stat().st_size > 5_000
+    assert (run / "figures" / "by_distance.svg").exists()
     (run / "config.yaml").unlink()
     assert main(["inspect", str(run), "--pairs", str(setting / "pairs.jsonl")]) == 1
     assert "Pass --ref_model" in capsys.readouterr().err
@@ -179,6 +179,10 @@ def test_train_full_then_inspect(setting, capsys):
 def test_train_lora_and_load_back(setting):
     argv = ["train", "--config", str(setting / "run.yaml"), "--use_peft", "true", "--learning_rate", "1e-2"]
     assert main(argv) == 0
+    card = (setting / "run" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "An adapter of `model` after 3 steps on `pairs.jsonl`" in card
+    assert str(setting) not in card
     model = AutoPeftModelForCausalLM.from_pretrained(setting / "run")
     ids = torch.tensor([[5, 6, 7]])
     with_adapter = model(input_ids=ids).logits

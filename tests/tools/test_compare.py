@@ -17,8 +17,19 @@ from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.tools.compare import answers as compare_answers
 from dpop_trainer.tools.compare.answers import Answers, Grading, Problem, grade_answers, problems_of
 from dpop_trainer.tools.compare.methods import parse_method, parse_methods
-from dpop_trainer.tools.compare.report import Comparison, RunResult, read_comparison, table_rows, table_titles, verdict
+from dpop_trainer.tools.compare.page import headline, result_sections
+from dpop_trainer.tools.compare.report import (
+    COLUMNS,
+    Comparison,
+    RunResult,
+    interval,
+    read_comparison,
+    table_rows,
+    table_titles,
+    verdict,
+)
 from dpop_trainer.tools.compare.run import plan_runs
+from page import Page
 from tiny import text_pairs, tiny_llama, word_tokenizer
 
 
@@ -151,6 +162,28 @@ def test_verdict_follows_the_numbers():
     assert "(+1.22 nats, 0.55 ± 0.03 above DPO)" in ahead
 
 
+def test_the_judgement_in_a_sentence():
+    runs = comparison(DPO=[-10.0, -11.0, -12.0], IPO=[-4.0, 5.0, 0.5], DPOP=[2.0, 2.1, 2.2])
+    told = "DPO lowered the chosen answers; IPO left them where they were; DPOP raised them."
+    assert headline(runs) == told
+    assert headline(comparison(A=[-1.0], B=[-2.0])) == "A and B lowered the chosen answers."
+
+
+def test_intervals_by_hand():
+    runs = comparison(DPO=[-1.0, -3.0])
+    # mean -2, standard deviation √2, its error √2 / √2: two of them are 2
+    assert interval(COLUMNS[0], runs.of("DPO")) == pytest.approx((-4.0, 0.0))
+    alone = comparison(DPO=[-1.0])
+    assert interval(COLUMNS[0], alone.of("DPO")) is None  # a single pair leaves no error
+    # of one pair, whose chosen answer lost: Wilson's interval of none of one
+    low, high = interval(COLUMNS[4], alone.of("DPO")) or (None, None)
+    assert (low, high) == pytest.approx((0.0, 1.959964**2 / (1 + 1.959964**2)), abs=1e-6)
+    page = Page("\n".join(result_sections(runs)))
+    assert "-2.00 ± 1.41-4.00 to +0.00" in page.text  # the second line of the cell
+    assert "two standard errors around the mean over seeds" in page.text
+    assert "what the pairs of one seed leave open" in Page("\n".join(result_sections(alone))).text
+
+
 def ranked(**shares):
     """By method, the share of a hundred pairs that it ranks rightly; the model before, half of them."""
     runs = comparison(**{method: [1.0, 1.0] for method in shares})
@@ -250,7 +283,9 @@ def test_whole_comparison_and_its_second_start(setting, capsys):
     argv = ["compare", "--config", str(setting / "compare.yaml")]
     assert main(argv) == 0
     out = setting / "out"
-    assert {"compare.json", "compare.html", "curves.png", "token_shift.png"} <= {path.name for path in out.iterdir()}
+    assert {"compare.json", "compare.html", "figures"} <= {path.name for path in out.iterdir()}
+    page = Page((out / "compare.html").read_text())
+    assert len(page.of("svg")) == len(list((out / "figures").iterdir())) == 6
     written = read_comparison(out / "compare.json")
     assert written.methods == ["DPO", "DPOP, λ = 500"]
     assert [(run.method, run.seed) for run in written.results] == [(m, s) for m in written.methods for s in (0, 1)]

@@ -10,6 +10,7 @@ from dpop_trainer.tools.demo import chat_model
 from dpop_trainer.tools.demo.chat import ChatDemoSettings, chat_pair, run_chat_demo
 from dpop_trainer.tools.demo.word_problems import generate
 from gguf_file import write_gguf
+from page import Page
 
 SMALL = ChatDemoSettings(num_pairs=4, num_eval_pairs=2, num_shown=2, max_new_tokens=4, batch_size=2, lora_r=2)
 
@@ -32,8 +33,9 @@ def test_trains_answers_and_goes_on(tmp_path, capsys):
     assert comparison.methods == ["DPO", "DPOP"]
     shown = json.loads((tmp_path / "out/answers.json").read_text())
     assert [list(one["answers"]) for one in shown] == [["before", "DPO", "DPOP"]] * 2
-    page = (tmp_path / "out/report.html").read_text()
-    assert all(page.count(f"<b>{name}</b>") == 2 for name in ("before", "DPO", "DPOP"))
+    page = Page((tmp_path / "out/report.html").read_text())
+    roles = {"before": "soft", "DPO": "of-dpo", "DPOP": "of-dpop"}
+    assert all(len(page.of("b", class_=role)) == 2 for role in roles.values())
     capsys.readouterr()
     again = run_chat_demo(tmp_path / "out", **demo)
     assert capsys.readouterr().out.count("(finished before)") == 2

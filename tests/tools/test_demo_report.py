@@ -1,16 +1,14 @@
-"""The figures are drawn, the table is aligned, the verdict follows the numbers, the page needs nothing but itself."""
+"""The table is aligned, the verdict follows the numbers, the page says the judgement first and needs nothing else."""
 
-import base64
 import copy
 import re
-from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from dpop_trainer.data.edits import EditRegions
-from dpop_trainer.measure.token_shift import token_shift
-from dpop_trainer.report.plots import plot_logratios, plot_token_shift
-from dpop_trainer.tools.demo.report import format_table, format_verdict, write_report
+from dpop_trainer.report.plots import logratio_panels
+from dpop_trainer.tools.demo.report import format_table, format_verdict, headline, write_report
+from dpop_trainer.tools.demo.run import _one_problem
+from dpop_trainer.tools.demo.word_problems import Problem
+from page import Page
 
 SUMMARY = {
     "config": {"beta": 0.3, "note": "<b>&"},
@@ -28,6 +26,14 @@ SUMMARY = {
         "prompt": "Question: 1 < 2 & 3?\nAnswer:",
         "chosen": " <i>3 + 4 = 17 <script>\n#### 17",
         "rejected": " <i>3 + 4 = 12 <script>\n#### 17",
+    },
+    "answers": {
+        "number": 2,
+        "num_problems": 128,
+        "question": "How many <plums>?",
+        "right": "15",
+        "texts": {"sft": "14 + 1\n#### 15", "dpo": "<i>never</i>", "dpop": "#### 15"},
+        "is_right": {"sft": True, "dpo": False, "dpop": True},
     },
     "methods": {
         "sft": {"exact_match": 0.9},
@@ -62,19 +68,13 @@ def summary_with(dpo: float, dpop: float) -> dict:
     return summary
 
 
-def png_size(data: bytes) -> tuple[int, int]:
-    """Width and height from the header that every PNG begins with."""
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-
-
 def test_table():
     lines = format_table(SUMMARY).split("\n")
     cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
     assert cells[0] == [
         "chosen Δ (nats)", "rejected Δ (nats)", "after edit Δ (nats/token)", "reward accuracy", "exact match",
     ]  # fmt: skip
-    assert cells[2:] == [
+    assert cells[1:] == [
         ["SFT", "—", "—", "—", "—", "90.0%"],
         ["DPO", "-10.00", "-20.50", "-0.250", "94.0%", "5.0%"],
         ["DPOP", "+0.50", "-3.00", "+0.001", "91.0%", "76.5%"],
@@ -127,65 +127,62 @@ def test_the_movement_is_named(change, expected):
     assert format_verdict(summary_with(change, 0.0)).startswith(expected)
 
 
-class _Page(HTMLParser):
-    """Checks that tags close in order; collects references to the outside and the marked words."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.tags: set[str] = set()
-        self.marked: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "mark":
-            self.marked.append(data)
-
-
-@pytest.fixture
-def figure(tmp_path):
-    path = tmp_path / "logratios.png"
-    plot_logratios({"DPO": {"step": [0, 4], "chosen": [0.0, -1.0], "rejected": [0.0, -2.0]}}, path)
-    return path
-
-
-def test_report_is_self_contained_and_escaped(tmp_path, figure):
+def page_of(summary, panels, tmp_path):
     path = tmp_path / "new" / "report.html"
-    write_report(SUMMARY, [("Title <1>", figure)], path)
-    text = path.read_text(encoding="utf-8")
-    page = _Page()
-    page.feed(text)
-    assert page.open == []
-    assert not page.tags & {"script", "link", "b", "i", "iframe"}
-    (source,) = page.sources
-    assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == figure.read_bytes()
-    assert "url(" not in text
-    assert "&lt;b&gt;&amp;" in text
-    assert "Title &lt;1&gt;" in text
-    assert page.marked == ["17", "12"]  # the number as a whole, once in each answer
+    write_report(summary, panels, path)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_report_is_self_contained_and_escaped(tmp_path):
+    histories = {"DPO": {"step": [0, 4], "chosen": [0.0, -1.0], "rejected": [0.0, -2.0]}}
+    page = page_of(SUMMARY, {"Title <1>": logratio_panels(histories)}, tmp_path)
+    assert not page.tags & {"i", "plums"}
+    assert page.of("svg", **{"aria-label": "Chosen answers"})
+    for shown in ("<b>&", "Title <1>", "How many <plums>?", "<i>never</i>"):
+        assert shown in page.text
+    assert page.marked == [("chosen", "17"), ("rejected", "12")]  # the number as a whole, once in each answer
+
+
+def test_the_judgement_comes_first_then_three_tiles_then_what_the_models_write(tmp_path):
+    page = page_of(SUMMARY, {}, tmp_path)
+    assert headline(SUMMARY) == "DPO lowered the chosen answers by 10.00 nats; DPOP raised them by 0.50 nats."
+    assert len(page.of("div", class_="tile")) == 3
+    order = [
+        headline(SUMMARY),
+        "-10.00 nats",
+        "+0.50 nats",
+        "5% | 76%",
+        "How many <plums>?",
+        "Results",
+        "Configuration",
+    ]
+    places = [page.text.index(told) for told in order]
+    assert places == sorted(places)
+    assert [told in page.text for told in ("before (SFT): right", "DPO: wrong", "DPOP: right")] == [True] * 3
+
+
+def test_the_problem_shown_is_the_first_that_is_answered_differently():
+    problems = [Problem(f"q{i}", f"#### {i}") for i in range(3)]
+    answers = {
+        "sft": ["#### 0", "a #### 1", "x"],
+        "dpo": ["#### 0", "b #### 9", "y"],
+        "dpop": ["#### 0", "#### 1", "z"],
+    }
+    shown = _one_problem(answers, problems)
+    assert (shown["number"], shown["num_problems"], shown["question"]) == (2, 3, "q1")
+    assert shown["is_right"] == {"sft": True, "dpo": False, "dpop": True}
+    alike = dict.fromkeys(answers, ["#### 0"] * 3)
+    assert _one_problem(alike, problems)["number"] == 1
 
 
 def test_marked_words_are_escaped_too(tmp_path):
     example = {"prompt": "", "chosen": "1 < 2", "rejected": "1 & 2"}
-    write_report({**SUMMARY, "example": example}, [], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert '1 <mark class="chosen">&lt;</mark> 2' in text
-    assert '1 <mark class="rejected">&amp;</mark> 2' in text
+    page = page_of({**SUMMARY, "example": example}, {}, tmp_path)
+    assert page.marked == [("chosen", "<"), ("rejected", "&")]
 
 
 def test_report_tells_the_run(tmp_path):
-    path = tmp_path / "report.html"
-    write_report(SUMMARY, [], path)
-    text = path.read_text(encoding="utf-8")
+    text = page_of(SUMMARY, {}, tmp_path).text
     for fact in (
         "6,000 generated",
         "1,600 low-edit",
@@ -196,41 +193,3 @@ def test_report_tells_the_run(tmp_path):
         "penalty prevented",
     ):
         assert fact in text
-
-
-def test_logratio_figure(figure):
-    width, height = png_size(figure.read_bytes())
-    assert width > 1000  # enough pixels for print at 7 inches
-    assert width > height
-
-
-def test_token_shift_figure_with_regions_that_are_empty(tmp_path):
-    policy, ref = [[-1.0, -2.0, -4.0]], [[-1.0, -2.5, -2.0]]
-    shifts = {
-        "DPO": token_shift(policy, ref, [EditRegions(1, 2)]),
-        "at the very beginning": token_shift(policy, ref, [EditRegions(0, 0)]),  # nothing before, nothing at
-        "the whole answer": token_shift(policy, ref, [EditRegions(0, 3)]),  # nothing beside it
-    }
-    plot_token_shift(shifts, tmp_path / "new" / "shift.png")
-    assert png_size((tmp_path / "new" / "shift.png").read_bytes())[0] > 1000
-
-
-def test_same_figure_twice_gives_the_same_bytes(tmp_path):
-    shift = token_shift([np.array([-1.0, -2.0])], [np.array([-1.5, -1.0])], [EditRegions(0, 1)])
-    for name in ("a", "b"):
-        plot_token_shift({"DPO": shift}, tmp_path / f"{name}.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_figures_refuse_what_they_cannot_draw(tmp_path):
-    with pytest.raises(ValueError, match="histories: expected at least one method"):
-        plot_logratios({}, tmp_path / "x.png")
-    with pytest.raises(ValueError, match="shifts: expected at least one method"):
-        plot_token_shift({}, tmp_path / "x.png")
-    with pytest.raises(
-        ValueError, match=r"histories\['DPO'\]: expected three lists of one length, got .*'rejected': None"
-    ):
-        plot_logratios({"DPO": {"step": [0], "chosen": [0.0]}}, tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"'step': 2, 'chosen': 1"):
-        plot_logratios({"DPO": {"step": [0, 1], "chosen": [0.0], "rejected": [0.0]}}, tmp_path / "x.png")
-    assert list(tmp_path.iterdir()) == []

@@ -2,14 +2,12 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from dpop_trainer.cli import main
-from dpop_trainer.tools.doctor.charts import Axis, histogram, scatter
 from dpop_trainer.tools.doctor.marks import Piece, differing, mark_tokens, mark_words, shortened, token_texts
+from page import Page
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoTokenizer
 
@@ -23,51 +21,6 @@ NASTY = [
     {"prompt": "dup", "chosen": "no", "rejected": "yes"},
     {"prompt": "same", "chosen": "x", "rejected": "x"},
 ]
-
-
-class Page(HTMLParser):
-    """Checks that what is opened is closed, and gathers what a browser would show and fetch."""
-
-    VOID = ("meta", "br")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.links: list[str] = []
-        self.marked: list[tuple[str, str]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        for name, value in attrs:
-            assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href", "action", "data", "srcset"):
-                self.links.append(value or "")
-        if tag == "mark":
-            self.marked.append((dict(attrs)["class"], ""))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            assert "url(" not in data
-            assert "@import" not in data
-            return
-        self.text += data
-        if "mark" in self.open:
-            side, text = self.marked.pop()
-            self.marked.append((side, text + data))
 
 
 @pytest.fixture
@@ -104,8 +57,6 @@ def test_sound_pairs(folder, capsys):
     assert table["prefix"].to_pylist() == [1] * 6
     assert table["ches"].null_count == 2
     page = Page((report / "report.html").read_text(encoding="utf-8"))
-    assert page.links == []
-    assert page.tags.isdisjoint({"script", "link", "iframe", "img"})
     assert ("chosen", " w3") in page.marked
     assert ("rejected", " w5") in page.marked
     assert page.text.count("w2") > 0
@@ -120,8 +71,7 @@ def test_nasty_pairs(folder, shared, capsys, model):
     assert main(["pairs", "inspect", f"{name}.jsonl", "--out", "report", *model]) == 3
     capsys.readouterr()
     page = Page((folder / "report" / "report.html").read_text(encoding="utf-8"))
-    assert page.links == []
-    assert page.tags.isdisjoint({"script", "b>", "link", "iframe", "img"})
+    assert "b>" not in page.tags
     assert f"{SCRIPT} 1" in page.text  # shown as it is written
     assert f"{name}.jsonl" in page.text
     assert "פריז" in page.text
@@ -241,30 +191,26 @@ def test_long_stretches_are_shortened():
     assert shortened(short, 10) == short
 
 
-def bars(svg):
-    return [(float(x), float(h)) for x, h in re.findall(r'class="bar" x="([\d.]+)".*?height="([\d.]+)"', svg)]
+def test_what_is_most_of_an_answer_is_not_marked(tmp_path, capsys):
+    """Of nine characters four differ, 0.44; or five, 0.56."""
+    far = {"prompt": "q", "chosen": "a b c d e", "rejected": "v w x y z"}
+    near = {"prompt": "r", "chosen": "a b c d e", "rejected": "v w x y e"}
+    for name, pair in (("far", far), ("near", near)):
+        main(["pairs", "inspect", str(write(tmp_path / f"{name}.jsonl", [pair])), "--out", str(tmp_path / name)])
+    pages = {name: Page((tmp_path / name / "report.html").read_text()) for name in ("far", "near")}
+    assert {text for side, text in pages["near"].marked if side == "rejected"} == {"v", "w", "x", "y"}
+    assert pages["far"].marked == []
 
 
-def test_histogram():
-    svg = histogram(np.array([0.0, 0.0, 0.5, 1.0, np.nan]), Axis("share <b>", 0, 1))
-    # 40 steps of 7.65 from 44: value 0 in the first, 0.5 in the 21st, 1 in the last; the drawing is 140 high
-    expected = [(44.5, 140.0), (44.5 + 20 * 7.65, 70.0), (44.5 + 39 * 7.65, 70.0)]
-    np.testing.assert_allclose(bars(svg), expected, atol=0.051)
-    assert "share &lt;b&gt;: 4 pairs, median 0.25" in svg
-    assert 'class="median" x1="120.5"' in svg  # 44 + 0.25 * 306
-    Page(svg)
-
-
-def test_charts_of_little():
-    assert histogram(np.array([np.nan]), Axis("x")) == ""
-    assert scatter(np.array([np.nan]), np.array([1.0]), Axis("x"), "y") == ""
-    for values in ([3.0], [0.0, 0.0], [-1e-30, 1e30], [1.0, 2.0]):
-        for axis in (Axis("x"), Axis("x", 0), Axis("x", 0, 1)):
-            svg = histogram(np.array(values), axis) + scatter(np.array(values), np.array(values), axis, "y")
-            Page(svg)
-            assert "nan" not in svg
-            assert "inf" not in svg
-    assert scatter(np.arange(3), np.arange(3), Axis("x"), "y").count("<circle") == 3
+def test_the_judgement_is_the_heading(folder, capsys):
+    assert main(["pairs", "inspect", "good.jsonl", "--tokenizer", "model"]) == 0
+    told = capsys.readouterr().out.partition("\n")[0]
+    text = (folder / "runs/doctor/good/report.html").read_text()
+    assert told.startswith("Train with DPOP (dpop_lambda 50")
+    assert f'<h1><span class="good">{told}</span></h1>' in text
+    write(folder / "same.jsonl", [NASTY[-1]])
+    assert main(["pairs", "inspect", "same.jsonl"]) == 3
+    assert '<h1><span class="serious">Do not train on this' in (folder / "runs/doctor/same/report.html").read_text()
 
 
 @pytest.mark.parametrize("weights", [(1.0, 2.0, 0.5), (1.0, 1.0, 1.0)], ids=["weighted", "plain"])
@@ -275,7 +221,7 @@ def test_weights_of_pairs_are_shown_where_there_are_any(weights, tmp_path):
     main(["pairs", "inspect", str(path), "--out", str(out)])
     is_shown = len(set(weights)) > 1
     (report,), (figures,) = out.glob("*.html"), out.glob("*.json")
-    assert ("weight of a pair in the loss: 3 pairs, median 1" in report.read_text()) == is_shown
+    assert ("Weight of a pair in the loss: 3 pairs, median 1" in report.read_text()) == is_shown
     statistics = json.loads(figures.read_text())["statistics"]
     assert ("weight" in statistics) == is_shown
     if is_shown:

@@ -10,8 +10,9 @@ from dpop_trainer.cli import main
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.measure.pairs_under_model import evaluate_pairs, pair_token_logps
 from dpop_trainer.models.trained import TrainedModel, load_trained
+from dpop_trainer.report.terminal import Terminal
 from dpop_trainer.tools.evaluation import run as eval_run
-from dpop_trainer.tools.evaluation.compare import as_markdown, compare, difference
+from dpop_trainer.tools.evaluation.compare import as_markdown, as_text, compare, difference
 from dpop_trainer.tools.evaluation.held_out import compare_with_reference, metric_of, score_pairs
 from dpop_trainer.tools.evaluation.records import (
     Metric,
@@ -75,6 +76,13 @@ def test_table_shows_percent_errors_and_differences():
     (row,) = [line for line in text.splitlines() if line.startswith("| arc ")]
     # errors: of 0 1 0 1, sqrt(1/3/4) = 28.87; of 1 1 0 1 and of the changes 1 0 0 0, 25
     assert row == "| arc | acc | 5 | 4 | 50.00 ± 28.87 | 75.00 ± 25.00 | +25.00 ± 25.00 |"
+    titles, row, _, legend = as_text(compare({"base": before, "run": after})).split("\n")
+    assert titles == "task      shots  questions           base            run      run − base"
+    assert row == "arc, acc      5          4  50.00 ± 28.87  75.00 ± 25.00  +25.00 ± 25.00"
+    assert legend.startswith("± is one standard error.")
+    folded = as_text(compare({"base": before, "run": after}), Terminal(40))
+    assert "arc, acc\n  shots       5\n  questions   4\n  base        50.00 ± 28.87\n" in folded
+    assert max(map(len, folded.splitlines())) <= 40
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +148,9 @@ def test_pairs_from_the_command_line_and_again(base_and_run, pairs_file, tmp_pat
     argv = ["eval", "--models", *map(str, base_and_run), "--pairs", str(pairs_file), "--out", str(tmp_path / "out")]
     assert main(argv) == 0
     table = (tmp_path / "out" / "results.md").read_text()
-    assert table in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| " not in told  # a table of the terminal, not Markdown's
+    assert "pairs, reward accuracy" in told
     rows = {row["metric"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
     assert set(rows) == {"chosen_likelier", "chosen Δ", "rejected Δ", "reward accuracy"}
     assert set(rows["chosen Δ"]["figures"]) == {"run"}

@@ -9,7 +9,7 @@ import pytest
 from dpop_trainer.cli import main
 from dpop_trainer.tools.mtbench.endpoint import Endpoint, EndpointError
 from dpop_trainer.tools.mtbench.files import append_records, read_answers
-from dpop_trainer.tools.mtbench.judge import rating_of, run_judge
+from dpop_trainer.tools.mtbench.judge import rating_of, run_judge, scores_as_text
 from dpop_trainer.tools.mtbench.prompts import FASTCHAT_NAMES, load_prompts
 from judges import QUESTIONS, endpoint_of, running_judges, says, write_questions
 
@@ -82,6 +82,11 @@ def test_grades_of_both_turns_by_category(answered, questions_file, start_judge)
     assert {request["path"] for request in judge.requests} == {"/v1/chat/completions"}
     assert all("Authorization" not in request["headers"] for request in judge.requests)
     assert "| m | 5.67 ± 1.67 (3) |" in (answered / "scores_gpt-x.md").read_text()
+    title, _, titles, row, _, legend = scores_as_text(report.scores).split("\n")
+    assert title == "MT-Bench, judged by gpt-x"
+    assert titles.split() == ["model", "first", "turn", "second", "turn", "both", "coding", "math", "writing"]
+    assert row.startswith("m      5.67 ± 1.67 (3)  5.67 ± 1.67 (3)")  # under "model" and its neighbours
+    assert legend.startswith("Mean grade from 1 to 10")
 
 
 def test_a_second_run_asks_nothing_and_a_changed_answer_is_graded_anew(answered, questions_file, start_judge):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from html.parser import HTMLParser
+import re
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from dpop_trainer.tools.inspect.report import (
     verdict,
     write_inspection,
 )
+from page import Page
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoTokenizer
 
@@ -111,20 +112,6 @@ def test_token_texts_of_subword_tokenizers(shared, folder):
         assert tokenizer.decode(ids).endswith("".join(tail).lstrip("\ufffd"))
 
 
-class Page(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text, self.attributes = [], "", []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes.append(dict(attrs))
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_page_escapes_everything_and_marks_tokens(tmp_path):
     hostile = "<script>alert(1)</script>&\x00\u202e\"'"
     answer = AnswerTokens([hostile, " b", " c"], [-1.0, -1.0, -1.0], [-4.0, -1.0, 0.5], EditRegions(1, 2))
@@ -134,21 +121,49 @@ def test_page_escapes_everything_and_marks_tokens(tmp_path):
     write_inspection(inspection, [], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
-    assert "script" not in page.tags
     assert "\x00" not in text
     assert "<script>alert(1)</script>&␀⟨U+202E⟩\"'" in page.text  # as a reader sees it
-    spans = [attributes for tag, attributes in zip(page.tags, page.attributes, strict=True) if tag == "span"]
+    spans = [span for span in page.of("span") if "title" in span]
     assert len(spans) == 6  # two answers of three tokens
     fell, edit, gained = spans[:3]
-    assert fell["class"] == "fell"  # by three nats
-    assert fell["style"] == "background: rgb(213 94 0 / 0.7)"
+    # of changes of 3, 0 and 1.5 nats, in both answers, 98 % of six is the sixth: 3, and the next round number is 5
+    assert "in full from 5 nats on" in page.text
+    assert "−5 nats" in page.text
+    assert "+5 nats" in page.text
+    assert fell["class"] == "lost far"  # by more than a third of five
+    assert fell["style"] == "--much: 0.6"
     assert fell["title"] == "-3.00 nats: -1.00 → -4.00"
     assert edit["class"] == "edit"
     assert "style" not in edit
-    assert gained["style"] == "background: rgb(0 114 178 / 0.35)"  # half of three nats: half the colour
+    assert (gained["class"], gained["style"]) == ("gained", "--much: 0.3")
     assert "Pair 7: chosen -1.50 nats" in page.text
     assert "The pair whose chosen answer lost most" in page.text
-    assert '<strong class="bad">Chosen answers: fell.</strong>' in text
+    assert '<h1><span class="bad">Training lowered the chosen answers: -5.00 ± 1.00 nats per answer</span></h1>' in text
+
+
+def one_page(pair, tmp_path):
+    counts = TokeniseCounts(**{**dict.fromkeys(TokeniseCounts._fields, 0), "num_pairs_in": 1, "num_pairs": 1})
+    write_inspection(Inspection("a", "b", "c", counts, FALL, {}, [pair]), [], tmp_path / "page.html")
+    return Page((tmp_path / "page.html").read_text())
+
+
+@pytest.mark.parametrize(("change", "full"), [(0.0, "0.05"), (0.06, "0.1"), (0.2, "0.2"), (0.21, "0.5"), (30.0, "50")])
+def test_colours_are_scaled_to_the_run_and_the_scale_is_said(change, full, tmp_path):
+    answer = AnswerTokens([" a"], [-1.0], [-1.0 - change], EditRegions(0, 1))
+    page = one_page(PairChange(0, "?", answer, answer), tmp_path)
+    assert f"in full from {full} nats on" in page.text
+    shown = [span.get("style", "") for span in page.of("span") if "title" in span]
+    assert shown == [f"--much: {change / float(full):g}" if change else ""] * 2
+
+
+def test_an_edit_that_is_most_of_the_answers_is_not_framed(tmp_path):
+    answer = AnswerTokens([" a", " b"], [-1.0] * 2, [-2.0] * 2, EditRegions(0, 1))
+    for distance, framed in ((0.5, 2), (0.51, 0)):
+        page = one_page(PairChange(0, "?", answer, answer, distance), tmp_path)
+        assert len(page.of("span", class_="edit")) == framed
+        assert ("the edit is not framed" in page.text) == (not framed)
+    sides = re.findall(r"(chosen|rejected) -2\.00 nats", page.text)
+    assert sides == ["chosen", "chosen", "rejected"]  # in the header, and over either answer
 
 
 def test_zero_has_one_sign():
@@ -221,6 +236,10 @@ def test_inspect_follows_the_checkpoints_of_a_run(tmp_path, capsys):
     lost = [pair["chosen"]["logratio"] for pair in result["worst"]]
     assert len(lost) == 2
     assert lost == sorted(lost)
-    assert {"shift.png", "checkpoints.png", "inspect.html"} <= {path.name for path in run.iterdir()}
+    assert (run / "inspect.html").exists()
+    figures = {"around_the_edit", "by_distance", "checkpoints_answers", "checkpoints_tokens"}
+    assert {path.name for path in (run / "figures").iterdir()} == {f"{name}.svg" for name in figures}
+    # one word of the three and the end differs
+    assert {pair["distance"] for pair in result["worst"]} == {0.25}
     assert main(["inspect", str(run), "--pairs", str(tmp_path / "pairs.jsonl"), "--limit", "0"]) == 1
     assert "limit: expected at least 1, got 0" in capsys.readouterr().err

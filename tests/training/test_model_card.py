@@ -1,5 +1,6 @@
 """The last lines of a script: the model's card by TRL's arguments, and the push to the hub, whose API is a stand-in."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,3 +64,14 @@ def test_a_card_of_data_without_a_name_names_none(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.datasets is None
     assert {"dpop-kernels", "sft"} <= set(card.data.tags)
+
+
+def test_a_readme_by_hand_is_kept(tmp_path):
+    trainer = new_trainer(tmp_path, word_tokenizer())
+    readme = Path(trainer.args.output_dir) / "README.md"
+    trainer.save_model()
+    assert "All weights after 0 steps, trained with dpop-kernels." in readme.read_text()
+    assert "| dpop_lambda | 50.0 |" in readme.read_text()
+    readme.write_text("mine")
+    trainer.save_model()
+    assert readme.read_text() == "mine"

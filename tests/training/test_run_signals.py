@@ -1,7 +1,6 @@
 """What a run says and leaves while it goes on: bad numbers, falling answers, metrics; and that it waits for nothing."""
 
 import errno
-import json
 import logging
 import math
 import os
@@ -11,7 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from dpop_trainer.run_folder.plot import draw_metrics
 from dpop_trainer.training.non_finite import NonFiniteError, load_non_finite
 from dpop_trainer.training.speed import TrainingClock
 from dpop_trainer.training.watch import ChosenWatch
@@ -300,14 +298,3 @@ def test_activations_are_offloaded_by_transformers(tmp_path, monkeypatch):
     )
     assert config.gradient_checkpointing
     assert config.gradient_checkpointing_kwargs == {"use_reentrant": False, "offload": True}
-
-
-def test_picture_of_a_run_takes_what_there_is(tmp_path):
-    lines = [{"step": 0, "train_data/num_pairs": 5}]
-    assert draw_metrics(lines).startswith(b"\x89PNG")
-    lines += [
-        {"step": step, "loss": 0.7 / step, "grad_norm": 1.0, "learning_rate": 0.0, "dpop/penalty": math.nan}
-        for step in range(1, 5000)
-    ]
-    assert draw_metrics(lines).startswith(b"\x89PNG")
-    assert json.loads(json.dumps(lines[1]))["loss"] == 0.7

@@ -1,8 +1,7 @@
-"""What every run leaves on disk: config.yaml, environment.json, metrics.jsonl (one line per log) and metrics.png."""
+"""What every run leaves on disk: config.yaml, environment.json and metrics.jsonl (one line per log)."""
 
 import json
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,16 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
-PLOT_FILE = "metrics.png"
 ENVIRONMENT_FILE = "environment.json"
 FINISHED_FILE = "finished.json"
 """There once a run has reached its last step and its model is saved."""
 
-# seconds between two plots, and how many times as long as a plot takes: at most two percent of a run go into them
-_PLOT_INTERVAL = 30.0
-_PLOT_SHARE = 50.0
-
 
 class RunFiles(TrainerCallback):
-    """Writes the run's configuration and environment at its start, its metrics as they come, and a plot now and then.
+    """Writes the run's configuration and environment at its start, and its metrics as they come.
 
-    A line or a plot that cannot be written, the disk being full, does not end the run: it is told once, and lines are
-    kept to be written later.
+    A line that cannot be written, the disk being full, does not end the run: it is told once, and lines are kept to be
+    written later.
 
     Args:
         run_config: written to config.yaml, less its secrets; plain values only.
@@ -43,7 +37,6 @@ class RunFiles(TrainerCallback):
     def __init__(self, run_config: dict[str, Any], data_metrics: dict[str, float]) -> None:
         self._run_config, self._data_metrics = run_config, data_metrics
         self._unwritten: list[str] = []
-        self._next_plot = 0.0
         self._has_failed = False
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -57,7 +50,7 @@ class RunFiles(TrainerCallback):
         # a resumed run has its lines from the checkpoint, whatever became of the file since
         lines = [{"step": 0, **self._data_metrics}, *({"step": line["step"], **line} for line in state.log_history)]
         write_atomically(folder / METRICS_FILE, "".join(map(_as_line, lines)))
-        self._unwritten, self._next_plot = [], time.monotonic() + _PLOT_INTERVAL
+        self._unwritten = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -68,24 +61,6 @@ class RunFiles(TrainerCallback):
             self._unwritten = []
         except OSError as error:
             self._tell_once(f"{_folder(args) / METRICS_FILE}: {len(self._unwritten)} lines are not written yet", error)
-        if time.monotonic() >= self._next_plot:
-            self._plot(args, state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._plot(args, state)
-
-    def _plot(self, args, state) -> None:
-        if not state.is_world_process_zero:
-            return
-        start = time.monotonic()
-        try:
-            from dpop_trainer.run_folder.plot import draw_metrics
-
-            write_atomically(_folder(args) / PLOT_FILE, draw_metrics(read_metrics(_folder(args))))
-        except Exception as error:  # a picture is never worth a run
-            self._tell_once(f"{_folder(args) / PLOT_FILE}: not drawn", error)
-        now = time.monotonic()
-        self._next_plot = now + max(_PLOT_INTERVAL, _PLOT_SHARE * (now - start))
 
     def _tell_once(self, what: str, error: Exception) -> None:
         if not self._has_failed:

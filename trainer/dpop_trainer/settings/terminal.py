@@ -3,7 +3,7 @@
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # of the control characters C0 and C1 all but a line's end and a tab, DEL, what turns the direction of writing, and
@@ -17,14 +17,15 @@ def printable(text: str) -> str:
     return text.translate(_SPELT_OUT)
 
 
-def say(text: object, *, is_problem: bool = False) -> None:
+def say(text: object, *, is_problem: bool = False, painted: Callable[[str], str] = str) -> None:
     """Print what may hold foreign text. Nothing in this package prints otherwise.
 
     Args:
         text: what to print.
         is_problem: on stderr.
+        painted: puts our own colours into what is printable by then.
     """
-    print(printable(str(text)), file=sys.stderr if is_problem else sys.stdout, flush=True)
+    print(painted(printable(str(text))), file=sys.stderr if is_problem else sys.stdout, flush=True)
 
 
 @contextmanager

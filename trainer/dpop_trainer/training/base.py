@@ -28,6 +28,7 @@ from dpop_trainer.models.loading import disable_dropout
 from dpop_trainer.models.quantised import as_arguments, computed_in
 from dpop_trainer.models.tiled_mlp import check_tiles, tile_mlps
 from dpop_trainer.reference.source import eval_mode
+from dpop_trainer.report.run_page import RunPage
 from dpop_trainer.run_folder.run_files import RunFiles
 from dpop_trainer.settings.config import HeadConfig
 from dpop_trainer.training.exact_shares import ExactShares
@@ -35,6 +36,7 @@ from dpop_trainer.training.metrics import MeanMetrics
 from dpop_trainer.training.model_card import NamedCard, tag_model
 from dpop_trainer.training.non_finite import MicroBatch, NonFiniteError, non_finite_message, not_finite, save_non_finite
 from dpop_trainer.training.progress import RunProgress
+from dpop_trainer.training.run_card import is_kept, write_run_card
 from dpop_trainer.training.run_progress import Progress, load_progress, save_progress
 from dpop_trainer.training.speed import peak_memory_gib
 from dpop_trainer.training.split_preparation import Preparation, check_streams
@@ -99,6 +101,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         self._counts_before: dict[str, float] = {}  # of a stream, by a checkpoint
         self.run_config = run_config if run_config is not None else args.to_dict() | as_arguments(model)
         self.add_callback(RunFiles(self.run_config, dict(data_metrics or {})))
+        self.add_callback(RunPage(self.run_config))
         self.add_callback(_AroundTraining(self))
         if self.pop_callback(ProgressCallback) is not None:  # which prints every log line in full
             self.add_callback(RunProgress(type(self).__name__))
@@ -205,15 +208,19 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`transformers.Trainer.save_model`, and beside it what the policy gives: `policy_probe.json`, by which what is
-        made of the files later can be held against what was trained.
+        """`transformers.Trainer.save_model`, with a README of ours, and beside it what the policy gives:
+        `policy_probe.json`, by which what is made of the files later can be held against what was trained.
 
         Raises:
             NonFiniteError: there are weights that are no numbers.
         """
         if not _internal_call:
             self.check_weights()
+        folder = Path(str(output_dir or self.args.output_dir))
+        keeps_readme = is_kept(folder)
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not keeps_readme:
+            self._write_card(folder)
         is_sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if is_sharded or not self.args.should_save or not self.has_own_collator():
             return
@@ -225,6 +232,16 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         with eval_mode(policy), self.accelerator.autocast():
             probe = probe_policy(ScoredModel(policy, self.head), collator, self.args.device, is_rounded=is_rounded)
         probe.write(Path(output_dir or str(self.args.output_dir)))
+
+    def _write_card(self, folder: Path) -> None:
+        policy: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
+        write_run_card(
+            folder,
+            base=str(self.run_config.get("model_name_or_path") or getattr(policy, "name_or_path", "") or ""),
+            tags=list(getattr(policy, "model_tags", None) or []),
+            run_config=self.run_config,
+            step=self.state.global_step,
+        )
 
     def has_own_collator(self) -> bool:
         """Whether batches are made here, and not by a collator that was passed in."""

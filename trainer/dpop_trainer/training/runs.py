@@ -17,11 +17,12 @@ from dpop_trainer.inputs.model_setup import (
     tokenizer_of,
     with_model_folder,
 )
+from dpop_trainer.report.run_page import PAGE_FILE
 from dpop_trainer.run_folder.checkpoints import last_checkpoint
 from dpop_trainer.run_folder.files import check_writable
 from dpop_trainer.run_folder.finished import finished_already, mark_finished
 from dpop_trainer.run_folder.lock import check_not_running
-from dpop_trainer.run_folder.run_files import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, PLOT_FILE
+from dpop_trainer.run_folder.run_files import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.settings.config import DPOPConfig, HeadConfig, SFTConfig
 from dpop_trainer.settings.errors import doing
@@ -168,7 +169,7 @@ def _train_and_save(trainer: HeadTrainer, config: HeadConfig, data_arguments: Da
                 mark_finished(
                     folder, trainer.run_config, step=trainer.state.global_step, sources=train_paths(data_arguments)
                 )
-            say(f"Saved to {folder}: the model, {CONFIG_FILE}, {ENVIRONMENT_FILE}, {METRICS_FILE}, {PLOT_FILE}")
+            say(f"Saved to {folder}: the model, {CONFIG_FILE}, {ENVIRONMENT_FILE}, {METRICS_FILE}, {PAGE_FILE}")
             held_out = data_arguments.eval_dataset_name
             for line in last_words(folder, trainer.state.log_history, trainer.preparation.counts, held_out):
                 say(line)

@@ -1,4 +1,4 @@
-"""A comparison's results: means over seeds, a table, figures, a verdict in words, and an HTML page.
+"""A comparison's results: means over seeds, their intervals, a table, and a verdict in words.
 
 Every sentence follows the numbers, also when they are not the expected ones.
 """
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpop_trainer.measure.pairs_under_model import LOST_NATS, PairEvaluation, Ranking
-from dpop_trainer.measure.shares import share_interval, with_interval
+from dpop_trainer.measure.shares import Interval, share_interval, with_interval
 from dpop_trainer.measure.token_shift import TokenShift, mean_token_shift, token_shift_as_dict, token_shift_from_dict
-from dpop_trainer.report import html_page
-from dpop_trainer.report.graphemes import columns, pad, pad_left
-from dpop_trainer.report.plots import plot_logratios, plot_token_shift
 from dpop_trainer.report.signed import signed
-from dpop_trainer.run_folder.files import write_atomically
+from dpop_trainer.report.terminal import PLAIN, Terminal
 from dpop_trainer.tools.compare.answers import Answers
+
+ERRORS = 2
+"""Standard errors from zero, or from the next method, beyond which a change is one."""
 
 
 class RunResult(NamedTuple):
@@ -81,7 +81,9 @@ class Comparison(NamedTuple):
         return [result for result in self.results if result.method == method]
 
 
-class _Column(NamedTuple):
+class Column(NamedTuple):
+    """A figure of a run."""
+
     title: str
     unit: str
     value: Callable[[RunResult], float]
@@ -89,6 +91,8 @@ class _Column(NamedTuple):
     """The same of the model before training, where it is no change."""
     text: Callable[[float], str]
     spread: Callable[[float], str]
+    of_one: Callable[[RunResult], Interval] | None = None
+    """In which it lies by the spread over pairs of a single run, where that is known."""
 
 
 def _percent(value: float) -> str:
@@ -102,73 +106,64 @@ def _share_right(answers: Answers | None) -> float:
 _SIGNED = (signed, "{:.2f}".format)
 _SIGNED_PER_TOKEN = (lambda value: signed(value, 3), "{:.3f}".format)
 _SHARE = (_percent, _percent)
-_COLUMNS = (
-    _Column("chosen Δ", "nats", lambda run: run.evaluation.chosen_logratio, None, *_SIGNED),
-    _Column("rejected Δ", "nats", lambda run: run.evaluation.rejected_logratio, None, *_SIGNED),
-    _Column("after edit Δ", "nats/token", lambda run: run.evaluation.shift.after.mean_change, None, *_SIGNED_PER_TOKEN),
-    _Column("tokens that lost", "", lambda run: run.evaluation.lost_share, None, *_SHARE),
-    _Column("reward accuracy", "", lambda run: run.evaluation.reward_accuracy, None, *_SHARE),
-    _Column(
+
+
+def _around(mean: float, error: float) -> Interval:
+    return Interval(mean - ERRORS * error, mean + ERRORS * error)
+
+
+COLUMNS = (
+    Column(
+        "chosen Δ",
+        "nats",
+        lambda run: run.evaluation.chosen_logratio,
+        None,
+        *_SIGNED,
+        lambda run: _around(run.evaluation.chosen_logratio, run.evaluation.chosen_logratio_error),
+    ),
+    Column(
+        "rejected Δ",
+        "nats",
+        lambda run: run.evaluation.rejected_logratio,
+        None,
+        *_SIGNED,
+        lambda run: _around(run.evaluation.rejected_logratio, run.evaluation.rejected_logratio_error),
+    ),
+    Column("after edit Δ", "nats/token", lambda run: run.evaluation.shift.after.mean_change, None, *_SIGNED_PER_TOKEN),
+    Column("tokens that lost", "", lambda run: run.evaluation.lost_share, None, *_SHARE),
+    Column(
+        "reward accuracy",
+        "",
+        lambda run: run.evaluation.reward_accuracy,
+        None,
+        *_SHARE,
+        lambda run: share_interval(run.evaluation.reward_accuracy, run.num_pairs),
+    ),
+    Column(
         "ranking accuracy",
         "",
         lambda run: run.evaluation.ranking.accuracy,
         lambda run: run.evaluation.ref_ranking.accuracy,
         *_SHARE,
+        lambda run: share_interval(run.evaluation.ranking.accuracy, run.num_pairs),
     ),
 )
-_RIGHT = _Column(
-    "answers right", "", lambda run: _share_right(run.answers), lambda run: _share_right(run.ref_answers), *_SHARE
+RIGHT = Column(
+    "answers right",
+    "",
+    lambda run: _share_right(run.answers),
+    lambda run: _share_right(run.ref_answers),
+    *_SHARE,
+    lambda run: share_interval(_share_right(run.answers), run.answers.num_prompts if run.answers else 1),
 )
-_LEGEND = (
+LEGEND = (
     "Δ is the log-prob under the trained model minus the log-prob under the model before, on held-out pairs: a mean "
     "per answer, or per token of the chosen answers after the edit. Tokens that lost: share of the chosen answers' "
     f"tokens whose log-prob fell by more than {LOST_NATS} nats. Reward accuracy: pairs whose chosen answer gained more "
     "than the rejected one. Ranking accuracy: pairs whose chosen answer is the likelier one. Mean ± standard deviation "
     "over seeds."
 )
-_RIGHT_LEGEND = " Answers right: held-out problems that the model itself answers rightly, one greedy answer each."
-
-
-def write_comparison(comparison: Comparison, folder: Path) -> None:
-    """Write compare.json, curves.png, token_shift.png and compare.html."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "methods": comparison.methods,
-        "verdict": verdict(comparison),
-        "results": [result.as_dict() for result in comparison.results],
-        "config": comparison.config,
-        "versions": comparison.versions,
-    }
-    write_atomically(folder / "compare.json", json.dumps(record, indent=2))
-    plot_logratios(curves(comparison), folder / "curves.png")
-    plot_token_shift(token_shifts(comparison), folder / "token_shift.png")
-    shown = _columns(comparison)
-    first = comparison.results[0]
-    introduction = (
-        f"{len(comparison.methods)} ways to train {comparison.config['model_name_or_path']} on the pairs of "
-        f"{comparison.config['dataset_name']}, with {_seeds(len(comparison.of(first.method)))} each, measured on "
-        f"{_held_out(first.num_pairs)}."
-    )
-    settings = {key: value for key, value in comparison.config.items() if value not in (None, [], {})}
-    sections = [
-        html_page.paragraph(introduction),
-        html_page.paragraph(verdict(comparison), "verdict"),
-        html_page.heading("Results"),
-        html_page.table([("", ""), *((column.title, column.unit) for column in shown)], table_rows(comparison)),
-        html_page.paragraph(_LEGEND + (_RIGHT_LEGEND if _RIGHT in shown else ""), "note"),
-        html_page.figure(
-            "Log-ratio to the model before, on held-out pairs, over training: mean over seeds, and their range",
-            folder / "curves.png",
-        ),
-        html_page.figure(
-            "Change per token of the chosen answers around the edit, mean over seeds", folder / "token_shift.png"
-        ),
-        html_page.heading("Configuration"),
-        html_page.folded(f"All {len(settings)} settings", html_page.facts(settings)),
-        html_page.heading("Versions"),
-        html_page.facts(comparison.versions),
-    ]
-    html_page.write_page("Preference losses compared", sections, folder / "compare.html")
+RIGHT_LEGEND = " Answers right: held-out problems that the model itself answers rightly, one greedy answer each."
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -193,30 +188,35 @@ def token_shifts(comparison: Comparison) -> dict[str, TokenShift]:
 
 def table_titles(comparison: Comparison) -> list[str]:
     """One title per column of `table_rows`, with its unit."""
-    return ["", *(f"{column.title}, {column.unit}".removesuffix(", ") for column in _columns(comparison))]
+    return ["", *(f"{column.title}, {column.unit}".removesuffix(", ") for column in shown_columns(comparison))]
 
 
 def table_rows(comparison: Comparison) -> list[list[str]]:
     """Rows of text: the model before training, then every method: mean ± standard deviation over seeds."""
-    shown = _columns(comparison)
+    shown = shown_columns(comparison)
     start = comparison.results[0]
-    before = ["—" if column.before is None else _cell(column, [column.before(start)]) for column in shown]
+    before = ["—" if column.before is None else cell(column, [column.before(start)]) for column in shown]
     rows = [["before training", *before]]
     for method in comparison.methods:
         runs = comparison.of(method)
-        rows.append([method, *(_cell(column, [column.value(run) for run in runs]) for column in shown)])
+        rows.append([method, *(cell(column, [column.value(run) for run in runs]) for column in shown)])
     return rows
 
 
-def format_comparison(comparison: Comparison) -> str:
+def format_comparison(comparison: Comparison, terminal: Terminal = PLAIN) -> str:
     """For the terminal: the table, then the verdict."""
-    rows = [table_titles(comparison), *table_rows(comparison)]
-    widths = [max(columns(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([pad(row[0], widths[0]), *(pad_left(cell, w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([*lines, "", verdict(comparison)])
+    table = terminal.table([table_titles(comparison), *table_rows(comparison)])
+    return f"{table}\n\n{terminal.filled(verdict(comparison))}"
+
+
+def outcomes(comparison: Comparison) -> dict[str, list[str]]:
+    """What became of the chosen answers -> the methods of which that is so, none left out."""
+    found: dict[str, list[str]] = {FELL: [], HELD: [], ROSE: []}
+    for method in comparison.methods:
+        mean, error = _mean_and_error(comparison.of(method))
+        is_noise = abs(mean) < LOST_NATS or (not math.isnan(error) and abs(mean) <= ERRORS * error)
+        found[HELD if is_noise else FELL if mean < 0 else ROSE].append(method)
+    return found
 
 
 def verdict(comparison: Comparison) -> str:
@@ -226,27 +226,21 @@ def verdict(comparison: Comparison) -> str:
     does so by the spread over pairs. A lead over the next method is one where it does so, paired by seed; a share of
     pairs is told from chance by its score interval (95 %), over pairs, which all seeds have in common.
     """
-    fell, held, rose = [], [], []
-    for method in comparison.methods:
-        runs = comparison.of(method)
-        mean, error = _mean_and_error(runs)
-        text = f"{method} ({signed(mean)} nats)"
-        if abs(mean) < LOST_NATS or (not math.isnan(error) and abs(mean) <= 2 * error):
-            held.append(text)
-        else:
-            (fell if mean < 0 else rose).append(text)
-    sentences = [f"{_listed(names)} {verb}." for names, verb in ((fell, _FELL), (held, _HELD), (rose, _ROSE)) if names]
+    sentences = []
+    for verb, methods in outcomes(comparison).items():
+        told = [f"{method} ({signed(_mean_and_error(comparison.of(method))[0])} nats)" for method in methods]
+        sentences += [f"{listed(told)} {verb}."] if told else []
     if len(comparison.methods) > 1:
         sentences.append(_best(comparison))
     sentences.append(_ranked(comparison))
     runs = comparison.of(comparison.methods[0])
-    basis = f"On {_held_out(runs[0].num_pairs)}, {_seeds(len(runs))}:"
+    basis = f"On {held_out(runs[0].num_pairs)}, {seeds(len(runs))}:"
     return " ".join([basis, *sentences])
 
 
-_FELL = "lowered the chosen answers"
-_HELD = "left the chosen answers where they were"
-_ROSE = "raised the chosen answers"
+FELL = "lowered the chosen answers"
+HELD = "left the chosen answers where they were"
+ROSE = "raised the chosen answers"
 
 
 class _Lead(NamedTuple):
@@ -274,11 +268,11 @@ class _Lead(NamedTuple):
         if math.isnan(self.error):
             return "with one seed"
         lead = f"{scale * self.difference:.{digits}f} ± {scale * self.error:.{digits}f}{unit} above {self.next_method}"
-        return lead if self.difference > 2 * self.error else f"{lead}, which is no difference"
+        return lead if self.difference > ERRORS * self.error else f"{lead}, which is no difference"
 
 
 def _best(comparison: Comparison) -> str:
-    kept = _Lead.of(comparison, _COLUMNS[0].value)
+    kept = _Lead.of(comparison, COLUMNS[0].value)
     parted = _Lead.of(comparison, lambda run: run.evaluation.chosen_logratio - run.evaluation.rejected_logratio)
     if parted.mean > 0:
         both = "also sets" if parted.method == kept.method else f"{parted.method} sets"
@@ -286,8 +280,8 @@ def _best(comparison: Comparison) -> str:
     else:
         apart = "and none sets the chosen answers further above the rejected ones"
     text = f"{kept.method} keeps them highest ({signed(kept.mean)} nats, {kept.above()}) {apart}."
-    if _RIGHT in _columns(comparison):
-        solver = _Lead.of(comparison, _RIGHT.value)
+    if RIGHT in shown_columns(comparison):
+        solver = _Lead.of(comparison, RIGHT.value)
         before = _share_right(comparison.results[0].ref_answers)
         text += (
             f" {solver.method} answers most held-out problems rightly ({_percent(solver.mean)}, "
@@ -317,9 +311,20 @@ def _ranked(comparison: Comparison) -> str:
     return f"{text} That is no more than chance{'' if learned else ': no preference was learned'}."
 
 
-def _columns(comparison: Comparison) -> tuple[_Column, ...]:
+def shown_columns(comparison: Comparison) -> tuple[Column, ...]:
     graded = all(run.answers is not None for run in comparison.results)
-    return (*_COLUMNS, _RIGHT) if graded else _COLUMNS
+    return (*COLUMNS, RIGHT) if graded else COLUMNS
+
+
+def interval(column: Column, runs: Sequence[RunResult]) -> Interval | None:
+    """In which a figure lies: two standard errors around the mean over seeds; of one, what its pairs leave open."""
+    values = [column.value(run) for run in runs]
+    if any(math.isnan(value) for value in values):
+        return None
+    if len(values) > 1:
+        return _around(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
+    found = column.of_one(runs[0]) if column.of_one else None
+    return None if found is None or math.isnan(found.low) else found
 
 
 def _mean_and_error(runs: Sequence[RunResult]) -> tuple[float, float]:
@@ -342,20 +347,20 @@ def _band(runs: Sequence[RunResult]) -> dict[str, list[float]]:
     return band
 
 
-def _cell(column: _Column, values: Sequence[float]) -> str:
+def cell(column: Column, values: Sequence[float]) -> str:
     if any(math.isnan(value) for value in values):
         return "—"
     mean = column.text(statistics.fmean(values))
     return mean if len(values) == 1 else f"{mean} ± {column.spread(statistics.stdev(values))}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _held_out(num_pairs: int) -> str:
+def held_out(num_pairs: int) -> str:
     return "1 held-out pair" if num_pairs == 1 else f"{num_pairs:,} held-out pairs"
 
 
-def _seeds(count: int) -> str:
+def seeds(count: int) -> str:
     return "one seed" if count == 1 else f"{count} seeds"

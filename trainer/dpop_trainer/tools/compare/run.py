@@ -6,6 +6,7 @@ A run's folder holds comparison.json once it is finished; a comparison that was 
 import gc
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import transformers
 from dpop_trainer.inputs.model_setup import with_model_folder
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import load_trained
+from dpop_trainer.report.terminal import Terminal
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.private import without_secrets
 from dpop_trainer.run_folder.run_files import read_metrics
@@ -25,7 +27,8 @@ from dpop_trainer.settings.terminal import say
 from dpop_trainer.tools.compare.answers import Grading
 from dpop_trainer.tools.compare.held_out import HeldOut
 from dpop_trainer.tools.compare.methods import Method, parse_methods
-from dpop_trainer.tools.compare.report import Comparison, RunResult, format_comparison, write_comparison
+from dpop_trainer.tools.compare.page import write_comparison
+from dpop_trainer.tools.compare.report import Comparison, RunResult, format_comparison
 from dpop_trainer.training.runs import run_train
 
 logger = logging.getLogger(__name__)
@@ -81,8 +84,8 @@ def run_comparison(
     )
     with doing(f"writing the report to {folder}", folder):
         write_comparison(written, folder)
-    say(format_comparison(written))
-    say(f"Written to {folder}/: compare.json, compare.html and its figures")
+    say(format_comparison(written, Terminal.of(sys.stdout)))
+    say(f"Written to {folder}/: compare.html (open it), its figures, compare.json")
     return written
 
 

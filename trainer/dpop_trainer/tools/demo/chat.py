@@ -17,7 +17,8 @@ from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.settings.arguments import ComparisonArguments, DataArguments, ModelArguments
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.terminal import say
-from dpop_trainer.tools.compare.report import Comparison, table_rows, table_titles, verdict
+from dpop_trainer.tools.compare.page import headline, result_sections, setting_sections
+from dpop_trainer.tools.compare.report import Comparison, verdict
 from dpop_trainer.tools.compare.run import run_comparison
 from dpop_trainer.tools.demo.chat_model import NAME, fetch_chat_model
 from dpop_trainer.tools.demo.word_problems import Problem, generate
@@ -154,26 +155,27 @@ def _as_text(shown: list[Shown]) -> str:
 
 
 def _write_report(comparison: Comparison, shown: list[Shown], model_name: str, folder: Path) -> None:
-    titles = [(title, "") for title in table_titles(comparison)]
     sections = [
-        html_page.paragraph(verdict(comparison), "verdict"),
+        html_page.verdict([verdict(comparison)]),
+        html_page.heading("What each model writes"),
+    ]
+    roles = {"before": "soft", "DPO": "dpo", "DPOP": "dpop"}
+    for one in shown:
+        answers = (html_page.answer(name, html_page.visible(text), roles[name]) for name, text in one.answers.items())
+        sections += [
+            html_page.paragraph(one.question),
+            f'<div class="beside">{"".join(answers)}</div>',
+            html_page.paragraph(f"The right answer: {one.right}", "note"),
+        ]
+    sections += [
+        *result_sections(comparison),
+        html_page.heading("How it was made"),
         html_page.paragraph(
             f"{model_name} with LoRA, one pass over low-edit pairs: generated word problems, where one intermediate "
             "result of the rejected answer is wrong. Measured on held-out pairs."
         ),
-        html_page.table(titles, table_rows(comparison)),
-        html_page.heading("What each model writes"),
+        *setting_sections(comparison),
     ]
-    for one in shown:
-        sections.append(html_page.paragraph(one.question))
-        sections.append(html_page.side_by_side(one.answers))
-    sections += [
-        html_page.heading("Over training"),
-        html_page.figure("Log-ratio to the model before, on held-out pairs", folder / "curves.png"),
-        html_page.figure("Change per token of the chosen answers around the edit", folder / "token_shift.png"),
-        html_page.heading("Configuration"),
-        html_page.folded("All settings", html_page.facts({k: v for k, v in comparison.config.items() if v})),
-        html_page.heading("Versions"),
-        html_page.facts(comparison.versions),
-    ]
-    html_page.write_page(f"DPO and DPOP on {model_name}", sections, folder / "report.html")
+    html_page.write_page(
+        headline(comparison), sections, folder / "report.html", about=f"dpop demo · DPO and DPOP on {model_name}"
+    )

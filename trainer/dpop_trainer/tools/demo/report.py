@@ -5,6 +5,9 @@ Both read the run's summary:
     {"config": {...}, "versions": {...}, "device": str, "seconds": float,
      "data": {"num_train_problems", "num_pairs", "num_eval_pairs", "vocab_size", "mean_answer_tokens"},
      "example": {"prompt", "chosen", "rejected"},
+    "answers": {"number", "num_problems", "question", "right", "texts": {"sft", "dpo", "dpop"},
+                "is_right": {the same}},                        one held-out problem, as each model answers it
+    "histories": by a method's name what `report.plots.logratio_panels` takes,
      "methods": {"sft": {"exact_match"},
                  "dpo": {"chosen_logratio", "rejected_logratio",            nats per answer, mean over pairs
                          "before_edit_per_token", "at_edit_per_token", "after_edit_per_token",      nats per token
@@ -18,11 +21,13 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any, NamedTuple
 
 from dpop_trainer.data.edits import EditRegions, edit_regions
 from dpop_trainer.report import html_page
+from dpop_trainer.report.html_page import visible
+from dpop_trainer.report.svg import Panel
+from dpop_trainer.report.terminal import PLAIN
 
 
 class _Column(NamedTuple):
@@ -51,15 +56,7 @@ _LEGEND = (
 def format_table(summary: Mapping[str, Any]) -> str:
     """The results for a terminal: one row per method, columns aligned, "—" where a value does not apply."""
     titles = ["", *(f"{column.title} ({column.unit})" if column.unit else column.title for column in _COLUMNS)]
-    rows = [titles, *_rows(summary)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        return "  ".join([row[0].ljust(widths[0]), *cells])
-
-    rule = "  ".join("─" * width for width in widths)
-    return "\n".join([line(titles), rule, *map(line, rows[1:])])
+    return PLAIN.table([titles, *_rows(summary)])
 
 
 def format_verdict(summary: Mapping[str, Any]) -> str:
@@ -81,16 +78,16 @@ def format_verdict(summary: Mapping[str, Any]) -> str:
 
 
 def write_report(
-    summary: Mapping[str, Any], figures: Sequence[tuple[str, str | os.PathLike[str]]], path: str | os.PathLike[str]
+    summary: Mapping[str, Any], panels: Mapping[str, Sequence[Panel]], path: str | os.PathLike[str]
 ) -> None:
-    """Writes the report as one HTML file that needs nothing else: figures embedded, no scripts, no network.
+    """Writes the report as one HTML file that needs nothing else.
 
     Args:
         summary: the run, laid out as this module's docstring says.
-        figures: titles and PNG files.
+        panels: charts by the heading that they stand under.
         path: the HTML file; missing folders are made.
     """
-    data = summary["data"]
+    data, methods = summary["data"], summary["methods"]
     introduction = (
         f"A tiny Llama learned {data['num_train_problems']:,} generated word problems (SFT). From there DPO and DPOP "
         f"each trained it on the same {data['num_pairs']:,} low-edit pairs, in which the rejected answer is the chosen "
@@ -98,21 +95,40 @@ def write_report(
         f"average {data['mean_answer_tokens']:.0f} tokens out of a vocabulary of {data['vocab_size']:,}. The whole run "
         f"took {summary['seconds']:.0f} s (device: {summary['device']})."
     )
+    before, dpo, dpop = (f"{methods[method]['exact_match']:.0%}" for method in ("sft", "dpo", "dpop"))
+    tiles = [
+        (_nats(methods["dpo"]["chosen_logratio"], 2), "the chosen answers' log-prob after DPO"),
+        (_nats(methods["dpop"]["chosen_logratio"], 2), "after DPOP, from the same start on the same pairs"),
+        (f"{dpo} | {dpop}", f"of the held-out problems solved after DPO | after DPOP; before, {before}"),
+    ]
     sections = [
-        html_page.paragraph(introduction),
-        html_page.paragraph(format_verdict(summary), "verdict"),
+        html_page.tiles(tiles),
+        html_page.heading("What each model writes"),
+        *_answers(summary["answers"]),
         html_page.heading("Results"),
+        html_page.paragraph(format_verdict(summary)),
         html_page.table([("method", ""), *((column.title, column.unit) for column in _COLUMNS)], _rows(summary)),
         html_page.paragraph(_LEGEND, "note"),
-        *(html_page.figure(title, figure) for title, figure in figures),
-        html_page.heading("One pair"),
-        _html_example(summary["example"]),
-        html_page.heading("Configuration"),
-        html_page.facts(summary["config"]),
-        html_page.heading("Versions"),
-        html_page.facts(summary["versions"]),
     ]
-    html_page.write_page("DPO and DPOP on low-edit pairs", sections, path)
+    for title, of_title in panels.items():
+        sections += [html_page.heading(title), html_page.charts(of_title, large=True)]
+    sections += [
+        html_page.heading("One pair of the training set"),
+        _example(summary["example"]),
+        html_page.heading("How it was made"),
+        html_page.paragraph(introduction),
+        html_page.folded("Configuration", html_page.facts(summary["config"])),
+        html_page.folded("Versions", html_page.facts(summary["versions"])),
+    ]
+    html_page.write_page(
+        headline(summary), sections, path, about="dpop demo · DPO and DPOP on low-edit pairs, measured on held-out ones"
+    )
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """The judgement in a sentence."""
+    dpo, dpop = (summary["methods"][method]["chosen_logratio"] for method in ("dpo", "dpop"))
+    return f"DPO {_movement(dpo)}; DPOP {_movement(dpop).replace('the chosen answers', 'them')}."
 
 
 def _conclusion(dpo: float, dpop: float) -> str:
@@ -165,18 +181,35 @@ def _cell(value: float | None, column: _Column) -> str:
     return "—" if value is None or math.isnan(value) else column.text(value)
 
 
-def _html_example(example: Mapping[str, str]) -> str:
+def _answers(answers: Mapping[str, Any]) -> list[str]:
+    """One problem, and what the three models write for it."""
+    names = {"sft": "before (SFT)", "dpo": "DPO", "dpop": "DPOP"}
+    columns = [
+        html_page.answer(f"{names[key]}: {'right' if answers['is_right'][key] else 'wrong'}", visible(text), key)
+        for key, text in answers["texts"].items()
+    ]
+    told = (
+        f"Held-out problem {answers['number']} of {answers['num_problems']}: the first that the models answer in "
+        f"different words. Its right answer is {answers['right']}."
+    )
+    return [
+        html_page.paragraph(told, "note"),
+        html_page.paragraph(answers["question"]),
+        f'<div class="beside">{"".join(columns)}</div>',
+    ]
+
+
+def _example(example: Mapping[str, str]) -> str:
     """Prompt and both answers, with the words that differ marked."""
     chosen, rejected = (re.findall(r"\s|\w+|[^\w\s]", example[answer].strip()) for answer in ("chosen", "rejected"))
-    return (
-        f"<p>Prompt</p><pre>{escape(example['prompt'])}</pre>"
-        f"<p>Chosen</p><pre>{_mark(chosen, edit_regions(chosen, rejected), 'chosen')}</pre>"
-        f"<p>Rejected</p><pre>{_mark(rejected, edit_regions(rejected, chosen), 'rejected')}</pre>"
+    return html_page.pair(
+        ["what differs is marked"],
+        visible(example["prompt"]),
+        ("chosen", _mark(chosen, edit_regions(chosen, rejected), "chosen")),
+        ("rejected", _mark(rejected, edit_regions(rejected, chosen), "rejected")),
     )
 
 
 def _mark(words: Sequence[str], region: EditRegions, kind: str) -> str:
     before, edit, after = words[: region.start], words[region.start : region.end], words[region.end :]
-    return (
-        f'{escape("".join(before))}<mark class="{escape(kind)}">{escape("".join(edit))}</mark>{escape("".join(after))}'
-    )
+    return f'{visible("".join(before))}<mark class="{kind}">{visible("".join(edit))}</mark>{visible("".join(after))}'

@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ from dpop_trainer.measure.pairs_under_model import (
     generate_completions,
     pair_token_logps,
 )
-from dpop_trainer.report.plots import plot_logratios, plot_token_shift
+from dpop_trainer.report.plots import logratio_panels, token_shift_panels
+from dpop_trainer.report.svg import write_svg
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.versions import versions
 from dpop_trainer.settings.config import DPOPConfig, SFTConfig
@@ -69,14 +71,15 @@ class Method(NamedTuple):
 
     history: dict[str, list[float]]
     evaluation: PairEvaluation
-    exact_match: float
+    answers: list[str]
+    """To the first held-out problems."""
     train_seconds: float
 
 
 def run_demo(
     output_dir: str | Path = "runs/demo", *, seed: int = 0, settings: DemoSettings | None = None
 ) -> dict[str, Any]:
-    """Run the demo, print its table, write summary.json, plots and report.html -> the summary.
+    """Run the demo, print its table, write summary.json, figures and report.html -> the summary.
 
     Args:
         output_dir: folder for everything it writes.
@@ -106,7 +109,8 @@ def run_demo(
     pad_token_id = tokenizer.pad_token_id
     assert isinstance(pad_token_id, int)
     ref_logps = pair_token_logps(sft_model, eval_pairs, pad_token_id=pad_token_id, desc="Scoring")
-    sft_exact_match = _exact_match(sft_model, tokenizer, eval_problems[: settings.num_exact_match])
+    asked = eval_problems[: settings.num_exact_match]
+    sft_answers = _answers(sft_model, tokenizer, asked)
 
     methods: dict[str, Method] = {}
     for loss_type in ("dpo", "dpop"):
@@ -119,25 +123,30 @@ def run_demo(
         methods[loss_type] = Method(
             history=_history(trainer),
             evaluation=evaluate_pairs(logps, ref_logps, eval_pairs),
-            exact_match=_exact_match(model, tokenizer, eval_problems[: settings.num_exact_match]),
+            answers=_answers(model, tokenizer, asked),
             train_seconds=seconds,
         )
 
-    summary = _summary(settings, seed, device, train_pairs, eval_pairs, tokenizer, sft_exact_match, methods)
+    answers = {"sft": sft_answers, **{key: method.answers for key, method in methods.items()}}
+    summary = _summary(settings, seed, device, train_pairs, eval_pairs, tokenizer, methods)
+    summary["methods"] = {
+        key: {"exact_match": _exact_match(answers[key], asked), **summary["methods"].get(key, {})} for key in answers
+    }
+    summary["answers"] = _one_problem(answers, asked)
     names = {"dpo": "DPO", "dpop": "DPOP"}
-    plot_logratios({names[key]: method.history for key, method in methods.items()}, folder / "logratios.png")
-    plot_token_shift({names[key]: m.evaluation.shift for key, m in methods.items()}, folder / "token_shift.png")
     summary["histories"] = {names[key]: method.history for key, method in methods.items()}
     summary["seconds"] = time.perf_counter() - start
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
-    figures = [
-        ("Log-ratio to the reference over training", folder / "logratios.png"),
-        ("Change per token before, at and after the edit", folder / "token_shift.png"),
-    ]
-    write_report(summary, figures, folder / "report.html")
+    panels = {
+        "Over training": logratio_panels(summary["histories"]),
+        "Token by token": token_shift_panels({names[key]: m.evaluation.shift for key, m in methods.items()}),
+    }
+    for panel in chain.from_iterable(panels.values()):
+        write_svg(panel, folder / "figures")
+    write_report(summary, panels, folder / "report.html")
     say(format_table(summary))
     say(
-        f"{summary['seconds']:.0f} s. Written to {folder}/: summary.json, logratios.png, token_shift.png, report.html; "
+        f"{summary['seconds']:.0f} s. Written to {folder}/: report.html (open it), its figures, summary.json; "
         "the pairs (train_pairs.jsonl, test_pairs.jsonl) and the SFT model (sft), to go on with: dpop compare --help"
     )
     return summary
@@ -228,15 +237,32 @@ def _common(folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def _exact_match(model: Any, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
-    completions = generate_completions(
-        model, tokenizer, [problem.prompt for problem in problems], max_new_tokens=128, batch_size=128, desc="Answering"
-    )
-    hits = [
-        final_answer(completion) == final_answer(problem.answer)
-        for completion, problem in zip(completions, problems, strict=True)
-    ]
-    return sum(hits) / len(hits)
+def _answers(model: Any, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> list[str]:
+    prompts = [problem.prompt for problem in problems]
+    return generate_completions(model, tokenizer, prompts, max_new_tokens=128, batch_size=128, desc="Answering")
+
+
+def _is_right(text: str, problem: Problem) -> bool:
+    return final_answer(text) == final_answer(problem.answer)
+
+
+def _exact_match(answers: list[str], problems: list[Problem]) -> float:
+    return sum(map(_is_right, answers, problems)) / len(problems)
+
+
+def _one_problem(answers: dict[str, list[str]], problems: list[Problem]) -> dict[str, Any]:
+    """The first problem that the models answer in different words, else the first."""
+    different = (place for place, texts in enumerate(zip(*answers.values(), strict=True)) if len(set(texts)) > 1)
+    place = next(different, 0)
+    problem = problems[place]
+    return {
+        "number": place + 1,
+        "num_problems": len(problems),
+        "question": problem.question,
+        "right": final_answer(problem.answer),
+        "texts": {key: texts[place].strip() for key, texts in answers.items()},
+        "is_right": {key: _is_right(texts[place], problem) for key, texts in answers.items()},
+    }
 
 
 def _history(trainer: DPOPTrainer) -> dict[str, list[float]]:
@@ -256,7 +282,6 @@ def _summary(
     train_pairs: Dataset,
     eval_pairs: Dataset,
     tokenizer: PreTrainedTokenizerFast,
-    sft_exact_match: float,
     methods: dict[str, Method],
 ) -> dict[str, Any]:
     example = train_pairs[random.Random(seed).randrange(len(train_pairs))]
@@ -273,20 +298,16 @@ def _summary(
         },
         "example": {key: example[key] for key in ("prompt", "chosen", "rejected")},
         "methods": {
-            "sft": {"exact_match": sft_exact_match},
-            **{
-                key: {
-                    "chosen_logratio": method.evaluation.chosen_logratio,
-                    "rejected_logratio": method.evaluation.rejected_logratio,
-                    "before_edit_per_token": method.evaluation.shift.before.mean_change,
-                    "at_edit_per_token": method.evaluation.shift.at.mean_change,
-                    "after_edit_per_token": method.evaluation.shift.after.mean_change,
-                    "reward_accuracy": method.evaluation.reward_accuracy,
-                    "exact_match": method.exact_match,
-                    "train_seconds": method.train_seconds,
-                }
-                for key, method in methods.items()
-            },
+            key: {
+                "chosen_logratio": method.evaluation.chosen_logratio,
+                "rejected_logratio": method.evaluation.rejected_logratio,
+                "before_edit_per_token": method.evaluation.shift.before.mean_change,
+                "at_edit_per_token": method.evaluation.shift.at.mean_change,
+                "after_edit_per_token": method.evaluation.shift.after.mean_change,
+                "reward_accuracy": method.evaluation.reward_accuracy,
+                "train_seconds": method.train_seconds,
+            }
+            for key, method in methods.items()
         },
     }
 

@@ -1,6 +1,7 @@
 """`dpop pairs inspect` as the command line calls it."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ def inspect_pairs(argv: list[str]) -> int:
     if name:
         check_local_path(name, "")
     with under_way(LIBRARIES if options.model else "Loading datasets"):
+        from dpop_trainer.report.terminal import Terminal
         from dpop_trainer.tools.doctor.examine import examine_pairs
         from dpop_trainer.tools.doctor.report import write_report
         from dpop_trainer.tools.doctor.summary import as_text, write_clean, write_json, write_measures
@@ -116,7 +118,8 @@ def inspect_pairs(argv: list[str]) -> int:
         write_json(examination, out / "doctor.json")
         write_measures(examination, out / "measures.parquet")
         write_report(examination, out / "report.html", tokenizer)
-    say(as_text(examination))
+    terminal = Terminal.of(sys.stdout)
+    say(as_text(examination, terminal), painted=terminal.painted)
     say(f"\nWritten: {out / 'report.html'}, {out / 'doctor.json'}, {out / 'measures.parquet'}")
     if options.write_clean:
         with doing(f"writing the clean pairs to {options.write_clean}", Path(options.write_clean).parent):

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpop_trainer.report.html_page import write_page
-from dpop_trainer.tools.doctor.charts import Axis, histogram, scatter
+from dpop_trainer.report import html_page
+from dpop_trainer.report.charts import histogram, scatter
+from dpop_trainer.report.scale import Axis
+from dpop_trainer.report.svg import Panel
 from dpop_trainer.tools.doctor.examine import Examination
 from dpop_trainer.tools.doctor.findings import SERIOUS_SHARE
 from dpop_trainer.tools.doctor.marks import Piece, mark_tokens, mark_words, shortened
@@ -27,52 +29,6 @@ _CONTEXT = 240
 _PROMPT_SHOWN = 600
 _MARKED_TOKENS = 4000
 
-_STYLE = """
-:root { --width: 72rem; }
-* { box-sizing: border-box; }
-.soft, .note { color: var(--soft); } .note { font-size: .875rem; max-width: 54rem; }
-.verdict.serious { border-color: var(--serious); }
-.tiles { display: grid; gap: .75rem; margin: 1.2rem 0;
-         grid-template-columns: repeat(auto-fit, minmax(min(13rem, 45%), 1fr)); }
-.tile { background: var(--box); padding: .6rem .9rem; border-radius: .4rem; }
-.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; line-height: 1.3; }
-.tile span { color: var(--soft); font-size: .8rem; }
-table { width: 100%; }
-th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { font-weight: 600; font-size: .875rem; color: var(--soft); }
-td.n, th.n { text-align: right; white-space: nowrap; }
-.level { font-weight: 600; white-space: nowrap; }
-.level.serious { color: var(--serious); } .level.warning { color: var(--warning); } .level.note { color: var(--note); }
-@media (max-width: 44rem) {
-  .stack tr, .stack td { display: block; } .stack tr:first-child { display: none; }
-  .stack tr { padding: .5rem 0; border-bottom: 1px solid var(--line); } .stack td { border: 0; padding: .1rem 0; }
-  .stack td.n { text-align: left; white-space: normal; color: var(--soft); } .stack td.n::before { content: "rows "; } }
-code { font: .875em ui-monospace, monospace; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem; }
-figure { margin: 0; background: var(--box); border-radius: .4rem; padding: .5rem .6rem .2rem; }
-svg { width: 100%; height: auto; display: block; }
-.bar { fill: var(--blue); } .dot { fill: var(--blue); fill-opacity: .55; }
-.median { stroke: var(--ink); stroke-dasharray: 4 3; stroke-width: 1.2; }
-.axis { stroke: var(--soft); } .grid { stroke: var(--line); stroke-width: .7; }
-.tick { font-size: 10px; fill: var(--soft); text-anchor: middle; } .tick.end { text-anchor: end; }
-.label { font-size: 11.5px; fill: var(--ink); text-anchor: middle; } .label.end { text-anchor: end; }
-.pair { border: 1px solid var(--line); border-radius: .4rem; margin: .8rem 0; overflow: hidden; }
-.pair header { padding: .4rem .8rem; background: var(--box); font-size: .85rem; color: var(--soft); }
-.pair header b { color: var(--ink); }
-.answers { display: grid; grid-template-columns: 1fr 1fr; }
-.answers > div + div { border-left: 1px solid var(--line); }
-@media (max-width: 44rem) { .answers { grid-template-columns: 1fr; }
-  .answers > div + div { border-left: 0; border-top: 1px solid var(--line); } }
-.side { padding: .5rem .8rem; min-width: 0; }
-.side > span { font-size: .75rem; color: var(--soft); text-transform: uppercase; letter-spacing: .04em; }
-pre { margin: .15rem 0 .2rem; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;
-      font: .84rem/1.5 ui-monospace, monospace; }
-.prompt { border-bottom: 1px solid var(--line); } .prompt pre { color: var(--soft); }
-mark { color: inherit; border-radius: .2em; font-weight: 600; padding: 0 .05em; }
-.hidden { border: 1px solid var(--serious); color: var(--serious); border-radius: .2em; font-size: .75em;
-          padding: 0 .2em; }
-"""
-
 
 class _Example(NamedTuple):
     row: int
@@ -86,26 +42,34 @@ def write_report(examination: Examination, path: Path, tokenizer: "PreTrainedTok
         path: the HTML file.
         tokenizer: the one that the pairs were examined with; marks then fall on tokens, else on words.
     """
-    name = Path(examination.pair_file.source).name
+    told = verdict(examination)
     sections = [
-        f'<p class="soft">{_text(_subtitle(examination))}</p>',
         _verdict(examination),
         _tiles(examination),
-        "<h2>Findings</h2>",
+        html_page.heading("Findings"),
         _findings(examination),
-        "<h2>Recommended</h2>",
+        html_page.heading("Recommended"),
         _recommendations(examination),
-        "<h2>Distributions</h2>",
+        html_page.heading("Distributions"),
         _charts(examination),
         _model_section(examination),
-        "<h2>All figures</h2>",
-        _statistics(examination),
-        "<h2>Pairs to look at</h2>",
-        '<p class="note">Marked: what the shortest edit between the two answers changes. Long stretches are '
-        "shortened. Characters that do not show stand in a frame.</p>",
+        html_page.heading("Pairs to look at"),
+        html_page.paragraph(
+            "Marked: what the shortest edit between the two answers changes, where that is no more than half of them. "
+            "Long stretches are shortened. Characters that do not show stand in a frame.",
+            "note",
+        ),
         *_examples(examination, tokenizer),
+        html_page.heading("All figures"),
+        _statistics(examination),
     ]
-    write_page(name, [section for section in sections if section], path, style=_STYLE)
+    html_page.write_page(
+        told.sentence,
+        [section for section in sections if section],
+        path,
+        about=_subtitle(examination),
+        kind="good" if told.is_yes else "serious",
+    )
 
 
 def _text(text: str) -> str:
@@ -123,6 +87,7 @@ def _subtitle(examination: Examination) -> str:
     known = {key: value for key, value in examination.settings.items() if value not in (None, 0)}
     return " · ".join(
         [
+            Path(examination.pair_file.source).name,
             f"{examination.num_pairs:,} pairs",
             f"form: {examination.pair_file.form}",
             *(f"{k}: {v}" for k, v in known.items()),
@@ -132,13 +97,12 @@ def _subtitle(examination: Examination) -> str:
 
 def _verdict(examination: Examination) -> str:
     told = verdict(examination)
-    reasons = "".join(f"<li>{_text(reason)}.</li>" for reason in told.reasons)
-    options = f"<p><code>dpop train {_text(told.options)}</code></p>" if told.is_yes else ""
-    lines = [*left_out(examination.pair_file)]
-    return (
-        f'<div class="verdict{"" if told.is_yes else " serious"}"><b>{_text(told.sentence)}</b>{options}'
-        f"<ol>{reasons}</ol></div>" + (f"<pre>{_text(chr(10).join(lines))}</pre>" if lines else "")
+    command = f"dpop train {told.options}" if told.is_yes else ""
+    reasons = html_page.verdict(
+        [f"{reason}." for reason in told.reasons], "" if told.is_yes else "serious", command=command, numbered=True
     )
+    lines = left_out(examination.pair_file)
+    return reasons + (f"<pre>{_text(chr(10).join(lines))}</pre>" if lines else "")
 
 
 def _tiles(examination: Examination) -> str:
@@ -157,29 +121,24 @@ def _tiles(examination: Examination) -> str:
         tiles.append((f"{measures.length.max():,}", "tokens in the longest pair"))
     if "ches_normalised" in statistics:
         tiles.append((number(statistics["ches_normalised"]["median"]), "CHES, length-normalised (median)"))
-    return (
-        '<div class="tiles">'
-        + "".join(f'<div class="tile"><b>{_text(value)}</b><span>{_text(what)}</span></div>' for value, what in tiles)
-        + "</div>"
-    )
+    return html_page.tiles(tiles)
 
 
 def _findings(examination: Examination) -> str:
     if not examination.findings:
         return "<p>None.</p>"
     numbers = examination.pair_file.numbers
-    rows = "".join(
-        f'<tr><td class="level {finding.level}">{finding.level}</td><td>{_text(finding.message)}.</td>'
-        f"<td>{_text(finding.remedy)}</td><td class=n>{_text(_first_rows(numbers[finding.rows[:4]]))}</td></tr>"
+    rows = [
+        [finding.level, f"{finding.message}.", finding.remedy, _first_rows(numbers[finding.rows[:4]])]
         for finding in examination.findings
-    )
+    ]
     thresholds = ", ".join(
         f"{name.replace('_', ' ')} {f'{share:.1%}' if share else 'any'}" for name, share in SERIOUS_SHARE.items()
     )
-    return (
-        '<div class="wide stack"><table>'
-        "<tr><th>level</th><th>finding</th><th>what to do</th><th class=n>rows</th></tr>"
-        f'{rows}</table></div><p class="note">Serious from a share of: {_text(thresholds)}. Rows count from 0.</p>'
+    titles = [(title, "") for title in ("level", "finding", "what to do", "rows")]
+    kinds = [finding.level for finding in examination.findings]
+    return html_page.table(titles, rows, words=True, kinds=kinds) + html_page.folded(
+        "What is serious", html_page.paragraph(f"Serious from a share of: {thresholds}. Rows count from 0.", "note")
     )
 
 
@@ -189,11 +148,8 @@ def _first_rows(rows: NDArray[np.int64]) -> str:
 
 
 def _recommendations(examination: Examination) -> str:
-    rows = "".join(
-        f"<tr><td><code>{_text(item.setting)}</code></td><td><b>{_text(item.value)}</b></td><td>{_text(item.why)}</td></tr>"
-        for item in examination.recommendations
-    )
-    return f'<div class="wide stack"><table><tr><th>setting</th><th>value</th><th>why</th></tr>{rows}</table></div>'
+    rows = [[item.setting, item.value, item.why] for item in examination.recommendations]
+    return html_page.table([(title, "") for title in ("setting", "value", "why")], rows, words=True)
 
 
 def _charts(examination: Examination) -> str:
@@ -201,30 +157,31 @@ def _charts(examination: Examination) -> str:
     unit = "tokens" if (measures.chosen_tokens >= 0).any() else "characters"
     known = measures.chosen_length > 0
     length = measures.chosen_length[known]
+    tokens, characters = measures.token_distance, measures.char_distance
+    from_beginning = f"First difference, {unit} from the beginning"
     charts = [
-        histogram(measures.token_distance, _distance_axis("token", measures.token_distance)),
-        histogram(measures.char_distance, _distance_axis("character", measures.char_distance)),
-        histogram(measures.prefix[known], Axis(f"first difference, {unit} from the answer's beginning", 0)),
-        histogram(measures.prefix[known] / length, Axis("share of the chosen answer before the edit", 0, 1)),
-        histogram(measures.suffix[known] / length, Axis("share of the chosen answer after the edit", 0, 1)),
-        histogram(np.log2(measures.ratio), Axis("log₂ (chosen / rejected length)")),
-        histogram(measures.length[measures.length > 0], Axis("prompt + longer answer, tokens", 0)),
+        histogram("Token edit distance, normalised", tokens, _distance_axis(tokens)),
+        histogram("Character edit distance, normalised", characters, _distance_axis(characters)),
+        histogram(from_beginning, measures.prefix[known], Axis(low=0)),
+        histogram("Share of the chosen answer before the edit", measures.prefix[known] / length, Axis(low=0, high=1)),
+        histogram("Share of the chosen answer after the edit", measures.suffix[known] / length, Axis(low=0, high=1)),
+        histogram("Length, log₂ (chosen / rejected)", np.log2(measures.ratio), Axis()),
+        histogram("Prompt and longer answer, tokens", measures.length[measures.length > 0], Axis(low=0)),
     ]
     weights = examination.pair_file.weights()
     if (weights != 1).any():
-        charts.append(histogram(weights, Axis("weight of a pair in the loss", 0)))
+        charts.append(histogram("Weight of a pair in the loss", weights, Axis(low=0)))
     return _figures(charts)
 
 
-def _distance_axis(unit: str, distance: NDArray[Any]) -> Axis:
+def _distance_axis(distance: NDArray[Any]) -> Axis:
     """From 0 to 1, but closer where everything is small: low-edit pairs would stand in a single bar."""
-    label = f"{unit} edit distance, normalised"
     known = distance[np.isfinite(distance)]
-    return Axis(label, 0, 1) if len(known) and np.quantile(known, 0.99) > 0.25 else Axis(label, 0)
+    return Axis(low=0, high=1) if len(known) and np.quantile(known, 0.99) > 0.25 else Axis(low=0)
 
 
 def _figures(charts: Sequence[str]) -> str:
-    return '<div class="charts">' + "".join(f"<figure>{chart}</figure>" for chart in charts if chart) + "</div>"
+    return html_page.charts(Panel("", chart) for chart in charts if chart)
 
 
 def _model_section(examination: Examination) -> str:
@@ -239,24 +196,23 @@ def _model_section(examination: Examination) -> str:
         f"distance rank these pairs with a correlation of {correlation:+.2f}. {EDIT_DISTANCE_IS_NOT_ALL} The pairs "
         "with the highest CHES are the first to look at, and to leave out if the chosen answers fall."
     )
+    ches = scores.ches_normalised
+    axis = _distance_axis(distance)._replace(label="token edit distance, normalised")
     charts = [
-        histogram(scores.margins, Axis("reference margin, nats")),
-        histogram(scores.ches_normalised, Axis("CHES, length-normalised", None, float(scores.ches_normalised.max()))),
-        scatter(distance, scores.ches_normalised, _distance_axis("token", distance), "CHES, length-normalised"),
+        histogram("Reference margin, nats", scores.margins, Axis()),
+        histogram("CHES, length-normalised", ches, Axis(high=float(ches.max()))),
+        scatter("CHES against edit distance", distance, ches, axis, Axis("CHES, length-normalised")),
     ]
-    return f"<h2>What the model says</h2><p>{_text(sentence)}</p>{_figures(charts)}"
+    return html_page.heading("What the model says") + html_page.paragraph(sentence) + _figures(charts)
 
 
 def _statistics(examination: Examination) -> str:
     keys = ("mean", "p5", "median", "p95", "min", "max")
-    rows = "".join(
-        f"<tr><td>{_text(name.replace('_', ' '))}</td>"
-        + "".join(f"<td class=n>{number(values[key])}</td>" for key in keys)
-        + "</tr>"
+    rows = [
+        [name.replace("_", " "), *(number(values[key]) for key in keys)]
         for name, values in examination.statistics().items()
-    )
-    head = "".join(f"<th class=n>{key}</th>" for key in keys)
-    return f'<div class="wide"><table><tr><th></th>{head}</tr>{rows}</table></div>'
+    ]
+    return html_page.table([("", ""), *((key, "") for key in keys)], rows)
 
 
 def _examples(examination: Examination, tokenizer: "PreTrainedTokenizerBase | None") -> list[str]:
@@ -277,7 +233,7 @@ def _examples(examination: Examination, tokenizer: "PreTrainedTokenizerBase | No
     order = np.argsort(-np.abs(np.log2(np.where(measures.ratio > 0, measures.ratio, 1))), kind="stable")[:_PER_FINDING]
     groups.append(("Most unequal lengths", [_Example(int(i), "") for i in order]))
     return [
-        f"<h3>{_text(title[:1].upper() + title[1:])}</h3>"
+        html_page.heading(title[:1].upper() + title[1:], 3)
         + "".join(_pair(examination, example, tokenizer) for example in examples)
         for title, examples in groups
         if examples
@@ -286,26 +242,21 @@ def _examples(examination: Examination, tokenizer: "PreTrainedTokenizerBase | No
 
 def _pair(examination: Examination, example: _Example, tokenizer: "PreTrainedTokenizerBase | None") -> str:
     texts = pair_texts(examination.pair_file.pair(example.row))
-    chosen, rejected = _marked(examination, example.row, texts.chosen, texts.rejected, tokenizer)
+    marked = _marked(examination, example.row, texts.chosen, texts.rejected, tokenizer)
+    answers = dict(zip(("chosen", "rejected"), marked, strict=True))
     measures = examination.measures
-    facts = [
+    header = [
         f"row {examination.pair_file.numbers[example.row]:,}",
         example.why,
         f"edit distance {measures.distance[example.row]:.3f}",
     ]
     if measures.chosen_tokens[example.row] >= 0:
         lengths = (measures.prompt_tokens, measures.chosen_tokens, measures.rejected_tokens)
-        facts.append("prompt {}, chosen {}, rejected {} tokens".format(*(f"{c[example.row]:,}" for c in lengths)))
+        header.append("prompt {}, chosen {}, rejected {} tokens".format(*(f"{c[example.row]:,}" for c in lengths)))
     shown = texts.prompt if len(texts.prompt) <= _PROMPT_SHOWN else _clipped(texts.prompt)
-    header = " · ".join(f"<b>{_text(fact)}</b>" if not i else _text(fact) for i, fact in enumerate(facts) if fact)
-    return (
-        f'<div class="pair"><header>{header}</header>'
-        f'<div class="side prompt"><span>prompt</span><pre dir="auto" lang="">{_text(shown)}</pre></div>'
-        '<div class="answers">'
-        f'<div class="side"><span>chosen</span><pre dir="auto" lang="">{_pieces(chosen, "chosen")}</pre></div>'
-        f'<div class="side"><span>rejected</span><pre dir="auto" lang="">{_pieces(rejected, "rejected")}</pre></div>'
-        "</div></div>"
-    )
+    is_marked = measures.distance[example.row] <= html_page.MARKED_UP_TO
+    sides = [(side, _pieces(of_side, side if is_marked else "")) for side, of_side in answers.items()]
+    return html_page.pair([fact for fact in header if fact], _text(shown), *sides)
 
 
 def _marked(
@@ -321,10 +272,11 @@ def _marked(
 
 
 def _pieces(pieces: Sequence[Piece], side: str) -> str:
+    """The answer, what differs marked as its side's; unmarked where none is given."""
     parts = []
     for piece in shortened(pieces, _CONTEXT):
         text = _text(piece.text)
-        parts.append(f'<mark class="{side}">{text}</mark>' if piece.differs else text)
+        parts.append(f'<mark class="{side}">{text}</mark>' if piece.differs and side else text)
     return "".join(parts)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dpop_trainer.data.write import PairWriter
+from dpop_trainer.report.terminal import PLAIN, Terminal
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.settings.wording import counted
 from dpop_trainer.tools.doctor.examine import Examination
@@ -78,18 +79,19 @@ def model_summary(examination: Examination) -> dict[str, Any] | None:
     }
 
 
-def as_text(examination: Examination) -> str:
+def as_text(examination: Examination, terminal: Terminal = PLAIN) -> str:
     """The examination for a terminal."""
     pair_file = examination.pair_file
     pairs = counted(examination.num_pairs, "pair")
     told = verdict(examination)
-    lines = [told.sentence, *(f"  {reason}." for reason in told.reasons)]
+    lines = [terminal.filled(told.sentence)]
+    lines += [terminal.filled(f"{reason}.", "  ") for reason in told.reasons]
     if told.is_yes:
         lines.append(f"  dpop train {told.options}")
     lines += ["", f"{pair_file.source}: {pairs} ({pair_file.form})", *left_out(pair_file), ""]
     for finding in examination.findings:
-        lines.append(f"  {finding.level.upper():8} {finding.message}.")
-        lines.append(f"           {finding.remedy}")
+        lines.append(terminal.filled(f"{finding.message}.", " " * 11, after=f"  {finding.level.upper():8} "))
+        lines.append(terminal.filled(finding.remedy, " " * 11))
     if not examination.findings:
         lines.append("  nothing found")
     lines += ["", f"  {'':22}{'mean':>10}{'p5':>10}{'median':>10}{'p95':>10}{'max':>10}"]
@@ -98,20 +100,25 @@ def as_text(examination: Examination) -> str:
         lines.append(f"  {name.replace('_', ' '):22}{cells}")
     surface = examination.surface
     if surface.num_pairs:
-        lines += ["", f"  {str(surface)[:1].upper()}{str(surface)[1:]}."]
+        lines += ["", terminal.filled(f"{str(surface)[:1].upper()}{str(surface)[1:]}.", "  ")]
     summary = model_summary(examination)
     if summary is not None:
         correlation = summary["rank_correlation_ches_edit_distance"]
         lines += [
             "",
-            f"  The model gives the chosen answer more log-prob in {summary['prefers_chosen']:.1%} of "
-            f"{summary['num_pairs']:,} pairs, per token in {summary['prefers_chosen_per_token']:.1%}.",
-            f"  Rank correlation of CHES and edit distance: {correlation:+.2f}. {EDIT_DISTANCE_IS_NOT_ALL}",
+            terminal.filled(
+                f"The model gives the chosen answer more log-prob in {summary['prefers_chosen']:.1%} of "
+                f"{summary['num_pairs']:,} pairs, per token in {summary['prefers_chosen_per_token']:.1%}.",
+                "  ",
+            ),
+            terminal.filled(
+                f"Rank correlation of CHES and edit distance: {correlation:+.2f}. {EDIT_DISTANCE_IS_NOT_ALL}", "  "
+            ),
         ]
     lines += ["", "  Recommended:"]
     for item in examination.recommendations:
         lines.append(f"    {item.setting}: {item.value}")
-        lines.append(f"      {item.why}")
+        lines.append(terminal.filled(item.why, " " * 6))
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """The options of `dpop eval`."""
 
-from pathlib import Path
+import sys
 
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.settings.command_parser import CommandParser
@@ -22,11 +22,13 @@ def main(argv: list[str]) -> int:
     if what["pairs"]:
         check_source_path(what["pairs"])
     with under_way(LIBRARIES):
+        from dpop_trainer.report.terminal import Terminal
+        from dpop_trainer.tools.evaluation.compare import as_text
         from dpop_trainer.tools.evaluation.run import EvalSettings, run_eval
 
     settings = EvalSettings(**options)
-    run_eval(what.pop("models"), settings, **what)
-    say("\n" + (Path(settings.out) / "results.md").read_text(encoding="utf-8"))
+    comparison = run_eval(what.pop("models"), settings, **what)
+    say(f"\n{as_text(comparison, Terminal.of(sys.stdout))}\n")
     say(f"Written: {settings.out}/results.md, {settings.out}/results.json")
     return 0
 

@@ -9,11 +9,13 @@ Source: Miller 2024, arXiv:2411.00640 (paired analysis of two models on the same
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpop_trainer.report.markdown import plain, table
+from dpop_trainer.report.terminal import PLAIN, Terminal
 from dpop_trainer.tools.evaluation.held_out import TASK as PAIRS
 from dpop_trainer.tools.evaluation.held_out import compare_with_reference
 from dpop_trainer.tools.evaluation.records import Metric, TaskResult
@@ -94,30 +96,47 @@ def compare(results: dict[str, dict[str, TaskResult]]) -> dict[str, Any]:
 
 def as_markdown(comparison: dict[str, Any], title: str = "Evaluation") -> str:
     """The comparison as one table with a line on how to read it."""
-    models = comparison["models"]
-    several = len(models) > 1
-    header = ["task", "metric", "shots", "questions", *models]
-    header += [f"{model} − {models[0]}" for model in models[1:]]
-    rows, unpaired = [], False
-    for row in comparison["rows"]:
-        cells = [row["task"], row["metric"], _shown(row["num_fewshot"]), _shown(row["num_questions"])]
-        cells += [_cell(row["metric"], row["figures"].get(model)) for model in models]
-        for model in models[1:]:
-            change = row["differences"].get(model)
-            cells.append(_cell(row["metric"], change, signed=True))
-            unpaired |= change is not None and not change["paired"]
-        rows.append(cells)
-    text = f"# {title}\n\n{table(header, rows)}\n\n± is one standard error."
-    if several:
-        text += " That of a difference is over the questions' own differences: both models answered the same ones."
-        text += " A difference below about two of them may be chance."
-    if unpaired:
-        text += " Where the questions' own figures do not make up a task's, the two errors are added in squares."
-    if several and any(row["task"] == PAIRS for row in comparison["rows"]):
-        text += f" Δ is the change of an answer's log-prob against {plain(models[0])}, in nats."
+    titles, *rows = _table(comparison)
+    text = f"# {title}\n\n{table(titles, rows)}\n\n{_legend(comparison, plain)}"
     if comparison["notes"]:
         text += "\n\n" + "\n".join(f"- {plain(note)}" for note in comparison["notes"])
     return text + "\n"
+
+
+def as_text(comparison: dict[str, Any], terminal: Terminal = PLAIN) -> str:
+    """The same for a terminal."""
+    titles, *rows = _table(comparison)
+    named = [[f"{task}, {metric}", *rest] for task, metric, *rest in rows]
+    figures = terminal.table([["task", *titles[2:]], *named])
+    notes = [terminal.filled(note, "  ", after="- ") for note in comparison["notes"]]
+    return "\n\n".join([figures, terminal.filled(_legend(comparison)), *(["\n".join(notes)] if notes else [])])
+
+
+def _table(comparison: dict[str, Any]) -> list[list[str]]:
+    """Titles, then a row per figure."""
+    models = comparison["models"]
+    titles = ["task", "metric", "shots", "questions", *models]
+    lines = [[*titles, *(f"{model} − {models[0]}" for model in models[1:])]]
+    for row in comparison["rows"]:
+        cells = [row["task"], row["metric"], _shown(row["num_fewshot"]), _shown(row["num_questions"])]
+        cells += [_cell(row["metric"], row["figures"].get(model)) for model in models]
+        cells += [_cell(row["metric"], row["differences"].get(model), signed=True) for model in models[1:]]
+        lines.append(cells)
+    return lines
+
+
+def _legend(comparison: dict[str, Any], shown: Callable[[str], str] = str) -> str:
+    """How to read the table."""
+    models = comparison["models"]
+    text = "± is one standard error."
+    if len(models) > 1:
+        text += " That of a difference is over the questions' own differences: both models answered the same ones."
+        text += " A difference below about two of them may be chance."
+    if any(not change["paired"] for row in comparison["rows"] for change in row["differences"].values()):
+        text += " Where the questions' own figures do not make up a task's, the two errors are added in squares."
+    if len(models) > 1 and any(row["task"] == PAIRS for row in comparison["rows"]):
+        text += f" Δ is the change of an answer's log-prob against {shown(models[0])}, in nats."
+    return text
 
 
 def _row(task: str, metric: str, metrics: dict[str, Metric], first: str, **facts: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--ref_model", help="its reference; default: what the run started from, or the base model under the adapter"
     )
-    parser.add_argument("--out", help="folder for inspect.json, inspect.html and figures; default: the model's own")
+    parser.add_argument("--out", help="folder for inspect.html, inspect.json and figures; default: the model's own")
     parser.add_argument("--limit", type=int, default=256, help="look at the first so many pairs (default 256)")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, help="cut pairs to so many tokens; default: as the run did, or 1024")

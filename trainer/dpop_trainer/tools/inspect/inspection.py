@@ -1,16 +1,18 @@
 """`dpop inspect`: hold a trained model against its reference on preference pairs, token by token.
 
 Reads what a run left (its config.yaml names the model that training started from; its checkpoints give curves) and
-writes inspect.json, shift.png, checkpoints.png and inspect.html.
+writes inspect.html, its charts as files in figures/, and inspect.json.
 """
 
 import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
+from rapidfuzz.distance import Levenshtein
 from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.data import read_pairs, tokenise_pairs
@@ -20,7 +22,9 @@ from dpop_trainer.measure.pairs_under_model import PairEvaluation, PairTokenLogp
 from dpop_trainer.models.quantised import as_trained
 from dpop_trainer.models.trained import load_trained, read_run_config
 from dpop_trainer.reference.of_run import RunReference, reference_of_run
-from dpop_trainer.report.plots import plot_checkpoints, plot_token_shift
+from dpop_trainer.report.plots import checkpoint_panels, token_shift_panels
+from dpop_trainer.report.svg import write_svg
+from dpop_trainer.report.terminal import Terminal
 from dpop_trainer.report.token_text import token_texts
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.versions import versions
@@ -139,8 +143,8 @@ def run_inspect(
     )
     with doing(f"writing to {folder}", folder):
         _write(inspection, folder)
-    say(format_inspection(inspection))
-    say(f"Written to {folder}/: inspect.json, inspect.html and its figures")
+    say(format_inspection(inspection, Terminal.of(sys.stdout)))
+    say(f"Written to {folder}/: inspect.html (open it), its figures, inspect.json")
     return inspection
 
 
@@ -166,12 +170,15 @@ def _write(inspection: Inspection, folder: Path) -> None:
         "versions": versions(),
     }
     write_atomically(folder / "inspect.json", json.dumps(record, indent=2))
-    plot_token_shift({inspection.name: inspection.evaluation.shift}, folder / "shift.png")
-    figures = [("Change per token of the chosen answers, before, at and after the edit", folder / "shift.png")]
+    panels = [
+        ("The chosen answers, token by token", token_shift_panels({inspection.name: inspection.evaluation.shift}))
+    ]
     if inspection.history:
-        plot_checkpoints(inspection.history, folder / "checkpoints.png")
-        figures.append(("Change over the run's checkpoints", folder / "checkpoints.png"))
-    write_inspection(inspection, figures, folder / "inspect.html")
+        panels.append(("Over the run's checkpoints", checkpoint_panels(inspection.history)))
+    for _, of_heading in panels:
+        for panel in of_heading:
+            write_svg(panel, folder / "figures")
+    write_inspection(inspection, panels, folder / "inspect.html")
 
 
 def _worst(
@@ -198,6 +205,7 @@ def _worst(
                 prompt=_prompt_text(tokenizer, record["prompt_ids"]),
                 chosen=answer(chosen_ids, rejected_ids, policy[index].chosen, reference[index].chosen),
                 rejected=answer(rejected_ids, chosen_ids, policy[index].rejected, reference[index].rejected),
+                distance=Levenshtein.normalized_distance(chosen_ids, rejected_ids),
             )
         )
     return pairs

@@ -5,7 +5,7 @@ Every sentence follows the numbers, also when they are not the expected ones.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -15,14 +15,18 @@ from dpop_trainer.measure.pairs_under_model import LOST_NATS, PairEvaluation
 from dpop_trainer.measure.shares import share_interval, with_interval
 from dpop_trainer.measure.token_shift import TokenShift
 from dpop_trainer.report import html_page
-from dpop_trainer.report.graphemes import columns, graphemes, pad, pad_left
+from dpop_trainer.report.graphemes import graphemes
 from dpop_trainer.report.signed import signed
+from dpop_trainer.report.svg import Panel
+from dpop_trainer.report.terminal import PLAIN, Terminal
 from dpop_trainer.run_folder.versions import versions
 
 _REGIONS = ("before", "at", "after")
-_FULL_COLOUR_NATS = 3.0
-_UNDERLINED_NATS = 1.0
-_GAINED, _LOST = "0 114 178", "213 94 0"  # blue and vermillion, which colour-blind readers tell apart
+_FULL_SHARE = 0.98
+"""Of the shown tokens, those that changed less than what is coloured in full."""
+_LEAST_FULL = 0.05
+_UNDERLINED = 1 / 3
+"""Of what is coloured in full; a token that lost more is underlined."""
 
 
 class AnswerTokens(NamedTuple):
@@ -48,6 +52,8 @@ class PairChange(NamedTuple):
     prompt: str
     chosen: AnswerTokens
     rejected: AnswerTokens
+    distance: float = 0.0
+    """Edit distance of the two answers in tokens, by the longer one's length: 0 the same, 1 nothing in common."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -55,7 +61,7 @@ class PairChange(NamedTuple):
             side: {**answer._asdict(), "edit": list(answer.edit), "logratio": answer.logratio}
             for side, answer in (("chosen", self.chosen), ("rejected", self.rejected))
         }
-        return {"pair_id": self.pair_id, "prompt": self.prompt, **answers}
+        return {"pair_id": self.pair_id, "prompt": self.prompt, "distance": self.distance, **answers}
 
 
 class Inspection(NamedTuple):
@@ -104,59 +110,66 @@ def movement(evaluation: PairEvaluation) -> str:
     return "fell" if evaluation.chosen_logratio < 0 else "rose"
 
 
-def format_inspection(inspection: Inspection) -> str:
+def format_inspection(inspection: Inspection, terminal: Terminal = PLAIN) -> str:
     """For the terminal: the regions' table, then the verdict."""
-    rows = [["", *_REGIONS_TITLES], *_region_rows(inspection.evaluation)]
-    widths = [max(columns(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([pad(row[0], widths[0]), *(pad_left(cell, w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    told = verdict(inspection.evaluation, inspection.counts.num_pairs)
-    return "\n".join([*lines, "", f"Chosen answers: {movement(inspection.evaluation)}. {told}"])
+    table = terminal.table([["", *_REGIONS_TITLES], *_region_rows(inspection.evaluation)])
+    told, moved = verdict(inspection.evaluation, inspection.counts.num_pairs), movement(inspection.evaluation)
+    return f"{table}\n\n{terminal.filled(f'Chosen answers: {moved}. {told}')}"
+
+
+def headline(evaluation: PairEvaluation) -> str:
+    """The judgement in a sentence."""
+    mean, error = evaluation.chosen_logratio, evaluation.chosen_logratio_error
+    amount = f"{signed(mean)}{_plus_minus(error)} nats per answer"
+    return {
+        "fell": f"Training lowered the chosen answers: {amount}",
+        "rose": f"Training raised the chosen answers: {amount}",
+        "unchanged": f"Training left the chosen answers where they were: {amount}",
+    }[movement(evaluation)]
 
 
 def write_inspection(
-    inspection: Inspection, figures: Sequence[tuple[str, str | os.PathLike[str]]], path: str | os.PathLike[str]
+    inspection: Inspection, panels: Sequence[tuple[str, Sequence[Panel]]], path: str | os.PathLike[str]
 ) -> None:
     """Write the page.
 
     Args:
         inspection: what is shown.
-        figures: titles and PNG files.
+        panels: charts by the heading that they stand under.
         path: the HTML file; missing folders are made.
     """
     evaluation, counts = inspection.evaluation, inspection.counts
-    introduction = (
-        f"{inspection.name} against {inspection.reference}, on {counts.num_pairs:,} pairs of {inspection.pairs}. "
-        f"{counts.summary()}"
-    )
+    told = movement(evaluation)
     ranks = [
         [name, *(f"{value:.1%}" for value in values)]
         for name, values in (("policy", evaluation.ranking), ("reference", evaluation.ref_ranking))
     ]
     sections = [
-        html_page.paragraph(introduction),
-        html_page.judgement(
-            f"Chosen answers: {movement(evaluation)}",
-            verdict(evaluation, counts.num_pairs),
-            {"fell": "bad", "rose": "good"}.get(movement(evaluation), ""),
-        ),
+        html_page.verdict([verdict(evaluation, counts.num_pairs)], "bad" if told == "fell" else ""),
+        *_worst_sections(inspection.worst),
         html_page.heading("Change against the reference"),
         html_page.table(
             [("", ""), *((title, unit) for title, unit in zip(_REGIONS_TITLES, _REGIONS_UNITS, strict=True))],
             _region_rows(evaluation),
         ),
         html_page.paragraph(_LEGEND, "note"),
-        *(html_page.figure(title, figure) for title, figure in figures),
+    ]
+    for title, of_title in panels:
+        sections += [html_page.heading(title), html_page.charts(of_title, large=True)]
+    sections += [
         html_page.heading("Which answer is the likelier one"),
         html_page.table([("model", ""), ("ranking accuracy", ""), ("per token", "")], ranks),
         html_page.paragraph(_RANKING_LEGEND, "note"),
-        *_worst_sections(inspection.worst),
-        html_page.heading("Versions"),
-        html_page.facts(versions()),
+        html_page.heading("How it was made"),
+        html_page.paragraph(
+            f"{inspection.name} against {inspection.reference}, on {counts.num_pairs:,} pairs of {inspection.pairs}. "
+            f"{counts.summary()}"
+        ),
+        html_page.folded("Versions", html_page.facts(versions())),
     ]
-    html_page.write_page("What training did to the answers", sections, path)
+    kind = {"fell": "bad", "rose": "good"}.get(told, "")
+    about = f"dpop inspect · {inspection.name} against {inspection.reference} · {counts.num_pairs:,} pairs"
+    html_page.write_page(headline(evaluation), sections, path, about=about, kind=kind)
 
 
 _REGIONS_TITLES = ("whole answer", "before", "at", "after the edit")
@@ -169,11 +182,6 @@ _RANKING_LEGEND = (
     "Share of pairs in which a model gives the chosen answer the higher log-prob, as it is or divided by the number of "
     "tokens (Chen et al. 2024, arXiv:2405.19534). It says what the model would rather write; reward accuracy only says "
     "which answer gained more."
-)
-_TOKENS_LEGEND = (
-    f"Blue tokens gained, orange ones lost, the stronger the more, up to {_FULL_COLOUR_NATS:g} nats; underlined ones "
-    f"lost more than {_UNDERLINED_NATS:g} nat; the edit is framed. Tokens that only together are a character are one. "
-    "Point at a token for its log-probs."
 )
 
 
@@ -232,22 +240,44 @@ def _worst_sections(pairs: Sequence[PairChange]) -> list[str]:
     shown = lost or pairs
     which = "lost most" if lost else "gained least: none lost"
     many = "The pair whose chosen answer" if len(shown) == 1 else f"The {len(shown)} pairs whose chosen answers"
+    full = _full_colour(answer for pair in shown for answer in (pair.chosen, pair.rejected))
     return [
         html_page.heading(f"{many} {which}"),
-        html_page.paragraph(_TOKENS_LEGEND, "note"),
-        *(section for pair in shown for section in _pair_sections(pair)),
+        _scale(full),
+        html_page.paragraph(
+            f"Tokens that gained are blue, those that lost are orange, in full from {full:g} nats on, where all but "
+            f"{1 - _FULL_SHARE:.0%} of the tokens below changed less; those that lost more than a third of it are "
+            "underlined. The edit is framed where the two answers differ in no more than half. Tokens that only "
+            "together are a character are one. Point at a token for its log-probs.",
+            "note",
+        ),
+        *(_pair(pair, full) for pair in shown),
     ]
 
 
-def _pair_sections(pair: PairChange) -> list[str]:
-    return [
-        html_page.heading(f"Pair {pair.pair_id}: chosen {signed(pair.chosen.logratio)} nats", 3),
-        f'<pre dir="auto" lang="">{html_page.visible(pair.prompt)}</pre>',
-        html_page.paragraph(f"Chosen, {signed(pair.chosen.logratio)} nats"),
-        f'<pre dir="auto" lang="">{_coloured(pair.chosen)}</pre>',
-        html_page.paragraph(f"Rejected, {signed(pair.rejected.logratio)} nats"),
-        f'<pre dir="auto" lang="">{_coloured(pair.rejected)}</pre>',
+def _pair(pair: PairChange, full: float) -> str:
+    is_marked = pair.distance <= html_page.MARKED_UP_TO
+    header = [f"Pair {pair.pair_id}: chosen {signed(pair.chosen.logratio)} nats"]
+    if not is_marked:
+        header.append(f"the answers differ in {pair.distance:.0%}: the edit is not framed")
+    sides = [
+        (f"{side} {signed(answer.logratio)} nats", f'<span class="tokens">{_coloured(answer, full, is_marked)}</span>')
+        for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]
+    return html_page.pair(header, html_page.visible(pair.prompt), *sides)
+
+
+def _full_colour(answers: Iterable[AnswerTokens]) -> float:
+    """Nats of a change that is coloured in full: a round number that all but a few of the shown tokens stay below."""
+    changes = sorted(abs(stretch.change) for answer in answers for stretch in _stretches(answer))
+    most = changes[min(len(changes) - 1, int(_FULL_SHARE * len(changes)))] if changes else 0.0
+    most = max(most, _LEAST_FULL)
+    power = 10.0 ** math.floor(math.log10(most))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= most * 0.999)
+
+
+def _scale(full: float) -> str:
+    return f'<p class="note scale"><span>−{full:g} nats</span><i></i><span>+{full:g} nats</span></p>'
 
 
 class _Stretch(NamedTuple):
@@ -260,9 +290,13 @@ class _Stretch(NamedTuple):
     after: float
     is_edit: bool
 
+    @property
+    def change(self) -> float:
+        return self.after - self.before
 
-def _coloured(answer: AnswerTokens) -> str:
-    return "".join(_span(stretch) for stretch in _stretches(answer))
+
+def _coloured(answer: AnswerTokens, full: float, is_marked: bool) -> str:
+    return "".join(_span(stretch, full, is_marked) for stretch in _stretches(answer))
 
 
 def _stretches(answer: AnswerTokens) -> list[_Stretch]:
@@ -292,13 +326,17 @@ def _stretches(answer: AnswerTokens) -> list[_Stretch]:
     return stretches
 
 
-def _span(stretch: _Stretch) -> str:
-    change = stretch.after - stretch.before
-    kinds = [kind for kind, holds in (("edit", stretch.is_edit), ("fell", change < -_UNDERLINED_NATS)) if holds]
-    attributes = f' class="{" ".join(kinds)}"' if kinds else ""
-    alpha = round(0.7 * min(1.0, abs(change) / _FULL_COLOUR_NATS), 2)
-    if alpha:
-        attributes += f' style="background: rgb({_LOST if change < 0 else _GAINED} / {alpha:g})"'
+def _span(stretch: _Stretch, full: float, is_marked: bool) -> str:
+    much = round(min(1.0, abs(stretch.change) / full), 2)
+    is_lost = stretch.change < 0
+    kinds = {
+        "edit": stretch.is_edit and is_marked,
+        "gained": much > 0 and not is_lost,
+        "lost": much > 0 and is_lost,
+        "far": is_lost and -stretch.change > _UNDERLINED * full,
+    }
+    names = " ".join(name for name, holds in kinds.items() if holds)
+    attributes = (f' class="{names}"' if names else "") + (f' style="--much: {much:g}"' if much else "")
     tokens = f", {stretch.num_tokens} tokens" if stretch.num_tokens > 1 else ""
-    title = escape(f"{signed(change)} nats: {stretch.before:.2f} → {stretch.after:.2f}{tokens}")
+    title = escape(f"{signed(stretch.change)} nats: {stretch.before:.2f} → {stretch.after:.2f}{tokens}")
     return f'<span{attributes} title="{title}">{html_page.visible(stretch.text)}</span>'

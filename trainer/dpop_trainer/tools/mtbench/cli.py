@@ -1,7 +1,7 @@
 """The options of `dpop mtbench answer` and `dpop mtbench judge`."""
 
 import json
-from pathlib import Path
+import sys
 
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.errors import doing
@@ -29,8 +29,9 @@ def _answer(options: dict) -> int:
 
 
 def _judge(options: dict) -> int:
+    from dpop_trainer.report.terminal import Terminal
     from dpop_trainer.tools.mtbench.endpoint import Endpoint
-    from dpop_trainer.tools.mtbench.judge import file_stem, run_judge
+    from dpop_trainer.tools.mtbench.judge import run_judge, scores_as_text
 
     try:
         request_fields = json.loads(options.pop("request_fields"))
@@ -48,7 +49,7 @@ def _judge(options: dict) -> int:
     )
     with doing(f"having the answers in {options['out']} judged by {endpoint.url}", options["out"]):
         report = run_judge(endpoint=endpoint, **options)
-    say("\n" + (Path(options["out"]) / f"scores_{file_stem(endpoint.model)}.md").read_text(encoding="utf-8"))
+    say(f"\n{scores_as_text(report.scores, Terminal.of(sys.stdout))}\n")
     if report.failures:
         say("Missing, and asked for again by the same command:", is_problem=True)
         for failure in report.failures[:10]:

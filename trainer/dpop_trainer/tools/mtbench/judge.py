@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dpop_trainer.report.markdown import plain, table
+from dpop_trainer.report.terminal import PLAIN, Terminal
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.settings.terminal import printable, say
 from dpop_trainer.tools.mtbench.endpoint import Endpoint, EndpointError, JudgeError
@@ -139,17 +141,34 @@ def file_stem(judge_model: str) -> str:
 
 def scores_as_markdown(scores: dict[str, Any]) -> str:
     """Mean scores by model and category."""
+    titles, *rows = _table(scores)
+    text = f"# {_title(scores, plain)}\n\n{table(titles, rows)}\n\n{_legend(scores, plain)}"
+    return text + "".join(f"\n\n{note}" for note in scores["notes"]) + "\n"
+
+
+def scores_as_text(scores: dict[str, Any], terminal: Terminal = PLAIN) -> str:
+    """The same for a terminal."""
+    told = (terminal.filled(text) for text in (_legend(scores), *scores["notes"]))
+    return "\n\n".join([_title(scores), terminal.table(_table(scores)), *told])
+
+
+def _title(scores: dict[str, Any], shown: Callable[[str], str] = str) -> str:
+    return f"MT-Bench, judged by {shown(scores['judge'])}"
+
+
+def _legend(scores: dict[str, Any], shown: Callable[[str], str] = str) -> str:
+    prompts = shown(", ".join(scores["prompts"]))
+    return f"Mean grade from 1 to 10 ± one standard error (number of grades). Prompts: {prompts}."
+
+
+def _table(scores: dict[str, Any]) -> list[list[str]]:
+    """Titles, then a row per model."""
     categories = list(dict.fromkeys(name for model in scores["models"].values() for name in model["categories"]))
-    header = ["model", "first turn", "second turn", "both", *categories]
-    rows = []
+    lines = [["model", "first turn", "second turn", "both", *categories]]
     for name, model in scores["models"].items():
         cells = [_cell(model[part]) for part in ("first_turn", "second_turn", "both")]
-        cells += [_cell(model["categories"].get(category)) for category in categories]
-        rows.append([name, *cells])
-    text = f"# MT-Bench, judged by {plain(scores['judge'])}\n\n{table(header, rows)}"
-    prompts = plain(", ".join(scores["prompts"]))
-    text += f"\n\nMean grade from 1 to 10 ± one standard error (number of grades). Prompts: {prompts}."
-    return text + "".join(f"\n\n{note}" for note in scores["notes"]) + "\n"
+        lines.append([name, *cells, *(_cell(model["categories"].get(category)) for category in categories)])
+    return lines
 
 
 def _judgings(
