@@ -93,7 +93,7 @@ def all_levels() -> str:
         return NOT_YET
     parts = []
     order = list(TITLES)
-    devices = sorted({group.device for group in groups}, key=lambda device: device.startswith("CPU"))
+    devices = sorted(dict.fromkeys(group.device for group in groups), key=lambda device: device.startswith("CPU"))
     for device in devices:
         of_device = {group: peers for group, peers in groups.items() if group.device == device}
         parts.append(f"## {device}\n\n{_run(list(of_device.values()))}")
