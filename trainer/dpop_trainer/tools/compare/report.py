@@ -174,7 +174,7 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def curves(comparison: Comparison) -> dict[str, dict[str, list[float]]]:
-    """By method, what `plot_logratios` takes: mean over seeds, and their range."""
+    """By method, what `logratio_panels` takes: mean over seeds, and their range."""
     return {method: _band(comparison.of(method)) for method in comparison.methods}
 
 
