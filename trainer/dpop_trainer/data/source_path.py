@@ -46,10 +46,14 @@ def check_source_path(source: str, split: str = "train") -> None:
 
     Raises:
         FileNotFoundError: the name is that of a file or folder, and there is none.
-        ValueError: the file is of a kind that is not read, or a slice of it is asked for.
+        ValueError: the file is of a kind that is not read, or a slice of it is asked for; or a home or a disk is named.
     """
     path = expanded(source)
     if path.is_dir():
+        if path.resolve() in (expanded("~").resolve(), Path("/")):  # whose files would be looked through for minutes
+            raise ValueError(
+                f"source: expected a folder of data files, got {source}: a home or a disk. Name one in it."
+            )
         return
     if path.is_file():
         if loader_of(path) is None:
