@@ -96,7 +96,8 @@ def test_rows_are_understood(tmp_path):
     for run in runs:
         run.train()
     for key in ("loss", "num_tokens", "logps/chosen", "entropy"):
-        assert logged(runs[0], key) == pytest.approx(logged(runs[1], key), rel=1e-5)
+        # AdamW's steps are of one length however small a gradient is, and follow its rounding too; as for TRL's own run
+        assert logged(runs[0], key) == pytest.approx(logged(runs[1], key), rel=1e-4)
 
 
 def test_a_batch_of_rows_by_hand():
