@@ -213,8 +213,8 @@ def test_foreign_text_steers_no_terminal(capsys, caplog):
         warning = warnings.formatwarning(foreign, UserWarning, "\x1b[2J.py", 7, "")
     assert caplog.messages == [f"file {spelt}: 3"]
     assert warning.startswith(f"\\x1b[2J.py:7: UserWarning: {spelt}\n")
-    logger.warning("%s", foreign)
-    assert caplog.messages[-1] == foreign
+    logger.warning("\x1b")  # not half of a pair, which no report of the tests' workers could hold
+    assert caplog.messages[-1] == "\x1b"
     assert "\x1b" in warnings.formatwarning(foreign, UserWarning, "x.py", 7, "")
 
 
