@@ -17,6 +17,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/layout_counts.json    what `python -m benchmarks.layout_counts` writes
     benchmarks/results/counted.jsonl   what `python -m benchmarks.counted` appends
     benchmarks/results/head_products.json    what `python -m benchmarks.counted.head_products` writes
+    benchmarks/results/tiled_mlp.json  what `python -m benchmarks.tiled_mlp` writes (docs/runs.md)
     benchmarks/results/ahead.jsonl     what `python -m benchmarks.ahead` appends (docs/kernels.md)
     benchmarks/results/published_planned.json    what `python -m benchmarks.published` writes (docs/benchmarks.md)
     benchmarks/results/peers_installed.json    versions of the peers where this command last wrote the pages
@@ -407,6 +408,35 @@ def _budget_cell(figures: dict[str, float]) -> str:
     return f"{figures['computed_ratio']:.3f} ({figures['padding_share']:.1%}; {figures['num_batches']})"
 
 
+def tiled_mlp() -> str:
+    """docs/runs.md's table: what an MLP holds whole and over tiles, by its width and the batch; and a step's time."""
+    record = json.loads((RESULTS / "tiled_mlp.json").read_text())
+    held = record["held_mib"]
+    titles = ["intermediate size", *(f"{count:,} tokens" for count in record["num_tokens"])]
+    rows = [
+        [
+            f"{int(width):,}",
+            *(f"{a / 1024:.2f} → {b / 1024:.2f}" for a, b in zip(whole, held["tiled"][width], strict=True)),
+        ]
+        for width, whole in held["whole"].items()
+    ]
+    note = (
+        f"GiB, whole → in tiles of `auto`: a frozen MLP of hidden size {record['hidden_size']:,} in bf16 with the norm "
+        "in front of it, forward and backward, over its input, its output and their gradients; counted on tensors "
+        "without data (`python -m benchmarks.tiled_mlp`)."
+    )
+    if "step" in record:
+        step = record["step"]
+        ways = ("all weights", "frozen layers")
+        times = " and ".join(f"{step[way]['ratio']:.2f} ({way})" for way in ways)
+        note += (
+            f" A step of a Llama of {step['model']['num_hidden_layers']} layers under checkpointing on "
+            f"{step['num_tokens']:,} tokens in tiles of {step['tile']} took {times} of the time without "
+            f"({step['device']})."
+        )
+    return f"{table(titles, rows)}\n\n{note}"
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "counted": counted.summary, "step": step},
     ROOT / "docs" / "gsm8k.md": {"gsm8k": gsm8k},
@@ -415,6 +445,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "layouts.md": {"layouts": layouts, "budgets": budgets},
     ROOT / "docs" / "reference.md": {"tie": tie},
     ROOT / "docs" / "pairs.md": {"scale": pairs_scale},
+    ROOT / "docs" / "runs.md": {"tiled_mlp": tiled_mlp},
     ROOT / "docs" / "paper.md": {
         "low_edit": paper.low_edit,
         "after_edit": paper.after_edit,

@@ -166,11 +166,11 @@ def planned(config, lora, batch, *, is_flat, checkpointing, autocast=None, accum
         ("llama", None, False, "flat", 150, {"gradient_accumulation_steps": 2}),
         ("llama", LORA, True, "tree", 60, {"bf16": True}),
         ("qwen2", LORA, False, "flat", 150, {}),
-        ("qwen2", None, True, "tree", 60, {"tiled_mlp": 64}),
-        ("gemma2", LORA, False, "rows", 60, {"tiled_mlp": 64}),
+        ("qwen2", None, True, "tree", 60, {"tiled_mlp": 128}),
+        ("gemma2", LORA, False, "rows", 60, {"tiled_mlp": 256}),
         ("gemma2", None, True, "rows", 150, {"gradient_accumulation_steps": 2}),
         ("mixtral", ON_ATTENTION, False, "tree", 60, {}),
-        ("mixtral", ON_ATTENTION, True, "flat", 150, {"tiled_mlp": 64}),
+        ("mixtral", ON_ATTENTION, True, "flat", 150, {"tiled_mlp": 256}),
     ],
 )
 def test_peak_is_what_a_step_of_the_trainer_took(tmp_path, name, lora, checkpointing, layout, prompt, more):
