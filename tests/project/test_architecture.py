@@ -251,6 +251,18 @@ def test_tests_take_their_backends_from_the_registry():
                 )
 
 
+def test_what_estimates_rounding_is_run_under_other_arithmetic():
+    from tests.portability import NUMERIC
+
+    tests = ROOT / "tests"
+    estimates = {path for path in tests.glob("*/test_*.py") if "rounding" in imported_modules(path)}
+    unlisted = {path.relative_to(tests).as_posix() for path in estimates} - set(NUMERIC)
+    assert not unlisted, (
+        f"tests/portability.py: expected all of these in NUMERIC, which `make portability` runs: {unlisted}"
+    )
+    assert all((tests / name).is_file() for name in NUMERIC)
+
+
 def test_trl_is_imported_by_its_integration_alone():
     for package in ("dpop_kernels", "trainer/dpop_trainer"):
         for path in (ROOT / package).rglob("*.py"):
