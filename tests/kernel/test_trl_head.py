@@ -12,7 +12,7 @@ import torch
 from counted import CountedProducts
 from datasets import Dataset
 from peft import LoraConfig
-from rounding import CONTRACT_NATS, GRADIENT, TWO_ROADS_NATS, UNIT
+from rounding import CONTRACT_NATS, GRADIENT, MODEL_GRADIENT, TWO_ROADS_NATS, UNIT
 from tiny import VOCAB_SIZE, text_pairs, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import (
@@ -369,10 +369,10 @@ def test_images_go_the_model_s_own_way():
         ours, our_grads = loss_and_gradient()
     assert abs(ours - theirs) <= TWO_ROADS_NATS
     assert any(grad is not None and grad.any() for grad in our_grads)
-    for our_grad, their_grad in zip(our_grads, their_grads, strict=True):
-        assert (our_grad is None) == (their_grad is None)
-        if our_grad is not None:
-            torch.testing.assert_close(our_grad, their_grad, rtol=1e-4, atol=1e-7)
+    assert [grad is None for grad in our_grads] == [grad is None for grad in their_grads]
+    # together: that of the keys' bias is rounding alone, since a softmax does not see it
+    ours, theirs = (torch.cat([g.flatten() for g in grads if g is not None]) for grads in (our_grads, their_grads))
+    assert relative_error(ours, theirs) <= MODEL_GRADIENT
 
 
 @pytest.mark.parametrize("make", [sft, dpo, kto, grpo, rloo], ids=["sft", "dpo", "kto", "grpo", "rloo"])
