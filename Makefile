@@ -10,7 +10,7 @@
 # make test-distributed  every engine with every layout, LoRA and all weights, against one process
 # make test-attacks  500 mutated command lines, 500 damaged files, 50,000 records: what is told, and how many stood
 # make dist-check   build the wheel and the sdist, and try both in an empty environment (four minutes, mostly pip)
-# make bench        measure against the peers that are installed (ten minutes), then write README's and docs' figures
+# make bench        measure against the peers that are installed (ten to twenty minutes), then write README's and docs' figures
 # make docs         the documentation as a site, site/index.html, in an environment of its own
 # make hub-kernel   the kernels as Hugging Face's `kernels` loads them, in build/hub
 #

@@ -1,5 +1,6 @@
 """Parquet and Arrow files that are cut, or hold what no reader expects: refused by name, whole or streamed."""
 
+import errno
 import itertools
 import json
 import os
@@ -9,10 +10,12 @@ import datasets.config
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset
 from dpop_trainer.data import convert, load_pairs, read_pairs
 from dpop_trainer.data.partial_files import partial_of, replacing
 from dpop_trainer.data.read import stream_items
+from dpop_trainer.models.from_elsewhere import from_elsewhere
 from tiny import text_pairs
 
 PAIRS = text_pairs(3)
@@ -115,6 +118,22 @@ def test_a_saved_data_set_that_was_cut_is_named(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"expected a folder of data files or one that save_to_disk wrote, got"):
         load_pairs(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), OSError(errno.ENOSPC, "No space left"), torch.OutOfMemoryError("on the device")]
+)
+def test_no_room_is_not_told_as_damage(error):
+    def records():
+        yield {"prompt": "w1", "chosen": "w2", "rejected": "w3"}
+        raise error
+
+    stream = datasets.IterableDataset.from_generator(records)
+    with pytest.raises(type(error)) as raised:
+        list(stream_items(stream, "train"))
+    assert raised.value is error
+    with pytest.raises(type(error)), from_elsewhere("model: expected a folder with a model", "m"):
+        raise error
 
 
 def test_a_pair_beyond_the_bound_is_named_and_a_long_one_told(tmp_path, monkeypatch, caplog):

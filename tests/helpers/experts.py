@@ -1,22 +1,16 @@
 """Tiny mixtures of experts, for the tests' word-level tokenizer."""
 
+import tiny
 import torch
 import transformers
-from families import IDS
 from tiny import VOCAB_SIZE
 
 SIZES = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    **tiny.SIZES,
     "num_experts_per_tok": 2,
     "initializer_range": 0.2,
     "router_aux_loss_coef": 0.25,
-    **IDS,
 }
 EXPERT_FAMILIES = {
     "Mixtral": {"num_local_experts": 4},

@@ -2,20 +2,11 @@
 
 import torch
 import transformers
+from tiny import IDS, SIZES
 from transformers import AutoModelForCausalLM
 
 VOCAB_SIZE = 97
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SMALL = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    **IDS,
-}
+SMALL = {"vocab_size": VOCAB_SIZE, **SIZES}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 SLIM = {key: value for key, value in SMALL.items() if key not in ("intermediate_size", "num_key_value_heads")}
 

@@ -2,23 +2,11 @@
 
 import torch
 import transformers
-from tiny import VOCAB_SIZE
+from tiny import IDS, SIZES, VOCAB_SIZE
 from transformers import AutoModelForCausalLM
 
-PAD = 0
-SMALL = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,  # far from uniform predictions
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": PAD,
-}
+PAD = IDS["pad_token_id"]
+SMALL = {"vocab_size": VOCAB_SIZE, **SIZES, "initializer_range": 0.2}  # far from uniform predictions
 MODELS = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),

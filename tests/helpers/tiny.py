@@ -5,26 +5,23 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 61
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **IDS,
+}
+"""Of any small model, but for its vocabulary."""
 UNUSED_ID = 60  # occurs in no pair of `token_pairs`
 
 
 def tiny_llama(seed=0, **overrides):
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "initializer_range": 0.2,
-        **overrides,
-    }
-    return LlamaForCausalLM(LlamaConfig(**settings))
+    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": VOCAB_SIZE, **SIZES, "initializer_range": 0.2, **overrides}))
 
 
 def word_tokenizer():

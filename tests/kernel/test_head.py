@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from families import SMALL
 from peft import IA3Config, LoraConfig, get_peft_model
 from rounding import GRADIENT, MODEL_GRADIENT, TWO_ROADS_NATS
 from transformers import (
@@ -19,18 +20,6 @@ from transformers import (
 from dpop_kernels import ScoringHead
 from dpop_kernels.backends import reference
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "llama_tied": LlamaConfig(**SMALL, tie_word_embeddings=True),

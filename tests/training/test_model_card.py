@@ -7,6 +7,7 @@ import pytest
 import transformers.trainer
 from datasets import Dataset
 from dpop_trainer import SFTConfig, SFTTrainer
+from dpop_trainer.training.run_card import write_run_card
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from tiny import text_pairs, tiny_llama, word_tokenizer
@@ -75,3 +76,14 @@ def test_a_readme_by_hand_is_kept(tmp_path):
     readme.write_text("mine")
     trainer.save_model()
     assert readme.read_text() == "mine"
+
+
+def test_names_in_a_run_s_readme_are_shown_as_they_are(tmp_path):
+    folder = tmp_path / "a`<b>"
+    folder.mkdir()
+    settings = {"dataset_name": "p`<i>.jsonl", "loss_type": ["dpo", "sft|<u>"]}
+    write_run_card(folder, base="x`y", tags=[], run_config=settings, step=3)
+    text = (folder / "README.md").read_text()
+    assert "\n# a\\`&lt;b&gt;\n" in text
+    assert "All weights of ``x`y`` after 3 steps on ``p`<i>.jsonl``, trained" in text
+    assert "| loss_type | dpo, sft\\|&lt;u&gt; |" in text

@@ -97,13 +97,14 @@ class TokeniseCounts(NamedTuple):
             }
         )
         weighted = _counted(self.weighted, "pair{s} {have}")
+        plain = _counted(self.plain_text, "pair{s} {are}")
         scores = _listed({"equal": self.equal_scores, "inverted": self.inverted_scores})
         return (
             f"{self.num_pairs:,} of {_counted(self.num_pairs_in, 'pair{s}')} kept; dropped: {dropped}.\n"
             f"{self.prompt_tokens:,} prompt, {self.chosen_tokens:,} chosen and {self.rejected_tokens:,} rejected "
             f"tokens; changed: {changed}."
             + (
-                f"\n{self.plain_text:,} pairs are plain text, without the turns of the tokenizer's chat template: a "
+                f"\n{plain} plain text, without the turns of the tokenizer's chat template: a "
                 "chat model is asked in turns (give it messages); for a base model text is right."
                 if self.plain_text
                 else ""
@@ -123,5 +124,5 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 def _counted(count: int, what: str) -> str:
-    s, have = ("", "has") if count == 1 else ("s", "have")
-    return f"{count:,} {what.format(s=s, have=have)}"
+    s, have, are = ("", "has", "is") if count == 1 else ("s", "have", "are")
+    return f"{count:,} {what.format(s=s, have=have, are=are)}"

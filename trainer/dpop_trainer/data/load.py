@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
 from dpop_trainer.data.arrow_cache import cached_arrow
-from dpop_trainer.data.partial_files import is_full_disk
+from dpop_trainer.data.no_room import pass_no_room
 from dpop_trainer.data.read_json import PlacedRecord, all_records
 from dpop_trainer.data.sound_cache import cached_rows, load_or_load_anew
 from dpop_trainer.data.source_path import check_source_path, expanded, loader_of
@@ -86,7 +86,7 @@ def open_source(
                 return datasets.load_from_disk(str(path))
             return load_or_load_anew(str(path), name, split=split, **options)
         except Exception as error:  # files from elsewhere: their readers fail in any way
-            _pass_no_room(error)
+            pass_no_room(error)
             raise ValueError(
                 f"source: expected a folder of data files or one that save_to_disk wrote, got {source} "
                 f"({_reason(error)}). Name one file of it, or another folder."
@@ -102,7 +102,7 @@ def open_source(
                 _check_end(path)
             return load_or_load_anew(loader, data_files=str(path), split="train", **options)
         except Exception as error:  # a file from elsewhere: its reader fails in any way
-            _pass_no_room(error)
+            pass_no_room(error)
             raise ValueError(
                 f"source: expected a readable {path.suffix} file, got {path} ({_reason(error)}). Write it anew, with "
                 "text, numbers and lists or structs of them; or as JSON, one record per line (.jsonl)."
@@ -116,7 +116,7 @@ def open_source(
             f"hub: {error}"
         ) from error
     except Exception as error:  # a data set from elsewhere: its reader fails in any way
-        _pass_no_room(error)
+        pass_no_room(error)
         raise ValueError(
             f"source: expected a data set on the hub that can be read, got {source!r}. {type(error).__name__}: {error}"
         ) from error
@@ -140,16 +140,6 @@ def _reason(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     text = str(cause).strip().partition("\n")[0]
     return text if isinstance(cause, ValueError) and text else f"{type(cause).__name__}: {text}"
-
-
-def _pass_no_room(error: Exception) -> None:
-    """
-    Raises:
-        OSError, MemoryError: it says nothing about the source: there is no room for what is made of it.
-    """
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    if is_full_disk(cause) or isinstance(cause, MemoryError):
-        raise cause
 
 
 def _read_json(path: Path) -> Dataset:

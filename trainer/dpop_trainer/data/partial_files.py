@@ -1,6 +1,5 @@
 """Files that are whole or not there, written by processes that may be killed: to a name of their own, then renamed."""
 
-import errno
 import os
 import re
 import time
@@ -10,11 +9,6 @@ from pathlib import Path
 
 _PARTIAL = re.compile(r"\.\d+\.partial")
 _STALE_SECONDS = 86400
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Whether there was no room to write."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def partial_of(path: Path) -> Path:

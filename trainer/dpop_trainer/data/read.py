@@ -22,6 +22,7 @@ from dpop_trainer.data.convert import (
 )
 from dpop_trainer.data.forms import Form
 from dpop_trainer.data.load import load_pairs, open_source
+from dpop_trainer.data.no_room import pass_no_room
 from dpop_trainer.data.read_json import PlacedRecord, progress, read_json_records
 from dpop_trainer.data.records import BadRecord, raise_bad_records
 from dpop_trainer.data.sound_cache import cached_rows
@@ -149,6 +150,7 @@ def stream_items(
         for index, record in enumerate(source):
             yield PlacedRecord(f"{prefix}record {index}", without_filled_nulls(record))  # type: ignore[arg-type]
     except Exception as error:  # a file from elsewhere: its reader fails in any way
+        pass_no_room(error)
         raise ValueError(
             f"{prefix}after record {index}: expected records that can be read, got an error of their reader's "
             f"({type(error).__name__}: {error}). If the file is damaged, write it anew."

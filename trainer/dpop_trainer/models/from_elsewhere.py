@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dpop_trainer.data.partial_files import is_full_disk
+from dpop_trainer.data.no_room import pass_no_room
 
 
 @contextmanager
@@ -20,10 +20,9 @@ def from_elsewhere(expected: str, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, MemoryError):
+    except ImportError:
         raise
     except Exception as error:
-        if is_full_disk(error) or type(error).__name__ == "OutOfMemoryError":
-            raise
+        pass_no_room(error)
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         raise ValueError(f"{expected}, got {name!r}. {kind}{error}") from error

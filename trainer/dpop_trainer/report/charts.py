@@ -225,7 +225,7 @@ def histogram(title: str, values: NDArray[Any], x: Axis) -> str:
     if not len(values):
         return ""
     high = float(np.quantile(values, 0.99)) if x.high is None else x.high
-    scale = Scale.over([float(values.min()), high], x._replace(high=None if x.high is None else high), 0, 1)
+    scale = Scale.over([float(values.min()), high], x, 0, 1)
     low, high = scale.low, scale.high
     counts, _ = np.histogram(values.clip(low, high), bins=_NUM_BINS, range=(low, high))
     median = float(np.median(values))

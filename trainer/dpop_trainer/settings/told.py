@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from dpop_trainer.data.partial_files import is_full_disk
+from dpop_trainer.data.no_room import is_full_disk, is_out_of_memory
 from dpop_trainer.data.source_path import expanded
 from dpop_trainer.run_folder.private import text_without_secrets
 from dpop_trainer.settings.errors import folder_written_to, what_was_done
@@ -78,7 +78,7 @@ def _while(argv: Sequence[str], error: Exception) -> str:
 
 def _remedy(error: Exception) -> str:
     words = str(error).lower()
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in words:
+    if is_out_of_memory(error) or "can't allocate" in words:
         return _NO_MEMORY
     if isinstance(error, ImportError):
         return _NO_LIBRARY

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dpop_trainer.data.source_path import looks_local
+from dpop_trainer.report.markdown import code, plain, table
 from dpop_trainer.report.run_page import PAGE_FILE
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.private import shareable
@@ -52,16 +53,15 @@ def write_run_card(folder: Path, *, base: str, tags: list[str], run_config: Mapp
     }
     config = shareable(dict(run_config))
     data = config.get("dataset_name")
-    started = f" of `{shareable(base)}`" if base else ""
+    started = f" of {code(shareable(base))}" if base else ""
     trained = f"{'An adapter' if is_adapter else 'All weights'}{started} after {step:,} steps"
-    rows = [(name, config[name]) for name in _SETTINGS if config.get(name) is not None]
-    table = ["| setting | value |", "| --- | --- |", *(f"| {name} | {_plain(value)} |" for name, value in rows)]
+    rows = [(name, _plain(config[name])) for name in _SETTINGS if config.get(name) is not None]
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         _OURS,
-        f"# {folder.resolve().name}",
-        f"{trained}{f' on `{data}`' if data else ''}, trained with dpop-kernels.",
-        "\n".join(table),
+        f"# {plain(folder.resolve().name)}",
+        f"{trained}{f' on {code(data)}' if data else ''}, trained with dpop-kernels.",
+        table(("setting", "value"), rows),
         f"The run's folder has all settings (`{CONFIG_FILE}`: `dpop train --config` on it is the same run) and how it "
         f"went (`{PAGE_FILE}`, to open in a browser, and `{METRICS_FILE}`). `dpop inspect` shows what it did to the "
         "answers, `dpop export` makes a folder to share, with a whole card.",
