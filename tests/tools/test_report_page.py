@@ -85,7 +85,7 @@ def page(tmp_path):
         html_page.table([("loss", ""), ("chosen Δ", "nats")], [["DPO", "-1.00\n-2.00 to 0.00"], ["<b>", "—"]]),
         html_page.verdict(["one", "two"], command="dpop train", numbered=True),
         html_page.folded("more", html_page.facts({"<k>": "<v>"})),
-        html_page.side_by_side({"before": "<i>x</i>"}),
+        html_page.beside([html_page.answer("before", html_page.visible("<i>x</i>"))]),
     ]
     html_page.write_page("It <fell>", sections, tmp_path / "new" / "page.html", about="a & b", kind="bad")
     return Page((tmp_path / "new" / "page.html").read_text(encoding="utf-8"))

@@ -126,10 +126,9 @@ def charts(panels: Iterable[Panel], *, large: bool = False) -> str:
     return f'<div class="charts{" large" * large}">{"".join(f"<div>{panel.svg}</div>" for panel in panels)}</div>'
 
 
-def side_by_side(texts: Mapping[str, str]) -> str:
-    """Texts under their names, beside one another where there is room."""
-    columns = "".join(answer(name, visible(text)) for name, text in texts.items())
-    return f'<div class="beside">{columns}</div>'
+def beside(answers: Iterable[str]) -> str:
+    """Answers, of `answer`, beside one another where there is room."""
+    return f'<div class="beside">{"".join(answers)}</div>'
 
 
 def pair(header: Sequence[str], prompt: str, chosen: tuple[str, str], rejected: tuple[str, str]) -> str:
@@ -143,11 +142,8 @@ def pair(header: Sequence[str], prompt: str, chosen: tuple[str, str], rejected: 
     """
     first, *rest = map(visible, header)
     told = " · ".join([f"<b>{first}</b>", *rest])
-    answers = answer(*chosen, "chosen") + answer(*rejected, "rejected")
-    return (
-        f'<div class="pair"><header>{told}</header>{answer("prompt", prompt, kind="prompt")}'
-        f'<div class="beside">{answers}</div></div>'
-    )
+    answers = beside([answer(*chosen, "chosen"), answer(*rejected, "rejected")])
+    return f'<div class="pair"><header>{told}</header>{answer("prompt", prompt, kind="prompt")}{answers}</div>'
 
 
 def answer(name: str, text: str, role: str = "soft", *, kind: str = "") -> str:

@@ -164,7 +164,7 @@ def _write_report(comparison: Comparison, shown: list[Shown], model_name: str, f
         answers = (html_page.answer(name, html_page.visible(text), roles[name]) for name, text in one.answers.items())
         sections += [
             html_page.paragraph(one.question),
-            f'<div class="beside">{"".join(answers)}</div>',
+            html_page.beside(answers),
             html_page.paragraph(f"The right answer: {one.right}", "note"),
         ]
     sections += [

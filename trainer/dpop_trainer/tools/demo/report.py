@@ -195,7 +195,7 @@ def _answers(answers: Mapping[str, Any]) -> list[str]:
     return [
         html_page.paragraph(told, "note"),
         html_page.paragraph(answers["question"]),
-        f'<div class="beside">{"".join(columns)}</div>',
+        html_page.beside(columns),
     ]
 
 
