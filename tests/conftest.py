@@ -46,6 +46,11 @@ def _keep_what_is_imported():
     gc.enable()
 
 
+def pytest_collection_modifyitems(items):
+    """What forks comes first, and so on one worker: the process to fork from takes ten seconds to start."""
+    items.sort(key=lambda item: item.get_closest_marker("forked") is None)
+
+
 def pytest_collection_finish():
     if "triton.runtime.interpreter" in sys.modules:
         from interpreter import patch_language_once

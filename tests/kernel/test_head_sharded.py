@@ -154,6 +154,7 @@ def check_all(rank):
         check_tensor_parallel(name, rank)
 
 
+@pytest.mark.forked
 @pytest.mark.slow
 def test_two_ranks_equal_one_process():
     run_ranks(check_all)
@@ -165,5 +166,6 @@ def check_thirds(rank):
     check_tensor_parallel("phi", rank)
 
 
+@pytest.mark.forked
 def test_three_ranks_equal_one_process():
     run_ranks(check_thirds, world_size=3)

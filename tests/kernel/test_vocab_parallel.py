@@ -124,6 +124,7 @@ def check_all(rank):
     check_wrong_slices(rank)
 
 
+@pytest.mark.forked
 def test_two_ranks_equal_the_whole_head():
     run_ranks(check_all)
 
@@ -133,6 +134,7 @@ def check_thirds(rank):
         check_against_whole_head(rank, "thirds", OPTIONS["scale_and_softcap"], torch.float64, "chunked", frozen=frozen)
 
 
+@pytest.mark.forked
 def test_three_ranks_equal_the_whole_head():
     run_ranks(check_thirds, world_size=3)
 

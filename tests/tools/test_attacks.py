@@ -16,6 +16,7 @@ def test_damaged_files_are_named():
     assert result.fallen == []
 
 
+@pytest.mark.forked
 @pytest.mark.slow
 def test_command_lines_of_any_words_stand():
     assert attacks.attack_lines(3, 1).fallen == []

@@ -242,6 +242,7 @@ def test_interrupted_run_says_where_it_goes_on_from(setting, tmp_path, monkeypat
     assert f"The same command goes on from {tmp_path / 'checkpoint-20'}." in capsys.readouterr().err
 
 
+@pytest.mark.forked
 @pytest.mark.slow
 def test_ctrl_c_in_a_real_run(setting, tmp_path):
     argv = ["train", "--config", str(setting / "run.yaml"), "--output_dir", str(tmp_path)]

@@ -51,6 +51,7 @@ def run_on_two(rank, folder, names):
         torch.save(results, folder / "results.pt")
 
 
+@pytest.mark.forked
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path):
     for wrapper, (recipe, names) in ON_TWO_RANKS.items():
@@ -64,6 +65,7 @@ def test_two_ranks_equal_one_process(tmp_path):
         check_folders(folder, results)
 
 
+@pytest.mark.forked
 @pytest.mark.slow
 def test_more_ranks_and_ranks_on_one_batch_equal_one_process(tmp_path):
     cases = {**CASES, "thirds": THIRDS, "spread": SPREAD}
@@ -155,6 +157,7 @@ def train_kto(folder, **options):
     return trainer
 
 
+@pytest.mark.forked
 def test_answers_other_loaders_and_a_stranger(tmp_path):
     expected = train_others(tmp_path / "alone")
     assert len([key for key in expected if ", loss, " in key]) == 9

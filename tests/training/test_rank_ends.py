@@ -38,6 +38,7 @@ def dpop_train(rank, words, what):
     return main(words)
 
 
+@pytest.mark.forked
 @pytest.mark.slow
 def test_a_rank_that_ends_ends_the_other_and_the_run_goes_on(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")

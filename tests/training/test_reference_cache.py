@@ -267,6 +267,7 @@ def killed_pass(folder):
     precompute(tokenised(20), ReferenceCache(folder, DESCRIPTION), Killed(), 1, seconds_between_writes=0.0)
 
 
+@pytest.mark.forked
 def test_a_killed_pass_goes_on_from_its_last_write(tmp_path):
     code, written = run_alone(killed_pass, tmp_path)
     assert code == -signal.SIGKILL, written
@@ -327,6 +328,7 @@ def _columns_of_two_ranks(rank, folder):
     assert "ref_shared_logps" in columns.column_names
 
 
+@pytest.mark.forked
 @pytest.mark.slow
 def test_two_ranks_share_the_pass(tmp_path):
     run_ranks(_columns_of_two_ranks, str(tmp_path))

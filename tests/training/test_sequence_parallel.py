@@ -127,6 +127,7 @@ def check_batch(scored, batch, group, layout):
         assert error <= EQUAL * max(expected_grad.norm(), 1e-3 * whole), (type(scored.model), layout, name)
 
 
+@pytest.mark.forked
 @pytest.mark.parametrize(("world_size", "models"), [(2, ON_TWO), (3, ON_THREE)], ids=["two", "three"])
 def test_together_is_alone(world_size, models):
     run_ranks(check_models, models, world_size=world_size)
@@ -203,6 +204,7 @@ def check_strangers(rank):
     assert shared_difference(scored, shared, forward_inputs(shared, model)) > 0.01
 
 
+@pytest.mark.forked
 def test_a_model_whose_tokens_meet_elsewhere_is_found_out():
     run_ranks(check_strangers)
 
@@ -234,6 +236,7 @@ def check_on_a_gpu(rank):
     assert 0 < (together - truth).norm() <= 3 * (alone - truth).norm()
 
 
+@pytest.mark.forked
 def test_a_block_mask_and_mixed_precision():
     run_ranks(check_on_a_gpu)
 
@@ -345,5 +348,6 @@ def check_memory(rank):
     assert together <= 0.6 * alone, (rank, together, alone)
 
 
+@pytest.mark.forked
 def test_peak_memory_of_a_long_pair_on_two_ranks():
     run_ranks(check_memory)

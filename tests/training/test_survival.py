@@ -112,6 +112,7 @@ def checkpoint_names(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
+@pytest.mark.forked
 @pytest.mark.slow
 def test_killed_twice_is_the_uninterrupted_run_bit_for_bit(setting):
     # in a process of its own like the others: what this one patches in torch may draw random numbers
