@@ -310,6 +310,10 @@ def test_whole_comparison_and_its_second_start(setting, capsys):
 
 
 def test_models_answer_the_held_out_prompts(setting, capsys):
+    # its first pair alone is measured on; the prompts of the first two pairs are one
+    lines = (setting / "test.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    (setting / "test.jsonl").write_text("\n".join([lines[0], json.dumps({**first, "rejected": " w3"}), *lines[1:]]))
     argv = [
         "compare",
         "--config",
@@ -320,12 +324,15 @@ def test_models_answer_the_held_out_prompts(setting, capsys):
         "0",
         "--max_steps",
         "2",
+        "--max_eval_pairs",
+        "1",
     ]
-    assert main([*argv, "--matcher", "exact", "--max_new_tokens", "5"]) == 0
+    assert main([*argv, "--matcher", "exact", "--max_new_tokens", "5", "--max_answers", "2"]) == 0
     (run,) = read_comparison(setting / "out" / "compare.json").results
     assert run.answers is not None
     assert run.ref_answers is not None
-    assert run.answers.num_prompts == run.ref_answers.num_prompts == 3
+    assert run.num_pairs == 1
+    assert run.answers.num_prompts == run.ref_answers.num_prompts == 2
     assert "answers right" in (setting / "out" / "compare.html").read_text()
     assert main(argv) == 1  # the same runs without answers would be another comparison
     assert "other values of matcher, max_answers, max_new_tokens" in capsys.readouterr().err

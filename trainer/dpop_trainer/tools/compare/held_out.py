@@ -56,8 +56,8 @@ class HeldOut:
             trained: the trained model.
             values: the run's whole configuration.
         """
-        config = arguments_of(dict(values), DPOPConfig)[2]
-        dataset = self._pairs(values, trained.tokenizer, config.max_length)
+        config, pairs = _eval_data(values)
+        dataset = _tokenised(first_pairs(pairs, self._max_pairs), trained.tokenizer, config.max_length, config)
         score = {"pad_token_id": trained.tokenizer.pad_token_id, "batch_size": config.per_device_eval_batch_size}
         logps = pair_token_logps(trained.model, dataset, desc="Scoring", **score)
         answers = None
@@ -79,15 +79,27 @@ class HeldOut:
         evaluation = evaluate_pairs(logps, self._ref_logps[cut], dataset)
         return Measured(len(dataset), evaluation, answers, self._ref_answers.get(name))
 
-    def _pairs(self, values: Mapping[str, Any], tokenizer: Any, max_length: int | None) -> Dataset:
-        _, data_arguments, config = arguments_of(dict(values), DPOPConfig)
-        pairs = first_pairs(load_eval_data(data_arguments, config), self._max_pairs)
-        mode: Any = config.truncation_mode
-        return tokenise_pairs(pairs, tokenizer, max_length=max_length, truncation_mode=mode)[0]
-
     def _problems(self, values: Mapping[str, Any], tokenizer: Any) -> list[Problem]:
+        """As many as are to be answered, from as many pairs as that takes: some share a prompt."""
         assert self._grading is not None
-        return problems_of(self._pairs(values, tokenizer, max_length=None), tokenizer, self._grading)
+        config, pairs = _eval_data(values)
+        num_pairs = self._grading.max_answers
+        while True:
+            dataset = _tokenised(first_pairs(pairs, num_pairs), tokenizer, None, config)
+            problems = problems_of(dataset, tokenizer, self._grading)
+            if len(problems) == self._grading.max_answers or num_pairs >= len(pairs):
+                return problems
+            num_pairs *= 4
+
+
+def _eval_data(values: Mapping[str, Any]) -> tuple[DPOPConfig, Any]:
+    _, data_arguments, config = arguments_of(dict(values), DPOPConfig)
+    return config, load_eval_data(data_arguments, config)
+
+
+def _tokenised(pairs: Any, tokenizer: Any, max_length: int | None, config: DPOPConfig) -> Dataset:
+    mode: Any = config.truncation_mode
+    return tokenise_pairs(pairs, tokenizer, max_length=max_length, truncation_mode=mode)[0]
 
 
 def _reference_name(values: Mapping[str, Any]) -> str:
