@@ -13,14 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 import yaml
 from dpop_trainer import DPOPConfig
 from dpop_trainer.cli import main
-from dpop_trainer.data import load_pairs, read_pairs, tokenise_pairs
+from dpop_trainer.data import digests, load_pairs, read_pairs, tokenise_pairs
 from dpop_trainer.models.trained import load_trained
-from dpop_trainer.run_folder.checkpoints import checkpoint_problem
+from dpop_trainer.run_folder.checkpoints import checkpoint_problem, files_of
 from dpop_trainer.run_folder.files import append_lines
 from dpop_trainer.run_folder.run_files import RunFiles
+from dpop_trainer.run_folder.sealing import Sealing
 from filelock import FileLock
 from ranks import run_alone
 from tiny import text_pairs, tiny_llama, word_tokenizer
@@ -510,3 +512,42 @@ def test_cache_that_cannot_be_written_is_named(setting, monkeypatch):
     monkeypatch.setattr("datasets.Dataset.map", full)
     with pytest.raises(ValueError, match=r"expected to write tokenised pairs .*No space left on device"):
         tokenise_pairs(dataset, word_tokenizer())
+
+
+def test_a_checkpoint_is_hashed_behind_its_writer(tmp_path):
+    """By xxhash itself; what is written anew meanwhile is read anew, and what is gone is not asked for."""
+    contents = {"model.safetensors": b"a" * 3_000_000, "deeper/optimizer.pt": b"b", "trainer_state.json": b"{}"}
+    (tmp_path / "deeper").mkdir()
+    with Sealing() as sealing:
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+            (tmp_path / "gone").write_bytes(b"c")
+            sealing.take(files_of(tmp_path))
+        contents["trainer_state.json"] = b"{ }"
+        (tmp_path / "trainer_state.json").write_bytes(b"{ }")
+        (tmp_path / "gone").unlink()
+        found = sealing.digests(tmp_path, files_of(tmp_path))
+    expected = {
+        name: {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+        for name, content in contents.items()
+    }
+    assert found == expected
+
+
+def test_hashing_begins_while_the_optimizer_is_written(setting, monkeypatch):
+    """When torch.save is given the optimizer's state of step 2, the model's files have been taken."""
+    taken, save = [], torch.save
+
+    def saving(value, path, *args, **kwargs):
+        if str(path).endswith("checkpoint-2/optimizer.pt"):
+            taken.append(set(map(Path, began)))
+        return save(value, path, *args, **kwargs)
+
+    began, digest_of = [], digests.digest_of
+    monkeypatch.setattr(torch, "save", saving)
+    monkeypatch.setattr(Sealing, "take", lambda self, paths: began.extend(paths))
+    monkeypatch.setattr(Sealing, "digests", lambda self, folder, paths: {path.name: digest_of(path) for path in paths})
+    assert main(argv(setting, "--max_steps", "2")) == 0
+    (first,) = taken
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {path.name for path in first}
+    assert not {"optimizer.pt", "scheduler.pt", "rng_state.pth"} & {path.name for path in first}

@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 _BLOCK = 1 << 20
-_THREADS = 4  # xxhash lets go of the interpreter
+THREADS = 4  # xxhash lets go of the interpreter
 
 Digest = dict[str, Any]
 """{"bytes": size, "xxh3_128": hex}; of what an older version wrote, the size alone."""
@@ -30,7 +30,7 @@ def digest_of(path: Path) -> Digest:
 
 def digests_of(folder: Path, paths: list[Path]) -> dict[str, Digest]:
     """By their names in the folder."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         return {
             path.relative_to(folder).as_posix(): found
             for path, found in zip(paths, pool.map(digest_of, paths), strict=True)

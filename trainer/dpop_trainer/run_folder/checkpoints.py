@@ -10,15 +10,15 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpop_trainer.data.digests import digests_of, problem_with
+from dpop_trainer.data.digests import problem_with
 from dpop_trainer.run_folder.files import flush_folder, write_json
 from dpop_trainer.run_folder.identity import changed_fields, describe_changes
+from dpop_trainer.run_folder.sealing import Sealing
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +67,15 @@ def remove_old(output_dir: str | Path, limit: int | None, best: str | None) -> N
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def write_record(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+def files_of(checkpoint: Path) -> list[Path]:
+    """All of its files but the record."""
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RECORD_FILE)
+
+
+def write_record(checkpoint: Path, identity: Mapping[str, Any], sealing: Sealing) -> None:
     """The last file of a checkpoint: which files belong to it, with sizes and hashes, and what the run was. All is on
     the disk when this returns."""
-    with ThreadPoolExecutor(1) as pool:  # the disk takes the files while they are hashed
-        flushing = pool.submit(flush_folder, checkpoint)
-        files = digests_of(checkpoint, _files(checkpoint))
-        flushing.result()
+    files = sealing.digests(checkpoint, files_of(checkpoint))
     write_json(checkpoint / RECORD_FILE, {"files": files, **identity})
     flush_folder(checkpoint)
 
@@ -135,7 +137,7 @@ def _problem(checkpoint: Path) -> str | None:
 
 
 def _problem_of_weights(checkpoint: Path) -> str | None:
-    names = [str(path.relative_to(checkpoint)) for path in _files(checkpoint)]
+    names = [str(path.relative_to(checkpoint)) for path in files_of(checkpoint)]
     for name in names:
         if name.endswith(".safetensors"):
             try:
@@ -167,10 +169,6 @@ def _offer(checkpoint: Path) -> str:
         if other.name != checkpoint.name and _problem(other) is None:
             return f" {other.name} is whole: go on from it with --resume_from_checkpoint {other}"
     return " No other checkpoint of this run is whole: start anew with another output_dir, or delete this folder."
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD_FILE)
 
 
 def _step(path: Path) -> int | None:

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpop_trainer.data.digests import digest_of, digests_of, problem_with
+from dpop_trainer.data.digests import digest_of, problem_with
 from dpop_trainer.run_folder.checkpoints import CheckpointError, last_checkpoint
 from dpop_trainer.run_folder.contents import loaded_files, read_record
 from dpop_trainer.run_folder.files import flush, write_json
 from dpop_trainer.run_folder.identity import LENGTH_FIELDS, changed_fields, describe_changes
 from dpop_trainer.run_folder.private import without_secrets
 from dpop_trainer.run_folder.run_files import FINISHED_FILE
+from dpop_trainer.run_folder.sealing import Sealing
 
 
 def mark_finished(folder: Path, config: Mapping[str, Any], *, step: int, sources: Iterable[str] = ()) -> None:
@@ -26,13 +27,13 @@ def mark_finished(folder: Path, config: Mapping[str, Any], *, step: int, sources
         step: the last one.
         sources: paths of the run's data; what is no file, such as a hub id, is passed over.
     """
-    loaded = loaded_files(folder)
-    for path in [*loaded, folder]:
-        flush(path)
+    with Sealing() as sealing:
+        files = sealing.digests(folder, loaded_files(folder))
+    flush(folder)
     record = {
         "step": step,
         "config": without_secrets(config),
-        "files": digests_of(folder, loaded),
+        "files": files,
         "data": {source: digest_of(Path(source)) for source in sources if Path(source).is_file()},
     }
     write_json(folder / FINISHED_FILE, record)

@@ -67,6 +67,9 @@ class HfHooks(Trainer):
         """
         raise NotImplementedError
 
+    def model_written(self, checkpoint: Path) -> None:
+        """While a checkpoint is written: the files of the model are complete, the optimizer's state comes next."""
+
     def push_checkpoint(self, folder: Path) -> None:
         """Upload a checkpoint as args.hub_strategy says. None is uploaded while it is written."""
         super()._push_from_checkpoint(str(folder))
@@ -147,6 +150,7 @@ class HfHooks(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.model_written(Path(output_dir))
         super()._save_optimizer_and_scheduler(output_dir)
         path = Path(output_dir) / "scheduler.pt"
         if self.args.should_save and path.is_file():

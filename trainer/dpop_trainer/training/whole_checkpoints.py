@@ -25,6 +25,7 @@ from dpop_trainer.run_folder.checkpoints import (
     CheckpointError,
     check_same_run,
     checkpoint_problem,
+    files_of,
     last_checkpoint,
     remove_incomplete,
     remove_old,
@@ -33,6 +34,7 @@ from dpop_trainer.run_folder.checkpoints import (
 from dpop_trainer.run_folder.files import move_folder
 from dpop_trainer.run_folder.identity import differences_of_ranks, identity_of
 from dpop_trainer.run_folder.lock import held
+from dpop_trainer.run_folder.sealing import Sealing
 from dpop_trainer.settings.told import is_of_another_process
 from dpop_trainer.settings.under_way import under_way
 from dpop_trainer.training.given_weights import GivenWeights, use_given_weights
@@ -47,6 +49,8 @@ class WholeCheckpoints(HfHooks):
     run_config: dict[str, Any]
     _identity: dict[str, Any]
     """Of the training under way."""
+    _sealing: Sealing
+    """Of the checkpoint that is being written."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.resumed_from: Path | None = None
@@ -155,7 +159,7 @@ class WholeCheckpoints(HfHooks):
         """
         name = f"checkpoint-{self.state.global_step}"
         part, final = output_dir / INCOMPLETE / name, output_dir / name
-        with self._clock.paused():
+        with self._clock.paused(), Sealing() as self._sealing:
             if self.is_world_process_zero():
                 shutil.rmtree(part, ignore_errors=True)
             self.accelerator.wait_for_everyone()
@@ -175,6 +179,10 @@ class WholeCheckpoints(HfHooks):
                 remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             if self.args.push_to_hub:
                 self.push_checkpoint(final)
+
+    def model_written(self, checkpoint: Path) -> None:
+        if self.args.should_save:
+            self._sealing.take(files_of(checkpoint))
 
     def check_weights(self) -> None:
         """Before they are saved.
@@ -209,7 +217,7 @@ class WholeCheckpoints(HfHooks):
         for is_mine in (self.is_world_process_zero(), self.is_local_process_zero()):
             if is_mine and part.is_dir():
                 try:
-                    write_record(part, self._identity)
+                    write_record(part, self._identity, self._sealing)
                     move_folder(part, final, part.with_name(f"replaced-{final.name}"))
                 except OSError as error:
                     shutil.rmtree(part, ignore_errors=True)
