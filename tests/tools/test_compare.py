@@ -1,6 +1,7 @@
 """`dpop compare`: what a method may be, results through JSON, words that follow the numbers, a whole run."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -15,7 +16,14 @@ from dpop_trainer.models.trained import TrainedModel
 from dpop_trainer.settings.arguments import ComparisonArguments, parse_arguments
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.tools.compare import answers as compare_answers
-from dpop_trainer.tools.compare.answers import Answers, Grading, Problem, grade_answers, problems_of
+from dpop_trainer.tools.compare.answers import (
+    Answers,
+    Grading,
+    Problem,
+    grade_answers,
+    problems_of,
+    right_gain,
+)
 from dpop_trainer.tools.compare.methods import parse_method, parse_methods
 from dpop_trainer.tools.compare.page import headline, result_sections
 from dpop_trainer.tools.compare.report import (
@@ -227,6 +235,19 @@ def test_right_answers_stand_in_table_and_verdict():
     assert solved in verdict(runs)
 
 
+def test_a_gain_is_paired_by_problem():
+    """Two seeds: problem 1 is lost by one of them, 2 by both, 3 gained by one: -1/2, -1, 1/2, 0, whose mean is -1/4 and
+    whose variance (1/16 + 9/16 + 9/16 + 1/16) / 3 = 5/12."""
+    before, one, other = Answers(2, 0, 4, "rrww"), Answers(2, 1, 4, "rnrw"), Answers(0, 0, 4, "wwww")
+    assert right_gain([one, other], before) == pytest.approx((-1 / 4, math.sqrt(5 / 12 / 4)))
+    assert right_gain([one, Answers(0, 0, 4)], before) is None
+    runs = comparison(DPO=[-1.0, -3.0], DPOP=[0.5, 0.5])
+    after = {"DPO": [other, other], "DPOP": [one, other]}
+    results = [run._replace(answers=after[run.method][run.seed], ref_answers=before) for run in runs.results]
+    told = "problem by problem, in points: DPO -50.0 ± 28.9 (no difference) and DPOP -25.0 ± 32.3 (no difference)."
+    assert told in verdict(runs._replace(results=results))
+
+
 def test_every_prompt_is_a_problem_once():
     tokenizer = word_tokenizer()
     pairs = [{"prompt": "w1 w2", "chosen": f" w{i}", "rejected": " w9"} for i in (3, 4)]
@@ -249,7 +270,7 @@ def test_answers_are_counted_by_verdict(monkeypatch):
     )
     problems = [Problem([3], "#### 7"), Problem([4], "#### 7"), Problem([5], "#### 7"), Problem([6], "#### 1000")]
     graded = grade_answers(TrainedModel(None, None), problems, Grading("numeric"), desc="")  # type: ignore[arg-type]
-    assert graded == Answers(num_right=2, num_without_answer=1, num_prompts=4)
+    assert graded == Answers(num_right=2, num_without_answer=1, num_prompts=4, verdicts="rwnr")
     assert graded.right_share == 0.5
 
 

@@ -1,5 +1,7 @@
 """How many held-out problems a model solves: one greedy answer per prompt, graded against the chosen answer."""
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,10 +20,36 @@ class Answers(NamedTuple):
     num_without_answer: int
     """Of those that are not right: nothing that the matcher takes for an answer, as where the model did not end."""
     num_prompts: int
+    verdicts: str = ""
+    """One letter a problem, in their order: r right, w wrong, n no answer. Older records have none."""
 
     @property
     def right_share(self) -> float:
         return self.num_right / self.num_prompts
+
+    @classmethod
+    def of(cls, verdicts: Sequence[Verdict]) -> "Answers":
+        letters = "".join(_LETTERS[verdict] for verdict in verdicts)
+        return cls(letters.count("r"), letters.count("n"), len(letters), letters)
+
+
+_LETTERS: dict[Verdict, str] = {True: "r", False: "w", None: "n"}
+
+
+class Gain(NamedTuple):
+    """How many more of the same problems are solved: a mean over them, and its standard error; shares of 1."""
+
+    mean: float
+    error: float
+
+
+def right_gain(after: Sequence[Answers], before: Answers) -> Gain | None:
+    """Paired by problem, of each the mean over the models in `after`; None where the verdicts were not recorded."""
+    if before.num_prompts < 2 or not all(answers.verdicts for answers in (before, *after)):
+        return None
+    of_problems = zip(before.verdicts, *(answers.verdicts for answers in after), strict=True)
+    gained = [now.count("r") / len(now) - (then == "r") for then, *now in of_problems]
+    return Gain(statistics.fmean(gained), statistics.stdev(gained) / math.sqrt(len(gained)))
 
 
 @dataclass(frozen=True)
@@ -103,5 +131,4 @@ def grade_answers(trained: TrainedModel, problems: Sequence[Problem], grading: G
         desc=desc,
     )
     matches = grading.matches()
-    verdicts = [matches(text, problem.label) for text, problem in zip(completions, problems, strict=True)]
-    return Answers(verdicts.count(True), verdicts.count(None), len(verdicts))
+    return Answers.of([matches(text, problem.label) for text, problem in zip(completions, problems, strict=True)])
