@@ -376,6 +376,7 @@ def test_runs_that_cut_differently_have_their_own_reference(setting):
         (["--matcher", "regex"], "answer_regex: expected a pattern with matcher 'regex'"),
         (["--matcher", "choice"], "held-out pair 0: expected a chosen answer that matcher 'choice' can grade against"),
         (["--max_eval_pairs", "0"], "max_eval_pairs: expected at least 1, got 0"),
+        (["--matcher", "exact", "--answer_batch_size", "0"], "answer_batch_size: expected at least 1, got 0"),
     ],
 )
 def test_nothing_is_trained_before_all_is_checked(setting, capsys, flags, message):

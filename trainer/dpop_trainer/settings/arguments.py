@@ -149,6 +149,10 @@ class ComparisonArguments(SecretFreeRepr):
     )
     max_answers: int = field(default=128, metadata={"help": "Answer the first so many held-out prompts."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
+    answer_batch_size: int = field(
+        default=32,
+        metadata={"help": "Prompts that are answered together; more take more memory, and less time on a CPU."},
+    )
     keep_models: bool = field(
         default=False, metadata={"help": "Keep the trained weights; by default only what was measured is kept."}
     )

@@ -65,9 +65,13 @@ class Grading:
 
     def __post_init__(self) -> None:
         self.matches()
-        for name in ("max_answers", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+        for name, value in (
+            ("max_answers", self.max_answers),
+            ("max_new_tokens", self.max_new_tokens),
+            ("answer_batch_size", self.batch_size),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}.")
 
     def matches(self) -> Callable[[str, str], Verdict]:
         """Sample, label -> verdict."""

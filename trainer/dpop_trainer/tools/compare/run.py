@@ -205,5 +205,9 @@ def _grading(comparison: ComparisonArguments) -> Grading | None:
     if comparison.matcher is None:
         return None
     return Grading(
-        comparison.matcher, comparison.answer_regex, comparison.max_answers, max_new_tokens=comparison.max_new_tokens
+        comparison.matcher,
+        comparison.answer_regex,
+        comparison.max_answers,
+        comparison.max_new_tokens,
+        comparison.answer_batch_size,
     )
