@@ -109,12 +109,57 @@ def test_every_recipe_is_planned(recipe):
 
 def test_what_is_not_counted_is_told(capsys):
     """A backend that is asked for by name need not run here either: the plan is for another device."""
-    flags = [*KNOWN, "--device", "h100-80gb", "--no_search", "--sequence_parallel_size", "8"]
+    flags = [*KNOWN, "--device", "h100-80gb", "--no_search"]
     *_, backend = BACKENDS
     note = f"The kernels' workspace is counted as with kernel_backend auto, not {backend}."
-    told = plan(capsys, *flags, "--kernel_backend", backend)[1]["notes"]
-    assert note in told
-    assert "sequence_parallel_size 8 is not counted: a device holds one of so many parts of the activations." in told
+    assert note in plan(capsys, *flags, "--kernel_backend", backend)[1]["notes"]
+
+
+@pytest.mark.parametrize("layout", ["rows", "flat"])
+def test_a_batch_on_several_devices_by_hand(layout):
+    """64 tokens of prompt, 64 of either answer, in two rows of 128 or one of 256 as blocks of FlexAttention are."""
+    num_tokens = 256
+
+    def outcome(num_layers, ranks):
+        planner = run_of(gpu(1000), lora=copy.copy(LORA))
+        planner.run = replace(planner.run, config=LlamaConfig(**{**TINY.to_dict(), "num_hidden_layers": num_layers}))
+        return planner.outcome(Choice(layout, 1, 1, True, None, "fsdp2", 8, ranks_per_batch=ranks), exact_time=False)
+
+    alone, shared, deeper = outcome(2, 1), outcome(2, 4), outcome(3, 4)
+    assert shared.batches.largest.input_ids.numel() == num_tokens
+    for kind in ("layers", "attention"):  # tokens of all heads, heads of all tokens
+        assert shared.cost.flop[kind] == alone.cost.flop[kind] / 4
+    # rows: of either, the third of four ranks has the predictors 64 to 95; flat: the second all but the first of the
+    # chosen answer, whose predictor ends the prompt
+    num_scored = {"rows": 2 * 32, "flat": 63}[layout]
+    assert shared.cost.flop["head"] == (1 + 2) * 2 * num_scored * 500 * 64
+    added = deeper.cost.moments["forward"].parts["activations"] - shared.cost.moments["forward"].parts["activations"]
+    assert added == num_tokens // 4 * 64 * 2  # a checkpoint of the layer's input
+    weights = 2 * 500 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160 + 2 * 64)
+    (held,) = [part.num_bytes for part in shared.memory.parts if part.name == "weights"]
+    assert held == (2 * weights + 2 * 8 * 4) / 8  # the rotary embedding's 8 frequencies, and these as they were
+    assert shared.choice.global_pairs == 2
+    assert shared.device_seconds_per_pair == 4 * shared.time.total
+    assert shared.seconds_per_pair == shared.time.total / 2
+
+
+def test_rows_without_padding_need_no_mask():
+    """Two rows of 128 tokens, four heads of 16: a causal kernel's half of the scores, five and a half times."""
+    run = run_of(gpu(1000), lora=copy.copy(LORA))
+    flop = run.outcome(Choice("rows", 1, 1, False, None, "none", 1), exact_time=False).cost.flop["attention"]
+    forwards, backward = 2, 2.5
+    assert flop == 2 * (forwards + backward) * 4 * (2 * 4 * 128 * 128 * 16) / 2
+
+
+def test_engines_are_asked_for_with_commas(tmp_path, capsys):
+    TINY.save_pretrained(tmp_path)
+    argv = ["--model", str(tmp_path), "--device", "h100", "--max_length", "64", "--no_search", "--dtype", "bfloat16"]
+    _, alone = plan(capsys, *argv, "--sharding", "sp4,fsdp2")
+    assert (alone["asked"]["setting"]["num_devices"], alone["asked"]["setting"]["sharding"]) == (4, "fsdp2")
+    _, two = plan(capsys, *argv, "--sequence_parallel_size", "4", "--devices", "8")
+    assert (two["asked"]["setting"]["ranks_per_batch"], two["asked"]["setting"]["sharding"]) == (4, "ddp")
+    assert main(["plan", *argv, "--sharding", "sp2"]) == 0
+    assert "2 x h100-80gb, ddp, 2 to a batch" in capsys.readouterr().out
 
 
 def test_a_72b_model_in_four_bits():
@@ -234,6 +279,7 @@ def test_tiles_then_the_host_s_memory_are_proposed_before_more_devices(monkeypat
 def test_a_proposed_setting_is_one_that_train_takes(tmp_path):
     choice = Choice("auto", 2, 4, True, 4, "fsdp2", 8, tiled_mlp="auto")
     assert "activation_offloading: true" in setting_yaml(replace(choice, offloading=True))
+    assert "sequence_parallel_size: 4" in setting_yaml(replace(choice, ranks_per_batch=4))
     path = tmp_path / "run.yaml"
     path.write_text("\n".join(setting_yaml(choice)) + "\n")
     model, _, config = parse_arguments(DPOPConfig, ["--config", str(path), "--use_cpu", "true"], "dpop train")
@@ -347,6 +393,25 @@ def test_cpu_utilisation_is_that_of_the_records():
         ([*KNOWN, "--device", "cpu", "--load_in_8bit", "--use_peft"], 1, "load_in_8bit: expected a CUDA device"),
         ([*KNOWN, "--device", "h100", "--quantization", "3bit"], 1, "one of none, 4bit, 8bit"),
         ([*KNOWN, "--device", "h100", "--sharding", "ddp"], 1, "sharding: expected none on one device"),
+        (
+            [*KNOWN, "--device", "h100", "--sharding", "ddp,sp8,fsdp2"],
+            1,
+            "expected one of ddp and fsdp2, which exclude",
+        ),
+        ([*KNOWN, "--device", "h100", "--sharding", "sp8,tp2"], 1, "or devices to a batch such as sp8"),
+        ([*KNOWN, "--device", "h100", "--sharding", "sp8,zero3"], 1, "sharding: expected sp8 without zero3"),
+        ([*KNOWN, "--device", "h100", "--sharding", "sp8", "--devices", "12"], 1, "multiple of the 8 that run a batch"),
+        ([*KNOWN, "--device", "h100", "--sharding", "sp3,fsdp2"], 1, "expected a divisor of the 32 attention heads"),
+        (
+            [*KNOWN, "--device", "h100", "--sharding", "sp8", "--sequence_parallel_size", "4"],
+            1,
+            "sharding: expected sp4, the run's sequence_parallel_size, got 'sp8'",
+        ),
+        (
+            [*KNOWN, "--device", "h100", "--sharding", "sp8", "--attn_implementation", "flash_attention_2"],
+            1,
+            "attn_implementation: expected 'sdpa' beside sequence_parallel_size 8",
+        ),
         ([*KNOWN, "--device", "h100", "--mfu", "40"], 1, "mfu: expected a part of the peak"),
         ([*KNOWN, "--device", "h100", "--prompt_tokens", "9"], 1, "answer_tokens: expected it together"),
         ([*KNOWN, "--device", "h100", "--prompt_tokens", "9", "5", "--answer_tokens", "5"], 1, "expected the mean"),

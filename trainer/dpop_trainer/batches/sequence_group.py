@@ -86,15 +86,16 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parts, process_group):
         ctx.process_group = process_group
-        return _exchanged(parts, process_group)
+        return exchanged(parts, process_group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _exchanged(grad, ctx.process_group), None
+        return exchanged(grad, ctx.process_group), None
 
 
-def _exchanged(parts: Tensor, process_group: Any) -> Tensor:
+def exchanged(parts: Tensor, process_group: Any) -> Tensor:
+    """[P, ...] -> what the ranks have for this one, in their order."""
     parts = parts.contiguous()
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=process_group)

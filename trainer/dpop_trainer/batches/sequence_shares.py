@@ -83,7 +83,7 @@ def shared_token_logps(
             rows * (columns.stop - columns.start) + predictors % num_columns - columns.start,
             batch.target_ids.index_select(0, own_tokens),
             return_stats=return_stats,
-            **{**inputs, **_of_columns(batch, columns)},
+            **{**inputs, **of_columns(batch, columns)},
         )
     if not forward.num_exchanges:
         raise RuntimeError(
@@ -118,7 +118,7 @@ def of_all_columns(states: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]
     return tuple(part.T for part in together.split([state.shape[1] for state in states]))
 
 
-def _of_columns(batch: Batch, columns: slice) -> dict[str, Tensor]:
+def of_columns(batch: Batch, columns: slice) -> dict[str, Tensor]:
     """What the model is given of the columns. Their positions count from the beginning of the whole row."""
     positions = batch.position_ids
     if positions is None:

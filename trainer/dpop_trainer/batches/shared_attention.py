@@ -21,9 +21,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from dpop_trainer.batches.flat_attention import FLAT_ATTENTION, flat_attention_forward
 from dpop_trainer.batches.sequence_group import SequenceGroup, to_columns, to_heads
 
-_SHARED = {"sdpa": "dpop_shared_sdpa", FLAT_ATTENTION: "dpop_shared_flat"}
+_SHARED: dict[str, str] = {}
 """Attentions that can be shared, and their names in `config._attn_implementation` when they are."""
-_INNER = {shared: inner for inner, shared in _SHARED.items()}
+_INNER: dict[str, str] = {}
 
 
 @dataclass
@@ -91,6 +91,19 @@ def share_attention(model: Any) -> None:
         )
 
 
+def register_shared(inner: str, shared: str, attend: Callable[..., Any]) -> None:
+    """Make an attention one that can be shared.
+
+    Args:
+        inner: its name in `config._attn_implementation`.
+        shared: and when it is shared.
+        attend: it, by transformers' interface.
+    """
+    _SHARED[inner], _INNER[shared] = shared, inner
+    AttentionInterface.register(shared, _shared_attention(attend))
+    AttentionMaskInterface.register(shared, _shared_mask)
+
+
 def _shared_attention(attend: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def forward(
         module: nn.Module,
@@ -145,6 +158,5 @@ def _shared_mask(**asked: Any) -> Any:
     return SharedMask(forward, sdpa_mask(**asked))
 
 
-for _inner, _attend in (("sdpa", sdpa_attention_forward), (FLAT_ATTENTION, flat_attention_forward)):
-    AttentionInterface.register(_SHARED[_inner], _shared_attention(_attend))
-    AttentionMaskInterface.register(_SHARED[_inner], _shared_mask)
+register_shared("sdpa", "dpop_shared_sdpa", sdpa_attention_forward)
+register_shared(FLAT_ATTENTION, "dpop_shared_flat", flat_attention_forward)

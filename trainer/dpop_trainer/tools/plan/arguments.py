@@ -1,5 +1,6 @@
 """What `dpop plan` is asked beside the fields of `dpop train`. Needs no torch."""
 
+import re
 from dataclasses import dataclass, field
 
 from dpop_trainer.tools.plan.devices import DEVICE_NAMES, SHARDINGS
@@ -15,7 +16,9 @@ class PlanArguments:
         default=None,
         metadata={"help": f"What it is to run on: {', '.join(DEVICE_NAMES)}; the beginning of one will do."},
     )
-    devices: int = field(default=1, metadata={"help": "How many of them."})
+    devices: int | None = field(
+        default=None, metadata={"help": "How many of them. Default: 1, or as many as sharding runs a batch on."}
+    )
     memory: float | None = field(default=None, metadata={"help": "GiB of a device, for one that is not listed."})
     tflops: float | None = field(default=None, metadata={"help": "Its peak in dense bf16 products."})
     bandwidth: float | None = field(default=None, metadata={"help": "Of its memory, in GB/s."})
@@ -27,8 +30,8 @@ class PlanArguments:
         default="auto",
         metadata={
             "help": "How several devices share the model: ddp, fsdp2, zero2 or zero3; auto: ddp, or fsdp2 where that "
-            "does not fit.",
-            "choices": ["auto", *SHARDINGS],
+            "does not fit. With sp8 in front (sp8, or sp8,fsdp2) eight of them run each batch together: "
+            "sequence_parallel_size.",
         },
     )
     model: str | None = field(
@@ -55,19 +58,53 @@ class PlanArguments:
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
     def __post_init__(self) -> None:
-        if self.devices < 1:
+        if self.devices is not None and self.devices < 1:
             raise ValueError(f"devices: expected at least 1, got {self.devices}.")
         if self.num_pairs is not None and self.num_pairs < 1:
             raise ValueError(f"num_pairs: expected at least 1, got {self.num_pairs}.")
         if self.price is not None and not self.price >= 0:
             raise ValueError(f"price: expected a number >= 0, got {self.price}.")
-        if self.sharding not in ("auto", *SHARDINGS):
-            raise ValueError(f"sharding: expected one of auto, {', '.join(SHARDINGS)}, got {self.sharding!r}.")
-        if self.sharding not in ("auto", "none") and self.devices == 1:
-            raise ValueError(f"sharding: expected none on one device, got {self.sharding!r}. Set devices.")
-        if self.sharding == "none" and self.devices > 1:
-            raise ValueError(f"sharding: expected another than none on {self.devices} devices. ddp copies the model.")
+        engine, num_devices = self.engine, self.num_devices
+        if engine not in ("auto", "none") and num_devices == 1:
+            raise ValueError(f"sharding: expected none on one device, got {engine!r}. Set devices.")
+        if engine == "none" and num_devices > 1:
+            raise ValueError(f"sharding: expected another than none on {num_devices} devices. ddp copies the model.")
         if self.quantization is not None and self.quantization not in QUANTISATIONS:
             raise ValueError(f"quantization: expected one of {', '.join(QUANTISATIONS)}, got {self.quantization!r}.")
         if (self.prompt_tokens is None) != (self.answer_tokens is None):
             raise ValueError("answer_tokens: expected it together with prompt_tokens, got one of them.")
+
+    @property
+    def engine(self) -> str:
+        """How devices share the model: "auto", or one of `SHARDINGS`."""
+        return _engines(self.sharding)[0]
+
+    @property
+    def ranks_per_batch(self) -> int:
+        """Devices that run a batch together."""
+        return _engines(self.sharding)[1]
+
+    @property
+    def num_devices(self) -> int:
+        """How many, by default those of one batch."""
+        return self.ranks_per_batch if self.devices is None else self.devices
+
+
+def _engines(sharding: str) -> tuple[str, int]:
+    """ "sp8,fsdp2" -> "fsdp2", 8.
+
+    Raises:
+        ValueError: one of them is not known, or they exclude each other.
+    """
+    names = [name.strip() for name in sharding.split(",")]
+    sizes = [int(found[1]) for name in names if (found := re.fullmatch(r"sp([1-9][0-9]*)", name))]
+    engines = [name for name in names if name in ("auto", *SHARDINGS)]
+    if len(sizes) + len(engines) < len(names):
+        raise ValueError(
+            f"sharding: expected one of auto, {', '.join(SHARDINGS)}, or devices to a batch such as sp8, or both with "
+            f"a comma between, got {sharding!r}."
+        )
+    if len(sizes) > 1 or len(engines) > 1:
+        twice = engines if len(engines) > 1 else [name for name in names if name not in engines]
+        raise ValueError(f"sharding: expected one of {' and '.join(twice)}, which exclude each other. Leave one out.")
+    return (engines or ["auto"])[0], (sizes or [1])[0]

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             planner, choice, notes = make_planner(model, data, config, plan)
             planner.show = show
             asked = planner.outcome(choice)
-            if plan.sharding == "auto" and plan.devices > 1 and not asked.fits:
+            if plan.engine == "auto" and choice.num_devices > 1 and not asked.fits:
                 asked = planner.outcome(replace(choice, sharding="fsdp2"))
             found = search(planner, asked) if plan.search else None
             longest = longest_pair(planner, asked.choice) if plan.search and planner.run.budget is None else None

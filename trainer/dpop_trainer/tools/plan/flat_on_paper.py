@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dpop_trainer.batches.flat_attention import Run, attend_by_runs
+from dpop_trainer.batches.shared_attention import register_shared
 from dpop_trainer.tools.plan.tape import add_flop
 
 PAPER_ATTENTION = "dpop_flat_on_paper"
@@ -81,3 +82,4 @@ def paper_attention_forward(
 
 AttentionInterface.register(PAPER_ATTENTION, paper_attention_forward)
 AttentionMaskInterface.register(PAPER_ATTENTION, sdpa_mask)
+register_shared(PAPER_ATTENTION, "dpop_shared_on_paper", paper_attention_forward)

@@ -33,6 +33,11 @@ def parse_plan(argv: list[str]) -> tuple[ModelArguments, DataArguments, PlanConf
         model.model_name_or_path = plan.model
     if plan.data is not None:
         data.dataset_name, data.dataset_mixture = plan.data, None
+    if plan.ranks_per_batch > 1:
+        given = config.sequence_parallel_size
+        if given not in (1, plan.ranks_per_batch):
+            raise ValueError(f"sharding: expected sp{given}, the run's sequence_parallel_size, got {plan.sharding!r}.")
+        config.sequence_parallel_size = plan.ranks_per_batch
     if plan.quantization is not None:
         bits = QUANTISATIONS[plan.quantization]
         model.load_in_4bit, model.load_in_8bit = bits == 4, bits == 8

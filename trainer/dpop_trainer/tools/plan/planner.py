@@ -1,5 +1,6 @@
 """A run as it is configured, and what any setting of it takes: memory of a device, time and cost of an epoch."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,11 +39,18 @@ class Choice:
     """As in DPOPConfig."""
     offloading: bool = False
     """Of activations, with checkpointing."""
+    ranks_per_batch: int = 1
+    """sequence_parallel_size."""
+
+    @property
+    def num_batches(self) -> int:
+        """That run at a time, each on a device or on several."""
+        return self.num_devices // self.ranks_per_batch
 
     @property
     def global_pairs(self) -> int:
         """Per optimizer step."""
-        return self.num_pairs * self.accumulation * self.num_devices
+        return self.num_pairs * self.accumulation * self.num_batches
 
 
 @dataclass(frozen=True)
@@ -91,11 +99,11 @@ class Outcome:
     @property
     def seconds_per_pair(self) -> float:
         """Of all devices together."""
-        return self.time.total / self.batches.pairs_per_batch / self.choice.num_devices
+        return self.time.total / self.batches.pairs_per_batch / self.choice.num_batches
 
     @property
     def device_seconds_per_pair(self) -> float:
-        return self.time.total / self.batches.pairs_per_batch
+        return self.time.total / self.batches.pairs_per_batch * self.choice.ranks_per_batch
 
     def logits_bytes(self, vocab_size: int) -> float:
         """What logits would add: three tensors of theirs in fp32, as in a trainer that makes them of whole rows."""
@@ -174,6 +182,7 @@ class Planner:
             in_compute_dtype=is_split,
             tiled_mlp=choice.tiled_mlp,
             offloading=choice.offloading,
+            ranks_per_batch=choice.ranks_per_batch,
         )
         cost = self._cost(choice.bits, setting, batches.largest, is_flat=layout == "flat")
         typical, scale = cost, batches.positions / batches.largest.input_ids.numel()
@@ -212,6 +221,8 @@ class Planner:
         multiple = run.pad_to_multiple_of
         if layout == "flat" and run.device.is_gpu and multiple is None:
             multiple = BLOCK_SIZE
+        if choice.ranks_per_batch > 1:
+            multiple = math.lcm(multiple or 1, choice.ranks_per_batch)
         setting = BatchSetting(
             layout=layout,  # type: ignore[arg-type]
             num_pairs=choice.num_pairs,
@@ -236,6 +247,7 @@ class Planner:
             kept = ", gradient checkpointing" if setting.checkpointing else ""
             kept += ", tiled MLPs" if setting.tiled_mlp is not None else ""
             kept += ", offloading" if setting.offloading else ""
+            kept += f", {setting.ranks_per_batch} devices to a batch" if setting.ranks_per_batch > 1 else ""
             self.show(f"A step of {batch.input_ids.numel():,} positions on paper{packed}{kept}")
             self._costs[key] = step_cost(
                 self.run.config, self.sizes(bits), self._model(bits), setting, batch, is_flat=is_flat

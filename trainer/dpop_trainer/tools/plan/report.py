@@ -82,6 +82,8 @@ def setting_yaml(choice: Choice, *, nested: bool = True) -> list[str]:
         lines.append(f"tiled_mlp: {choice.tiled_mlp}")
     if choice.offloading:
         lines.append("activation_offloading: true")
+    if choice.ranks_per_batch > 1:
+        lines.append(f"sequence_parallel_size: {choice.ranks_per_batch}")
     if choice.bits is not None:
         lines.append(f"load_in_{choice.bits}bit: true")
     if choice.bits == 4:
@@ -110,6 +112,7 @@ def _headline(planner: Planner, asked: Outcome) -> str:
     how = f"LoRA, {_count(sizes.num_trained)} trained" if run.model.lora is not None else "all weights trained"
     where = f"{choice.num_devices} x {run.device.name}" if choice.num_devices > 1 else run.device.name
     shared = f", {choice.sharding}" if choice.num_devices > 1 else ""
+    shared += f", {choice.ranks_per_batch} to a batch" if choice.ranks_per_batch > 1 else ""
     return f"{_count(sizes.num_parameters)} parameters{active}, {base}{how}; {where}{shared}"
 
 
@@ -136,7 +139,7 @@ def _verdict(outcome: Outcome, memory_gib: float) -> list[str]:
 def _time_lines(planner: Planner, outcome: Outcome) -> list[str]:
     run, choice, batches = planner.run, outcome.choice, outcome.batches
     micro = outcome.time.total
-    pairs_per_step = batches.pairs_per_batch * choice.accumulation * choice.num_devices
+    pairs_per_step = batches.pairs_per_batch * choice.accumulation * choice.num_batches
     logits = outcome.logits_bytes(run.config.get_text_config().vocab_size) / GIB
     lines = [
         f"layout          {outcome.layout}: {batches.pairs_per_batch:.3g} pairs, {batches.positions:.0f} positions "

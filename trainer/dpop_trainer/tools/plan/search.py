@@ -135,16 +135,16 @@ def _largest_batches(planner: Planner, base: Choice, *, most: int = MOST_PAIRS) 
 
     One pair that fits is returned whatever it leaves, as nothing is smaller; none where it does not.
     """
-    per_device = max(1, base.global_pairs // base.num_devices)
+    per_batch = max(1, base.global_pairs // base.num_batches)
     if planner.run.budget is not None:
         outcome = planner.outcome(base, exact_time=False)
         return [outcome] if outcome.fits else []
 
     def outcome_of(num_pairs: int) -> Outcome:
-        choice = replace(base, num_pairs=num_pairs, accumulation=max(1, per_device // num_pairs))
+        choice = replace(base, num_pairs=num_pairs, accumulation=max(1, per_batch // num_pairs))
         return planner.outcome(choice, exact_time=False)
 
-    sizes = [n for n in (1, 2, 4, 8, 16, 32, MOST_PAIRS) if n <= min(most, per_device) and per_device % n == 0]
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, MOST_PAIRS) if n <= min(most, per_batch) and per_batch % n == 0]
     first = outcome_of(1)
     if not first.fits:
         return []

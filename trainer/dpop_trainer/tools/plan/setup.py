@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from dpop_kernels import needs_reference
+from dpop_trainer.batches.sequence_obstacles import check_shared_model
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.data.source_path import expanded
 from dpop_trainer.inputs.data_sets import load_train_data, train_paths
@@ -94,24 +95,27 @@ def make_planner(
     obstacle = planner.obstacle(config.layout)
     if config.tiled_mlp is not None:
         check_tiles(planner.bare)
-        if plan.sharding == "zero3":
+        if plan.engine == "zero3":
             raise ValueError("tiled_mlp: expected 'none' with zero3, which gathers weights for each tile. Use fsdp2.")
     if config.planned["activation_offloading"] and not device.is_gpu:
         raise ValueError(f"activation_offloading: expected a GPU, got {device.name}. Leave it off here.")
     if obstacle is not None:
         raise ValueError(f"layout: expected one that the model can run, got {config.layout!r}: {obstacle}. Use auto.")
+    num_devices = plan.devices or config.sequence_parallel_size
+    _check_together(planner, config, plan, num_devices)
     choice = Choice(
         layout=config.layout,
         num_pairs=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
         checkpointing=config.gradient_checkpointing or config.planned["activation_offloading"],
         bits=bits,
-        sharding=_sharding(plan),
-        num_devices=plan.devices,
+        sharding=_sharding(plan, num_devices),
+        num_devices=num_devices,
         tiled_mlp=config.tiled_mlp,
         offloading=config.planned["activation_offloading"],
+        ranks_per_batch=config.sequence_parallel_size,
     )
-    return planner, choice, _notes(planner, source.origin, config, plan)
+    return planner, choice, _notes(planner, source.origin, config, plan, num_devices)
 
 
 def _lora(model: ModelArguments) -> LoraConfig | None:
@@ -133,10 +137,38 @@ def _lora(model: ModelArguments) -> LoraConfig | None:
     return found
 
 
-def _sharding(plan: PlanArguments) -> Any:
-    if plan.sharding != "auto":
-        return plan.sharding
-    return "none" if plan.devices == 1 else "ddp"
+def _sharding(plan: PlanArguments, num_devices: int) -> Any:
+    if plan.engine != "auto":
+        return plan.engine
+    return "none" if num_devices == 1 else "ddp"
+
+
+def _check_together(planner: Planner, config: PlanConfig, plan: PlanArguments, num_devices: int) -> None:
+    """What `sequence_parallel_size` asks of the run.
+
+    Raises:
+        ValueError: groups of so many devices cannot be made, or cannot run the model.
+    """
+    size = config.sequence_parallel_size
+    if size == 1:
+        return
+    if num_devices % size:
+        raise ValueError(
+            f"devices: expected a multiple of the {size} that run a batch together, got {num_devices}. Use "
+            f"{num_devices + -num_devices % size}."
+        )
+    if plan.engine in ("zero2", "zero3"):
+        raise ValueError(
+            f"sharding: expected sp{size} without {plan.engine}, whose groups of processes know nothing of "
+            f"it. Use sp{size},fsdp2."
+        )
+    if planner.run.model.attention not in (None, "sdpa"):
+        raise ValueError(
+            f"attn_implementation: expected 'sdpa' beside sequence_parallel_size {size}, got "
+            f"{planner.run.model.attention!r}. Leave it out."
+        )
+    longest, multiple = config.max_length, config.row_multiple or 1
+    check_shared_model(planner.bare, size, longest=None if longest is None else longest + -longest % multiple)
 
 
 def _dtype(model: ModelArguments, config: PlanConfig, source: Any) -> torch.dtype:
@@ -199,7 +231,7 @@ def _is_at_hand(data: DataArguments) -> bool:
     return bool(names) and all(expanded(name).exists() for name in names)
 
 
-def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArguments) -> list[str]:
+def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArguments, num_devices: int) -> list[str]:
     run = planner.run
     device = run.device
     notes = [
@@ -210,7 +242,7 @@ def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArgument
     ]
     whose = "given" if plan.mfu is not None else "assumed; --mfu changes it" if device.is_gpu else "of our CPU records"
     notes.append(f"A step reaches {device.utilisation:.0%} of the device's products ({whose}).")
-    if plan.devices > 1:
+    if num_devices > 1:
         notes.append("Assumed: what devices send each other hides behind arithmetic.")
     if not optimizer_named(run.optimizer, on_gpu=device.is_gpu).is_known:
         notes.append(f"Assumed: {run.optimizer} keeps what AdamW keeps.")
@@ -220,11 +252,6 @@ def _notes(planner: Planner, origin: str, config: PlanConfig, plan: PlanArgument
         notes.append(f"The kernels' workspace is counted as with kernel_backend auto, not {backend}.")
     if config.planned["activation_offloading"]:
         notes.append(f"Assumed: activations go to the host and back at {HOST_LINK / 1e9:.0f} GB/s, beside no product.")
-    if config.sequence_parallel_size > 1:
-        notes.append(
-            f"sequence_parallel_size {config.sequence_parallel_size} is not counted: a device holds one of so many "
-            "parts of the activations."
-        )
     if run.model.lora is not None and run.model.dtype == torch.float32 and device.is_gpu:
         notes.append("The frozen weights are in float32, the default; dtype: bfloat16 halves them.")
     sizes = planner.sizes(run.model.bits)

@@ -4,6 +4,8 @@ PaperHead         the scoring head of a device: unit gradients, workspace, produ
 QuantisedLinear   bitsandbytes' 4-bit and 8-bit layers: packed weights, widened for each product
 grouped_product   a mixture's experts, whichever tokens they get
 offload_on_paper  what checkpointing keeps, on its way to the host and back
+rows_of_one  that a row without padding is one sequence, which transformers reads from its positions
+exchanges_on_paper  what the ranks of a batch send each other around attention
 """
 
 from collections.abc import Iterator
@@ -13,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.integrations import moe
 
 from dpop_kernels.backends import bounds
 from dpop_kernels.logps.linear import as_autocast
 from dpop_kernels.model_head.layers import StandIn, is_lora, output_layers
 from dpop_kernels.model_head.transforms import logit_transform
+from dpop_trainer.batches import sequence_group
 from dpop_trainer.tools.plan.tape import add_flop, add_moved, part
 
 FP32, FP64 = 4, 8
@@ -230,6 +234,28 @@ def grouped_experts() -> Iterator[None]:
         yield
     finally:
         moe._grouped_mm = own
+
+
+@contextmanager
+def rows_of_one() -> Iterator[None]:
+    """Let no mask be made of rows without padding: a row of several sequences comes with a mask of its own."""
+    own = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+
+
+@contextmanager
+def exchanges_on_paper() -> Iterator[None]:
+    """Let one process stand for all that run a batch together: it sends, and gets as much."""
+    own = sequence_group.exchanged
+    sequence_group.exchanged = lambda parts, process_group: torch.empty_like(parts.contiguous())
+    try:
+        yield
+    finally:
+        sequence_group.exchanged = own
 
 
 def offload_on_paper(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ layers; the step's peak is the highest of the lines:
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -25,12 +25,21 @@ from transformers import PreTrainedConfig
 from dpop_trainer.batches import Batch
 from dpop_trainer.batches.flat_attention import runs
 from dpop_trainer.batches.scoring import forward_inputs
+from dpop_trainer.batches.sequence_group import SequenceGroup
+from dpop_trainer.batches.sequence_shares import of_columns, share_out
+from dpop_trainer.batches.shared_attention import SharedForward, run_together, share_attention
 from dpop_trainer.models.adapters import base_model
 from dpop_trainer.models.tiled_mlp import tile_mlps
 from dpop_trainer.settings.renamed import enable_checkpointing
 from dpop_trainer.tools.plan.flat_on_paper import PAPER_ATTENTION, flat_row_on_paper
 from dpop_trainer.tools.plan.paper_model import ModelSetting, Sizes, build, decoder_layers, on_paper
-from dpop_trainer.tools.plan.stand_ins import PaperHead, grouped_experts, offload_on_paper
+from dpop_trainer.tools.plan.stand_ins import (
+    PaperHead,
+    exchanges_on_paper,
+    grouped_experts,
+    offload_on_paper,
+    rows_of_one,
+)
 from dpop_trainer.tools.plan.tape import Moment, Tape
 
 BEGINS, BETWEEN, ENDS = "backward begins", "backward", "backward ends"
@@ -58,6 +67,8 @@ class StepSetting:
     """As in DPOPConfig."""
     offloading: bool = False
     """What checkpointing keeps lies in the host's memory."""
+    ranks_per_batch: int = 1
+    """Each has its part of the columns of a batch."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +167,19 @@ def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes
             offload_on_paper(base)
     tile_mlps(model, setting.tiled_mlp, on_gpu=setting.on_gpu)  # type: ignore[arg-type]
     model.train()
+    share = None
+    if setting.ranks_per_batch > 1:
+        share_attention(base)
+        share = _largest_share(batch, setting.ranks_per_batch)
     has_padding = not bool(batch.attention_mask.all())
     row = contextlib.nullcontext()
     if is_flat:  # the backward of a checkpoint attends again
         row = flat_row_on_paper(runs(batch["trie_ends"].flatten().tolist()), on_gpu=setting.on_gpu)
-    with mode, grouped_experts(), row:
+    with mode, grouped_experts(), rows_of_one(), exchanges_on_paper(), row:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        head = PaperHead(base, on_gpu=setting.on_gpu, num_scored=batch.target_ids.shape[0])
+        head = PaperHead(
+            base, on_gpu=setting.on_gpu, num_scored=batch.target_ids.shape[0] if share is None else share.num_scored
+        )
         inputs = Batch({key: torch.empty(value.shape, dtype=value.dtype) for key, value in batch.items()})
         known: list[Tensor] = [*model.parameters(), *model.buffers(), *inputs.values()]
         if setting.accumulates:
@@ -173,7 +190,7 @@ def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes
         layers = decoder_layers(model)
         layer_of = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
         _name_phases(layers, tape, sizes)
-        step = _Step(model, head, setting, has_padding=has_padding, is_flat=is_flat)
+        step = _Step(model, head, setting, has_padding=has_padding, is_flat=is_flat, share=share)
         with tape:
             loss = step.forward(tape, inputs)
             tape.enter(BEGINS)
@@ -191,6 +208,23 @@ def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes
     return tape
 
 
+class _Share(NamedTuple):
+    """One rank's of a batch that several run together."""
+
+    group: SequenceGroup
+    num_scored: int
+    pads_right: bool
+
+
+def _largest_share(batch: Batch, ranks_per_batch: int) -> _Share:
+    """Of the rank that scores the most tokens; all have as many columns."""
+    groups = [SequenceGroup(None, rank, ranks_per_batch) for rank in range(ranks_per_batch)]
+    shared = [share_out(batch, group) for group in groups]
+    num_scored = [0 if one.own_tokens is None else one.own_tokens.shape[0] for one in shared]
+    most = max(groups, key=lambda group: num_scored[group.rank])
+    return _Share(most, num_scored[most.rank], shared[most.rank].pads_right)
+
+
 @dataclass
 class _Step:
     model: Any
@@ -198,6 +232,7 @@ class _Step:
     setting: StepSetting
     has_padding: bool
     is_flat: bool
+    share: _Share | None
 
     def forward(self, tape: Tape, batch: Batch) -> Tensor:
         """Reference and policy, in the trainer's order -> the loss."""
@@ -205,8 +240,15 @@ class _Step:
         autocast = contextlib.nullcontext()
         if setting.autocast is not None:
             autocast = torch.autocast("cpu", setting.autocast)
-        with autocast:
-            inputs = self._inputs(batch)
+        inputs = self._inputs(batch)
+        together = contextlib.nullcontext()
+        if self.share is not None:
+            group, mask = self.share.group, None if batch.trie_ends is None else inputs["attention_mask"]
+            together = run_together(
+                SharedForward(group, batch.attention_mask, pads_right=self.share.pads_right, mask=mask)
+            )
+            inputs |= of_columns(batch, group.columns(batch.input_ids.shape[1]))
+        with autocast, together:
             if setting.reference != "none":
                 tape.enter("reference")
                 with torch.no_grad(), self._as_reference():
