@@ -21,7 +21,7 @@ def paths(drawn, kind):
 
 def test_a_line_by_hand():
     drawn = lines("Loss", [Line("a", [0, 5, 10], [0.0, 1.0, 2.0])], AT, Axis("", low=0.0, high=2.0))
-    # ticks 0 to 2 by halves: three columns of 6.4 and 10 more are under 30, the least; 360 - 16 at the right;
+    # ticks 0 to 2 by halves: three digits of 7.3 and 8 more are under 30, the least; 360 - 16 at the right;
     # 48 above, 220 - 36 below
     assert paths(drawn, "run") == ["M30.0 184.0L187.0 116.0L344.0 48.0"]
     assert "<title>a, step 5: 1</title>" in drawn
@@ -62,8 +62,9 @@ def test_a_logarithmic_axis_goes_from_power_to_power():
 
 
 def test_numbers_along_an_axis():
-    told = ["0", "−1.5", "0.001", "1,234", "12.3k", "4.5M", "1e−07", "1e+12"]
-    assert [number(value) for value in (-0.0, -1.5, 1e-3, 1234, 12300, 4.5e6, 1e-7, 1e12)] == told
+    told = ["0", "−1.5", "0.001", "1,234", "12.3k", "4.5M", "10⁻⁷", "−10⁻⁷", "2.5·10⁻⁵", "10¹²"]
+    values = (-0.0, -1.5, 1e-3, 1234, 12300, 4.5e6, 1e-7, -1e-7, 2.5e-5, 1e12)
+    assert [number(value) for value in values] == told
     assert round_numbers(-0.3, 1.1, 5) == [0.0, 0.5, 1.0]  # fifths of 1.4 are 0.28: the next round step is a half
     assert round_numbers(0.0, 7.0, 4) == [0.0, 2.0, 4.0, 6.0]
 

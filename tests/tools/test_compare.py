@@ -175,6 +175,11 @@ def test_the_judgement_in_a_sentence():
     told = "DPO lowered the chosen answers; IPO left them where they were; DPOP raised them."
     assert headline(runs) == told
     assert headline(comparison(A=[-1.0], B=[-2.0])) == "A and B lowered the chosen answers."
+    varied = {"DPO, β = 0.1, lr = 0.1": [-10.0], "DPOP": [2.0], "DPOP, λ = 5": [3.0]}
+    told = "DPO (β = 0.1, lr = 0.1) lowered the chosen answers; DPOP and DPOP (λ = 5) raised them."
+    assert headline(comparison(**varied)) == told
+    many = headline(comparison(A=[-1.0], B=[-2.0], C=[-4.0], **{"DPOP, λ = 5": [-0.5]}))
+    assert many == "All 4 methods lowered the chosen answers: from -0.50 nats with DPOP (λ = 5) to -4.00 nats with C."
 
 
 def test_intervals_by_hand():

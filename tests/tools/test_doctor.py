@@ -209,7 +209,7 @@ def test_low_edit_pairs(tmp_path):
     low, high = pair("q", "aaaaXbbbb.", "aaaaYbbbb."), pair("r", "abc", "xyz")  # 1 of 10, 3 of 3
     seen = examine(tmp_path, [low, *({**high, "prompt": f"r{i}"} for i in range(3))])
     assert found(seen) == {"low_edit": [0]}  # a quarter of the pairs
-    assert "with 5 items on average after the edit" in seen.findings[0].message
+    assert "with 5 characters on average after the edit" in seen.findings[0].message
     assert seen.recommendations[0].value == "dpop with dpop_lambda 50"
     seen = examine(tmp_path, [low, *({**high, "prompt": f"r{i}"} for i in range(4))])
     assert found(seen) == {}

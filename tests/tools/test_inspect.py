@@ -138,7 +138,7 @@ def test_page_escapes_everything_and_marks_tokens(tmp_path):
     assert (gained["class"], gained["style"]) == ("gained", "--much: 0.3")
     assert "Pair 7: chosen -1.50 nats" in page.text
     assert "The pair whose chosen answer lost most" in page.text
-    assert '<h1><span class="bad">Training lowered the chosen answers: -5.00 ± 1.00 nats per answer</span></h1>' in text
+    assert '<h1><span class="bad">Training lowered the chosen answers by 5.00 ± 1.00 nats each</span></h1>' in text
 
 
 def one_page(pair, tmp_path):

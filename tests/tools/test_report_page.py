@@ -137,7 +137,7 @@ def test_a_file_by_itself_has_its_colours_in_it(tmp_path):
     assert 'viewBox="-8 -8 116 66"' in text
     page = Page(text)
     assert page.of("rect", class_="ground") == [
-        {"class": "ground", "x": "-8", "y": "-8", "width": "116", "height": "66"}
+        {"class": "ground", "x": "-8", "y": "-8", "width": "116", "height": "66", "rx": "6"}
     ]
     assert "<x>" in page.text
     assert palette.resolved("a var(--ink) b", "dark") == f"a {INKS['ink'].dark} b"

@@ -21,6 +21,8 @@ from dpop_trainer.report.svg import COLUMN, Entry
 _TOP, _RIGHT, _UNDER = 48, 16, 36
 """Around what is drawn: heading and unit above, what the last tick needs, ticks and label below."""
 _ROW = 34  # of intervals
+_DIGIT = 7.3
+"""Of a tick, in the widest of common fonts: a minus that is cut off at the left is a lie."""
 _MOST_MARKERS, _MOST_TOLD = 12, 60  # of a series
 _NUM_BINS = 40
 
@@ -32,7 +34,7 @@ class Size(NamedTuple):
     height: int
 
 
-SMALL, LARGE = Size(360, 220), Size(440, 300)
+SMALL, LARGE = Size(360, 220), Size(400, 280)
 
 
 class Line(NamedTuple):
@@ -79,7 +81,7 @@ class Frame:
         self.top, self.bottom, self.right = float(_TOP), float(size.height - _UNDER), float(size.width - _RIGHT)
         self.y = Scale.over([value for _, value in places], y, self.bottom, self.top, room=0.0 if y.whole else 0.06)
         y_ticks = self.y.ticks(y, 4)
-        self.left = max(30.0, 10 + COLUMN * max((columns(told) for _, told in y_ticks), default=0))
+        self.left = max(30.0, 8 + _DIGIT * max((columns(told) for _, told in y_ticks), default=0))
         self.x = Scale.over([value for value, _ in places], x, self.left, self.right)
         self.parts = [svg.text(0, 14, title, "heading"), svg.text(0, 32, y.label, "unit")]
         for value, label in y_ticks:

@@ -5,6 +5,7 @@ text given to them is escaped here, so that no caller needs to.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -70,7 +71,9 @@ def verdict(texts: Sequence[str], kind: str = "", *, command: str = "", numbered
         command: to be pasted.
         numbered: as a list.
     """
-    code = f"<p><code>{visible(command)}</code></p>" if command else ""
+    # a line ends between options, never within one
+    options = " ".join(f"<span>{visible(part)}</span>" for part in re.split(r" (?=--)", command))
+    code = f"<p><code>{options}</code></p>" if command else ""
     if numbered:
         inside = f"{code}<ol>{''.join(f'<li>{visible(text)}</li>' for text in texts)}</ol>"
     else:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,17 @@ from dpop_trainer.report.signed import signed
 from dpop_trainer.report.svg import Panel
 from dpop_trainer.run_folder.private import shareable
 from dpop_trainer.run_folder.run_files import METRICS_FILE, read_metrics
+from dpop_trainer.settings.wording import counted
 
 logger = logging.getLogger(__name__)
 
 PAGE_FILE = "run.html"
 
+CHOSEN_CHANGE, REJECTED_CHANGE = "dpop/chosen_logratio", "dpop/rejected_logratio"
+
 _MOST_POINTS = 500
+_FAR = 20
+"""Times its median, a largest value that asks for a logarithmic axis: beside one spike all others are a flat line."""
 # seconds between two pages, and how many times as long as a page takes: at most two percent of a run go into them
 _INTERVAL, _SHARE = 30.0, 50.0
 
@@ -42,6 +48,8 @@ class _Chart(NamedTuple):
     """Draw a line at 0, below which something is lost."""
     log: bool = False
     from_zero: bool = False
+    unless: str = ""
+    """A key of metrics.jsonl under which another chart shows the same."""
 
 
 _LARGE = (
@@ -49,16 +57,16 @@ _LARGE = (
         "Change of the answers",
         "log π − log π_ref, nats per answer",
         (
-            _Series("dpop/chosen_logratio", "chosen Δ", CHOSEN),
-            _Series("dpop/rejected_logratio", "rejected Δ", REJECTED),
+            _Series(CHOSEN_CHANGE, "chosen", CHOSEN),
+            _Series(REJECTED_CHANGE, "rejected", REJECTED),
         ),
         zero=True,
     ),
-    _Chart("Margin", "β · (Δ chosen − Δ rejected)", (_Series("rewards/margins", "margin"),), zero=True),
+    _Chart("Margin", "β · (Δ chosen − Δ rejected)", (_Series("rewards/margins", "training"),), zero=True),
 )
 _SMALL = (
     _Chart("Loss", "", (_Series("loss", "training"),)),
-    _Chart("Penalty", "β λ max(0, −Δ chosen)", (_Series("dpop/penalty", "penalty"),)),
+    _Chart("Penalty", "β λ max(0, −Δ chosen)", (_Series("dpop/penalty", "training"),)),
     _Chart(
         "Shares of pairs",
         "",
@@ -77,13 +85,16 @@ _SMALL = (
         "β · Δ",
         (_Series("rewards/chosen", "chosen", CHOSEN), _Series("rewards/rejected", "rejected", REJECTED)),
         zero=True,
+        unless=CHOSEN_CHANGE,
     ),
-    _Chart("Gradient norm", "before clipping", (_Series("grad_norm", "before clipping"),), log=True),
+    _Chart("Gradient norm", "before clipping", (_Series("grad_norm", "training"),), log=True),
     _Chart("Learning rate", "", (_Series("learning_rate", "learning rate"),)),
     _Chart("Speed", "tokens per second, all processes", (_Series("tokens/per_second", "speed"),), from_zero=True),
     _Chart("Peak memory", "GiB, largest process", (_Series("memory/peak_gib", "peak memory"),), from_zero=True),
-    _Chart("Token accuracy", "share of chosen tokens", (_Series("mean_token_accuracy", "token accuracy"),)),
+    _Chart("Token accuracy", "share of chosen tokens", (_Series("mean_token_accuracy", "training"),)),
 )
+_TELLING = {series.key for chart in (*_LARGE, *_SMALL) for series in chart.series} - {"loss"}
+"""Keys that an evaluation is known by: of "eval_aux_loss" nobody knows whether it is one."""
 
 
 class RunPage(TrainerCallback):
@@ -133,7 +144,9 @@ def write_run_page(metrics: Sequence[Mapping[str, Any]], run_config: Mapping[str
     """
     large, small = large_panels(metrics), _panels(_SMALL, metrics, SMALL)
     settings = {key: value for key, value in run_config.items() if key in _TOLD and value not in (None, [], {})}
+    outcome = _outcome(metrics)
     sections = [
+        html_page.tiles(_tiles(outcome)) if outcome.values else "",
         html_page.charts(large, large=True) if large else "",
         html_page.paragraph("Over optimizer steps; hollow points are evaluations on held-out pairs.", "note"),
         html_page.charts(small) if small else "",
@@ -141,10 +154,8 @@ def write_run_page(metrics: Sequence[Mapping[str, Any]], run_config: Mapping[str
         html_page.paragraph(f"Every number: {METRICS_FILE}.", "note"),
     ]
     about = " · ".join(part for part in (folder.name, *_named(run_config)) if part)
-    change = _latest(metrics, "dpop/chosen_logratio")
-    kind = "" if change is None else "bad" if change[1] < 0 else "good"
     html_page.write_page(
-        _headline(metrics), [part for part in sections if part], folder / PAGE_FILE, about=about, kind=kind
+        _headline(outcome), [part for part in sections if part], folder / PAGE_FILE, about=about, kind=_kind(outcome)
     )
 
 
@@ -180,16 +191,64 @@ def _named(run_config: Mapping[str, Any]) -> list[str]:
     return [losses.upper(), model, f"on {data}" if data else ""]
 
 
-def _headline(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Where the run stands, and what became of the chosen answers by then."""
-    step = max((line["step"] for line in metrics), default=0)
-    held_out, trained = (_latest(metrics, f"{prefix}dpop/chosen_logratio") for prefix in ("eval_", ""))
-    if held_out or trained:
-        at, change = held_out or trained  # type: ignore[misc]
-        pairs = "held-out" if held_out else "training"
-        return f"Step {at:,}: the chosen answers' log-prob {signed(change)} nats an answer ({pairs} pairs)"
+class _Outcome(NamedTuple):
+    """What was last measured of the answers."""
+
+    step: int
+    pairs: str
+    values: dict[str, float]
+    """By key of metrics.jsonl; empty where the run has no reference to measure against."""
+    loss: float | None
+
+
+def _outcome(metrics: Sequence[Mapping[str, Any]]) -> _Outcome:
+    """On held-out pairs where there are any, else on the last that were trained on."""
     loss = _latest(metrics, "loss")
-    return f"Step {step:,}" + (f": loss {loss[1]:.4g}" if loss else "")
+    for prefix in (*_evaluations(metrics), ""):
+        change = _latest(metrics, prefix + CHOSEN_CHANGE)
+        if change:
+            keys = (CHOSEN_CHANGE, REJECTED_CHANGE, "rewards/accuracies", "rewards/margins")
+            latest = {key: _latest(metrics, prefix + key) for key in keys}
+            values = {key: value[1] for key, value in latest.items() if value}
+            return _Outcome(change[0], _pairs(prefix), values, loss and loss[1])
+    return _Outcome(max((line["step"] for line in metrics), default=0), "", {}, loss and loss[1])
+
+
+def _headline(outcome: _Outcome) -> str:
+    """Where the run stands, and what became of the chosen answers by then."""
+    if outcome.values:
+        change = outcome.values[CHOSEN_CHANGE]
+        moved = {"good": "gained", "bad": "lost"}.get(_kind(outcome))
+        told = f"{moved} {abs(change):.2f} nats each" if moved else "are where they were"
+        return f"After {counted(outcome.step, 'step')} the chosen answers {told}, on {outcome.pairs} pairs"
+    told = "" if outcome.loss is None else f": loss {outcome.loss:.4g}"
+    return f"After {counted(outcome.step, 'step')}{told}"
+
+
+def _kind(outcome: _Outcome) -> str:
+    change = round(outcome.values.get(CHOSEN_CHANGE, 0.0), 2)
+    return "bad" if change < 0 else "good" if change > 0 else ""
+
+
+def _tiles(outcome: _Outcome) -> list[tuple[str, str]]:
+    told = {
+        CHOSEN_CHANGE: (lambda value: f"{signed(value)} nats", "the chosen answers' log-prob, a mean per answer"),
+        REJECTED_CHANGE: (lambda value: f"{signed(value)} nats", "the rejected answers'"),
+        "rewards/accuracies": ("{:.1%}".format, "of the pairs: the chosen answer gained more (reward accuracy)"),
+        "rewards/margins": (signed, "margin, β · (Δ chosen − Δ rejected)"),
+    }
+    return [(text(outcome.values[key]), what) for key, (text, what) in told.items() if key in outcome.values]
+
+
+def _evaluations(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the keys of evaluations begin with: "eval_", or "eval_NAME_" for each of several sets."""
+    keys = {key for line in metrics for key in line if key.startswith("eval_")}
+    found = {key.removesuffix(known) for key in keys for known in _TELLING if key.endswith(known)}
+    return sorted(found | {"eval_"} if "eval_loss" in keys else found)
+
+
+def _pairs(prefix: str) -> str:
+    return " ".join(["held-out", prefix.removeprefix("eval_").rstrip("_")]).strip() if prefix else "training"
 
 
 def _latest(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[int, float] | None:
@@ -197,28 +256,31 @@ def _latest(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[int, float]
 
 
 def _panels(charts: Sequence[_Chart], metrics: Sequence[Mapping[str, Any]], size: Size) -> list[Panel]:
-    """Of those of which the run has logged anything."""
-    drawn = ((chart, _lines(chart, metrics)) for chart in charts)
+    """Of those of which the run has logged anything that no other one shows."""
+    drawn = ((chart, _lines(chart, metrics)) for chart in charts if not _latest(metrics, chart.unless))
     return [
         Panel(chart.title.lower().replace(" ", "_"), _drawn(chart, series, size)) for chart, series in drawn if series
     ]
 
 
 def _lines(chart: _Chart, metrics: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """The series in training, then in evaluations; of a single one the name says only which."""
     found = []
     for one in chart.series:
-        for prefix, kind in (("", "line"), ("eval_", "points")):
+        for prefix in ("", *_evaluations(metrics)):
             points = _points(metrics, prefix + one.key)
             if points:
-                name = one.name if kind == "line" else f"{one.name}, evaluated"
+                told = [one.name] if len(chart.series) > 1 else []
+                name = ", ".join([*told, _pairs(prefix)] if prefix or not told else told)
                 x, y = zip(*points, strict=True)
-                found.append(Line(name, x, y, one.style, kind=kind))
+                found.append(Line(name, x, y, one.style, kind="points" if prefix else "line"))
     return found
 
 
 def _drawn(chart: _Chart, series: Sequence[Line], size: Size) -> str:
     values = [value for line in series for value in line.y]
-    y = Axis(chart.unit, log=chart.log and min(values) > 0)
+    is_far = max(values) > _FAR * statistics.median(values) and not chart.zero and not chart.from_zero
+    y = Axis(chart.unit, log=(chart.log or is_far) and min(values) > 0)
     if chart.from_zero:
         y = y._replace(low=0.0, high=1.15 * max(values) or 1.0)
     return lines(chart.title, series, Axis("step", whole=True), y, size=size, zero=chart.zero)

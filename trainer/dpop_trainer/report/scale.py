@@ -63,7 +63,7 @@ class Scale(NamedTuple):
 
 
 def number(value: float) -> str:
-    """Four significant digits, thousands and millions abbreviated, a true minus."""
+    """Four significant digits, thousands and millions abbreviated, a true minus, powers of ten as such."""
     size = abs(value)
     if size >= 1e9:
         told = f"{value:.3g}"
@@ -73,7 +73,14 @@ def number(value: float) -> str:
         told = f"{value / 1e3:.4g}k"
     else:
         told = f"{value + 0.0:,.4g}"
+    mantissa, _, exponent = told.partition("e")
+    if exponent:
+        power = f"10{str(int(exponent)).translate(_RAISED)}"
+        told = f"{mantissa}·{power}" if mantissa.lstrip("-") != "1" else mantissa.replace("1", power)
     return told.replace("-", "−")
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def round_numbers(low: float, high: float, most: int) -> list[float]:

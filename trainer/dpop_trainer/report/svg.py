@@ -19,7 +19,7 @@ CSS = Path(__file__).with_name("charts.css").read_text(encoding="utf-8")
 
 _ROW, _SAMPLE = 17, 34  # of a legend: its height, and the room for a line's sample
 _MARGIN = 8  # of a file
-_SHOWN = 0.88
+_SHOWN = 0.96
 """Of its own pixels, the width that a file asks for: two beside each other on a page of documentation."""
 
 
@@ -117,7 +117,7 @@ def write_svg(panel: Panel, folder: Path) -> Path:
     opening, _, rest = panel.svg.partition(">")
     box = opening.partition('viewBox="')[2].partition('"')[0]
     width, height = (float(side) + 2 * _MARGIN for side in box.split()[2:])
-    ground = f'<rect class="ground" x="{-_MARGIN}" y="{-_MARGIN}" width="{width:g}" height="{height:g}"/>'
+    ground = f'<rect class="ground" x="{-_MARGIN}" y="{-_MARGIN}" width="{width:g}" height="{height:g}" rx="6"/>'
     opening = opening.replace(
         f'<svg class="chart" viewBox="{box}"',
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" width="{_SHOWN * width:.0f}" '

@@ -31,6 +31,9 @@ from dpop_trainer.tools.compare.report import (
     verdict,
 )
 
+_NAMED = 3
+"""Methods that the heading names one by one where one thing is true of all."""
+
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Write compare.json, compare.html and figures/."""
@@ -61,10 +64,24 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 
 def headline(comparison: Comparison) -> str:
-    """The judgement in a sentence."""
-    parts = [f"{listed(methods)} {verb}" for verb, methods in outcomes(comparison).items() if methods]
-    first, *rest = parts
+    """The judgement in a sentence. Where one thing is true of many, how much of it is told instead of who they are."""
+    found = {verb: methods for verb, methods in outcomes(comparison).items() if methods}
+    if len(found) == 1 and len(comparison.methods) > _NAMED:
+        changes = {
+            _apart(method): statistics.fmean(map(COLUMNS[0].value, comparison.of(method)))
+            for method in comparison.methods
+        }
+        highest, lowest = (pick(changes, key=changes.__getitem__) for pick in (max, min))
+        ends = [f"{COLUMNS[0].text(changes[name])} nats with {name}" for name in (highest, lowest)]
+        return f"All {len(changes)} methods {next(iter(found))}: from {ends[0]} to {ends[1]}."
+    first, *rest = (f"{listed(list(map(_apart, methods)))} {verb}" for verb, methods in found.items())
     return "; ".join([first, *(part.replace("the chosen answers", "them") for part in rest)]) + "."
+
+
+def _apart(method: str) -> str:
+    """A name that can stand in a list: what varies in brackets."""
+    loss, comma, varied = method.partition(", ")
+    return f"{loss} ({varied})" if comma else loss
 
 
 def result_sections(comparison: Comparison) -> list[str]:

@@ -32,6 +32,7 @@ from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.versions import versions
 from dpop_trainer.settings.config import DPOPConfig, SFTConfig
 from dpop_trainer.settings.terminal import say
+from dpop_trainer.settings.wording import counted
 from dpop_trainer.tools.demo.report import format_table, write_report
 from dpop_trainer.tools.demo.word_problems import Problem, build_tokenizer, final_answer, generate
 from dpop_trainer.tools.pairs.metamath import build_pairs
@@ -288,7 +289,9 @@ def _summary(
     return {
         "config": {"seed": seed, **asdict(settings)},
         "versions": versions(),
-        "device": f"CPU, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(),
+        "device": f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+        if device == "cpu"
+        else torch.cuda.get_device_name(),
         "data": {
             "num_train_problems": settings.num_train_problems,
             "num_pairs": len(train_pairs),

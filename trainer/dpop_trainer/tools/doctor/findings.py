@@ -278,11 +278,12 @@ def _low_edit(evidence: Evidence) -> list[Finding]:
     if low.mean() < _LOW_EDIT_SHARE:
         return []
     after = float(measures.suffix[low].mean())
+    unit = "tokens" if (measures.chosen_tokens >= 0).any() else "characters"
     return _finding(
         evidence,
         "low_edit",
         low,
-        f"are low-edit (normalised distance up to {LOW_EDIT}), with {after:,.0f} items on average after the edit that "
+        f"are low-edit (normalised distance up to {LOW_EDIT}), with {after:,.0f} {unit} on average after the edit that "
         "both answers share",
         "Plain DPO would part the answers at the edit and lower what follows it in both, the chosen answer with it; "
         "DPOP's penalty holds the chosen answer.",

@@ -45,7 +45,7 @@ def _loss(measures: Measures) -> Recommendation:
         return Recommendation("loss_type", "none", "No pair has two different answers.")
     low = float((distance <= LOW_EDIT).mean())
     median = (
-        f"The median normalised edit distance is {np.median(distance):.2f}, {percent(low)} of the pairs are low-edit"
+        f"The median normalised edit distance is {np.median(distance):.2g}, {percent(low)} of the pairs are low-edit"
     )
     if low >= _LOW_EDIT_SHARE:
         return Recommendation(

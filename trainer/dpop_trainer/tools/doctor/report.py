@@ -51,6 +51,7 @@ def write_report(examination: Examination, path: Path, tokenizer: "PreTrainedTok
         html_page.heading("Recommended"),
         _recommendations(examination),
         html_page.heading("Distributions"),
+        html_page.paragraph("Dashed: the median.", "note"),
         _charts(examination),
         _model_section(examination),
         html_page.heading("Pairs to look at"),
@@ -110,7 +111,7 @@ def _tiles(examination: Examination) -> str:
     unit = "token" if "token_distance" in statistics else "character"
     distance = statistics[f"{'token' if unit == 'token' else 'char'}_distance"]
     tiles = [(f"{examination.num_pairs:,}", "pairs"), (f"{len(examination.drop):,}", "to drop")]
-    tiles.append((f"{distance['median']:.2f}", f"median {unit} edit distance"))
+    tiles.append((f"{distance['median']:.2g}", f"median {unit} edit distance"))
     tiles.append(
         (f"{statistics['common_prefix_share']['median']:.0%}", "of the chosen answer before the edit (median)")
     )

@@ -120,11 +120,11 @@ def format_inspection(inspection: Inspection, terminal: Terminal = PLAIN) -> str
 def headline(evaluation: PairEvaluation) -> str:
     """The judgement in a sentence."""
     mean, error = evaluation.chosen_logratio, evaluation.chosen_logratio_error
-    amount = f"{signed(mean)}{_plus_minus(error)} nats per answer"
+    amount = f"by {abs(mean):.2f}{_plus_minus(error)} nats each"
     return {
-        "fell": f"Training lowered the chosen answers: {amount}",
-        "rose": f"Training raised the chosen answers: {amount}",
-        "unchanged": f"Training left the chosen answers where they were: {amount}",
+        "fell": f"Training lowered the chosen answers {amount}",
+        "rose": f"Training raised the chosen answers {amount}",
+        "unchanged": f"Training left the chosen answers where they were ({signed(mean)}{_plus_minus(error)} nats each)",
     }[movement(evaluation)]
 
 
