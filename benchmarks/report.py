@@ -18,6 +18,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/counted.jsonl   what `python -m benchmarks.counted` appends
     benchmarks/results/head_products.json    what `python -m benchmarks.counted.head_products` writes
     benchmarks/results/tiled_mlp.json  what `python -m benchmarks.tiled_mlp` writes (docs/runs.md)
+    benchmarks/results/long_pairs.json    what `python -m benchmarks.long_pairs` writes (docs/runs.md)
     benchmarks/results/ahead.jsonl     what `python -m benchmarks.ahead` appends (docs/kernels.md)
     benchmarks/results/published_planned.json    what `python -m benchmarks.published` writes (docs/benchmarks.md)
     benchmarks/results/peers_installed.json    versions of the peers where this command last wrote the pages
@@ -39,7 +40,7 @@ from dpop_trainer.report.svg import Panel, write_svg
 from dpop_trainer.run_folder.run_files import read_metrics
 from dpop_trainer.tools.evaluation.compare import as_markdown
 
-from benchmarks import levels, paper, plots, published, records, scale
+from benchmarks import levels, long_pairs, paper, plots, published, records, scale
 from benchmarks.ahead import table as ahead
 from benchmarks.counted import table as counted
 from benchmarks.gpu import large as gpu_large
@@ -445,7 +446,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "layouts.md": {"layouts": layouts, "budgets": budgets},
     ROOT / "docs" / "reference.md": {"tie": tie},
     ROOT / "docs" / "pairs.md": {"scale": pairs_scale},
-    ROOT / "docs" / "runs.md": {"tiled_mlp": tiled_mlp},
+    ROOT / "docs" / "runs.md": {"tiled_mlp": tiled_mlp, "long_pairs": long_pairs.as_table},
     ROOT / "docs" / "paper.md": {
         "low_edit": paper.low_edit,
         "after_edit": paper.after_edit,
