@@ -20,6 +20,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DOCS_VENV := .venv-docs
+DEEPSPEED_VENV := .venv-deepspeed
 READY  := $(VENV)/.ready
 TEST_WORKERS ?= 2
 
@@ -44,8 +45,8 @@ lint: $(READY)
 test-survival: $(READY)
 	@$(BIN)/python tests/survival.py 20
 
-test-distributed: $(READY)
-	@$(BIN)/python -m pytest tests/engines.py
+test-distributed: $(DEEPSPEED_VENV)/.ready
+	@$(DEEPSPEED_VENV)/bin/python -m pytest tests/engines.py
 
 test-attacks: $(READY)
 	@$(BIN)/python tests/helpers/attacks.py 500
@@ -102,6 +103,16 @@ $(DOCS_VENV)/.ready: pyproject.toml
 hub-kernel: $(READY)
 	@$(BIN)/python hub/assemble.py build/hub
 
+# What $(VENV) has, and DeepSpeed, which the other tests are to do without
+$(DEEPSPEED_VENV)/.ready: $(READY)
+	@echo "Setting up $(DEEPSPEED_VENV) (once)"
+	@$(BIN)/python -m venv $(DEEPSPEED_VENV)
+	@$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+		> $$($(DEEPSPEED_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	@$(DEEPSPEED_VENV)/bin/python -m pip install --quiet --upgrade 'setuptools>=77' wheel
+	@DS_BUILD_OPS=0 $(DEEPSPEED_VENV)/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8
+	@touch $(DEEPSPEED_VENV)/.ready
+
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; log: $(VENV)/install.log)"
 	@$(PYTHON) -m venv $(VENV)
@@ -110,4 +121,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) .venv-newest .venv-oldest .venv-device build dist site runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) $(DEEPSPEED_VENV) .venv-newest .venv-oldest .venv-device build dist site runs .pytest_cache .ruff_cache

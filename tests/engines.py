@@ -2,10 +2,15 @@
 
 Then the kinds of cases with every engine that can deal four pairs out evenly. The suite has some of each
 (`training/test_distributed.py`). By its name pytest does not collect this file unless it is asked to.
+
+DeepSpeed runs on CPUs over gloo where it is installed: `make test-distributed` has it in an environment of its own. It
+computes in fp32, and so does what it is held against.
 """
 
+from importlib.util import find_spec
+
 import pytest
-from rank_runs import CASES, Engine, check_equal, run_here, run_on
+from rank_runs import CASES, IN_TWO, Engine, check_equal, check_saved, run_here, run_on
 
 ENGINES = {
     "ddp": Engine(2),
@@ -24,6 +29,12 @@ GRID = {
     f"{layout}, {trained}": {"layout": layout, "pairs_per_step": 12, "num_pairs": 19, **options}
     for layout in ("rows", "tree", "packed", "flat")
     for trained, options in TRAINED.items()
+}
+ZERO = {"zero2": Engine(2, recipe="zero2_8.yaml"), "zero3": Engine(2, recipe="zero3_8.yaml")}
+REFUSED_BY_ZERO_3 = ("tiled", "sync_ref_model")
+OF_ZERO = {
+    name: {**case, "in_fp32": True}
+    for name, case in {**CASES, **{name: GRID[name] for name in GRID if name.startswith(("packed", "flat"))}}.items()
 }
 
 
@@ -49,3 +60,20 @@ def test_every_kind_of_case_is_one_process(engine, kinds_alone, tmp_path):
     results = run_on(ENGINES[engine], tmp_path, CASES)
     for name, expected in kinds_alone.items():
         check_equal(results[name], expected)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("engine", ZERO)
+def test_deepspeed_is_one_process(engine, tmp_path):
+    cases = {
+        name: case
+        for name, case in OF_ZERO.items()
+        if engine != "zero3" or not any(case.get(option) for option in REFUSED_BY_ZERO_3)
+    }
+    expected = run_here(tmp_path / "alone", cases)
+    stopped = "rows" + IN_TWO
+    results = run_on(ZERO[engine], tmp_path / "ranks", {**cases, stopped: cases["rows"]})
+    for name, result in results.items():
+        check_equal(result, expected[name.removesuffix(IN_TWO)])
+    for folder in (tmp_path / "ranks" / stopped, tmp_path / "ranks" / stopped / "checkpoint-10"):
+        check_saved(folder, results[stopped])

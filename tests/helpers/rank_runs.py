@@ -17,6 +17,7 @@ from ranks import launch, launcher_environment
 from rounding import sum_of
 from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 IN_TWO = " in two"
 SHAPE = {"num_attention_heads": 6, "hidden_size": 48}  # heads for two ranks and for three
@@ -54,9 +55,11 @@ def build(
     tiled=False,
     pairs_per_step=4,
     streamed=False,
+    in_fp32=False,
     **overrides,
 ):
     """A trainer of ten steps; `num_ranks` batches are run at a time, by as many processes or groups of them."""
+    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": pairs_per_step // num_ranks,
@@ -71,16 +74,19 @@ def build(
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        # DeepSpeed is asked for on what is no CPU alone, and told here which processes it is among
+        "use_cpu": not is_deepspeed,
+        "ddp_backend": "gloo" if is_deepspeed else None,
         "dpop_lambda": 5.0,
         "seed": 3,
         # against one process without
         "tiled_mlp": 5 if tiled and (num_ranks > 1 or overrides.get("sequence_parallel_size", 1) > 1) else None,
+        # in fp32 it would make steps of their full length of gradients that are rounding alone
+        "adam_epsilon": 1e-4 if in_fp32 else 1e-8,
         **overrides,
     }
-    # in fp64: of what ranks sum in another order AdamW makes steps of their full length in fp32, where a gradient is
-    # rounding alone
-    model, records = tiny_llama(**SHAPE).double(), token_pairs(num_pairs)
+    dtype = torch.float32 if in_fp32 else torch.float64
+    model, records = tiny_llama(**SHAPE).to(dtype), token_pairs(num_pairs)
     if weighted:  # the ranks' shares of a step then differ in weight
         records = [{**pair, "weight": 0.5 + i % 4} for i, pair in enumerate(records)]
     if bad_pair is not None:
@@ -94,7 +100,7 @@ def build(
     trainer = DPOPTrainer(
         model,
         # another model, so that no pair sits on the hinge, where rounding would decide the first gradient
-        ref_model=None if lora else tiny_llama(seed=7, **SHAPE).double(),
+        ref_model=None if lora else tiny_llama(seed=7, **SHAPE).to(dtype),
         args=args,
         train_dataset=pairs.to_iterable_dataset() if streamed else pairs,
         eval_dataset=Dataset.from_list(token_pairs(5, seed=9)),
@@ -146,11 +152,18 @@ def _run_cases(rank, folder, engine, cases):
         run = train_in_two if name.endswith(IN_TWO) else train
         trainer = run(folder / name, **shares, **case)
         results[name] = summary(trainer)
+        if name.endswith(IN_TWO):
+            trainer.save_model()
     if rank == 0:
         torch.save(results, folder / "results.pt")
 
 
 def whole(parameter):
+    if hasattr(parameter, "ds_id"):  # ZeRO-3's
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
@@ -192,3 +205,10 @@ def check_equal(ours, expected):
         # nothing, rounding decides the direction
         furthest = 10 * 2e-4 * weight.numel() ** 0.5
         assert (ours["weights"][key] - weight).norm() <= 1e-3 * furthest, key
+
+
+def check_saved(folder, expected):
+    """What a run of all weights has saved is what it came to, bit for bit."""
+    loaded = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    for key, weight in expected["weights"].items():
+        torch.testing.assert_close(loaded[key], weight, rtol=0, atol=0)

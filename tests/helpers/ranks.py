@@ -12,7 +12,7 @@ from pathlib import Path
 import third_party
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from dpop_trainer.settings.recipes import FOLDER
 from torch import multiprocessing as mp
 
@@ -29,11 +29,17 @@ def launcher_arguments(recipe):
 
 
 def launcher_environment(recipe):
-    """The variables by which `accelerate launch` tells its processes of a recipe with FSDP; in fp32."""
+    """The variables by which `accelerate launch` tells its processes of a recipe with FSDP or DeepSpeed; in fp32."""
     arguments = launcher_arguments(recipe)
     arguments.mixed_precision = "no"
-    env = prepare_multi_gpu_env(arguments)
-    return {key: value for key, value in env.items() if key.startswith(("FSDP_", "ACCELERATE_"))}
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""  # of which a file of DeepSpeed's own has other values
+        _, env = prepare_deepspeed_cmd_env(arguments)
+        # told that this is no CPU, where it is not asked for, and that its tensors are on one
+        env |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    else:
+        env = prepare_multi_gpu_env(arguments)
+    return {key: value for key, value in env.items() if key.startswith(("FSDP_", "ACCELERATE_", "DS_"))}
 
 
 def launch(function, *args, num_ranks=2, env=None):
@@ -110,7 +116,8 @@ def _alone(written, function, args, env):
 
 
 def _as_rank(rank, function, args, env):
-    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    os.environ.update({"ACCELERATE_USE_CPU": "true", **env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     gc.freeze()  # the libraries stay: transformers collects garbage after every training
