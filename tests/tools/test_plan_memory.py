@@ -12,7 +12,7 @@ from dpop_trainer.batches import PairCollator
 from dpop_trainer.tools.plan.devices import Device
 from dpop_trainer.tools.plan.known_models import SHAPES, known_config
 from dpop_trainer.tools.plan.memory import Optimizer, device_memory, optimizer_named
-from dpop_trainer.tools.plan.paper_model import ModelSetting, build, count
+from dpop_trainer.tools.plan.paper_model import ModelSetting, build, count, layer_kinds, sizes_of
 from dpop_trainer.tools.plan.stand_ins import packed_bytes
 from dpop_trainer.tools.plan.step import StepCost, StepSetting, step_cost
 from dpop_trainer.tools.plan.tape import Moment
@@ -307,6 +307,37 @@ def test_known_models_have_their_published_parameters(name, parameters):
     sizes = count(build(known_config(name), ModelSetting(torch.bfloat16)))
     assert sizes.num_parameters == parameters
     assert sizes.weight_bytes - sizes.buffer_bytes == 2 * parameters
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_sizes_from_a_few_layers_are_those_of_all(name, bits):
+    """11 layers: five times two and one of the two kinds, where there are two."""
+    config = copy.deepcopy(CONFIGS[name])
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = 11
+    if kinds:
+        config.layer_types = [kinds[i % 2] for i in range(11)]
+    lora = ON_ATTENTION if name == "mixtral" else LORA  # peft warns of experts that are stacked
+    setting = ModelSetting(torch.bfloat16, bits=bits, nested=True, lora=lora)
+    alike = layer_kinds(build(config, ModelSetting(torch.bfloat16)))
+    assert sizes_of(config, setting, alike) == count(build(config, setting))
+
+
+@pytest.mark.parametrize(
+    "numbered",
+    [
+        {"layers_to_transform": [0, 7], "target_modules": ["q_proj"]},
+        {"rank_pattern": {"layers.8.self_attn.q_proj": 32}, "target_modules": ["q_proj"]},
+        {"target_modules": ["layers.3.self_attn.q_proj", "v_proj"]},
+        {"target_modules": r".*layers\.[89]\..*q_proj"},
+    ],
+)
+def test_an_adapter_that_names_layers_is_counted_whole(numbered):
+    config = LlamaConfig(**(SIZES | {"num_hidden_layers": 11}))
+    setting = ModelSetting(torch.bfloat16, lora=LoraConfig(r=8, task_type="CAUSAL_LM", **numbered))
+    alike = layer_kinds(build(config, ModelSetting(torch.bfloat16)))
+    assert sizes_of(config, setting, alike) == count(build(config, setting))
 
 
 def test_active_parameters_of_a_mixture():

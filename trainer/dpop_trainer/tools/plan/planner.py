@@ -16,8 +16,9 @@ from dpop_trainer.models.tiled_mlp import can_tile
 from dpop_trainer.tools.plan.batches import Batches, BatchSetting, Pairs, make_batches
 from dpop_trainer.tools.plan.devices import Device, Sharding
 from dpop_trainer.tools.plan.memory import Memory, device_memory, optimizer_named
-from dpop_trainer.tools.plan.paper_model import LONGEST_PERIOD, ModelSetting, Sizes, build, count
+from dpop_trainer.tools.plan.paper_model import LONGEST_PERIOD, ModelSetting, Sizes, build, count, layer_kinds, sizes_of
 from dpop_trainer.tools.plan.step import StepCost, StepSetting, step_cost
+from dpop_trainer.tools.plan.tape import Moment
 from dpop_trainer.tools.plan.timing import StepTime, step_time
 
 
@@ -128,8 +129,12 @@ class Planner:
     def sizes(self, bits: int | None) -> Sizes:
         """Of the whole model with its adapter."""
         if bits not in self._sizes:
-            self._sizes[bits] = count(build(self.run.config, self._model(bits)))
+            self._sizes[bits] = sizes_of(self.run.config, self._model(bits), self._kinds)
         return self._sizes[bits]
+
+    @cached_property
+    def _kinds(self) -> list[Any]:
+        return layer_kinds(build(self.run.config, replace(self.run.model, bits=None, lora=None)))
 
     @cached_property
     def best_layout(self) -> str:
@@ -170,16 +175,15 @@ class Planner:
         run, sizes, model = self.run, self.sizes(choice.bits), self._model(choice.bits)
         layout = self.best_layout if choice.layout == "auto" else choice.layout
         batches = self._batches_of(choice, layout, pairs)
-        is_split = choice.sharding not in ("none", "ddp")
         optimizer = optimizer_named(run.optimizer, on_gpu=run.device.is_gpu)
         setting = StepSetting(
             on_gpu=run.device.is_gpu,
             checkpointing=choice.checkpointing,
             autocast=run.autocast,
             reference=run.reference,
-            accumulates=choice.accumulation > 1 and not is_split,
+            accumulates=_accumulates(choice),
             optimizer_temporaries=optimizer.whole_temporaries,
-            in_compute_dtype=is_split,
+            in_compute_dtype=_is_split(choice),
             tiled_mlp=choice.tiled_mlp,
             offloading=choice.offloading,
             ranks_per_batch=choice.ranks_per_batch,
@@ -189,17 +193,7 @@ class Planner:
         if exact_time:
             typical = self._cost(choice.bits, setting, batches.typical, is_flat=layout == "flat")
             scale = batches.scale
-        memory = device_memory(
-            sizes,
-            model,
-            cost,
-            run.device,
-            sharding=choice.sharding,
-            num_devices=choice.num_devices,
-            optimizer=optimizer,
-            accumulates=setting.accumulates,
-            reference_bytes=self._reference_bytes(choice.bits),
-        )
+        memory = self._memory(choice, cost)
         time = step_time(
             sizes,
             model,
@@ -212,6 +206,23 @@ class Planner:
         )
         spare = run.device.memory_bytes - memory.total
         return Outcome(choice, layout, batches, memory, cost, time, spare >= 0, spare)
+
+    def may_fit(self, choice: Choice) -> bool:
+        """Whether what the run holds before any step fits, which no step on paper needs to tell."""
+        return self._memory(choice, _NO_STEP).total <= self.run.device.memory_bytes
+
+    def _memory(self, choice: Choice, cost: StepCost) -> Memory:
+        return device_memory(
+            self.sizes(choice.bits),
+            self._model(choice.bits),
+            cost,
+            self.run.device,
+            sharding=choice.sharding,
+            num_devices=choice.num_devices,
+            optimizer=optimizer_named(self.run.optimizer, on_gpu=self.run.device.is_gpu),
+            accumulates=_accumulates(choice),
+            reference_bytes=self._reference_bytes(choice.bits),
+        )
 
     def _model(self, bits: int | None) -> ModelSetting:
         return replace(self.run.model, bits=bits)
@@ -262,3 +273,14 @@ class Planner:
             return sizes.weight_bytes - sizes.adapter_bytes
         other = count(build(self.run.reference_config, ModelSetting(self.run.model.dtype)))
         return other.weight_bytes
+
+
+_NO_STEP = StepCost({"": Moment(0.0, {})}, {})
+
+
+def _is_split(choice: Choice) -> bool:
+    return choice.sharding not in ("none", "ddp")
+
+
+def _accumulates(choice: Choice) -> bool:
+    return choice.accumulation > 1 and not _is_split(choice)

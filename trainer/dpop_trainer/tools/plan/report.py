@@ -141,8 +141,9 @@ def _time_lines(planner: Planner, outcome: Outcome) -> list[str]:
     micro = outcome.time.total
     pairs_per_step = batches.pairs_per_batch * choice.accumulation * choice.num_batches
     logits = outcome.logits_bytes(run.config.get_text_config().vocab_size) / GIB
+    pairs = f"{batches.pairs_per_batch:.3g} pair{'s' * (batches.pairs_per_batch != 1)}"
     lines = [
-        f"layout          {outcome.layout}: {batches.pairs_per_batch:.3g} pairs, {batches.positions:.0f} positions "
+        f"layout          {outcome.layout}: {pairs}, {batches.positions:.0f} positions "
         f"({batches.padding:.0%} padding), {batches.scored:.0f} scored tokens a micro-batch",
         f"logits          none; of these positions, as other trainers make them, {logits:.1f} GiB",
         f"step            {_duration(micro * choice.accumulation)} for {pairs_per_step:.0f} pairs "

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from dpop_trainer.tools.plan.batches import Pairs, longest_length, longest_record, stretched
 from dpop_trainer.tools.plan.planner import Choice, Outcome, Planner
 
@@ -36,8 +38,11 @@ def longest_pair(planner: Planner, choice: Choice) -> int:
     """Tokens of prompt and answer up to which pairs, of the proportions of the data's longest, fit at this setting: a
     micro-batch of such pairs; 0 if none does.
 
-    Memory is between a line and a parabola in the length: each round tries where the last two say that it is used up.
+    Memory is between a line and a parabola in the length: where the last three say that it is used up is tried, then
+    beside it, until the ends of what is unknown are near enough to each other.
     """
+    if not planner.may_fit(choice):
+        return 0
     run = planner.run
     record = longest_record(run.pairs)
 
@@ -57,18 +62,29 @@ def longest_pair(planner: Planner, choice: Choice) -> int:
         ends = round(min(4 * high, 1.1 * (high + spare_high / per_token)) / STEP) * STEP
         high = max(high + STEP, ends)
         spare_high = spare(high)
+    known = {low: spare_low, high: spare_high}
     for _ in range(ROUNDS):
-        if high - low <= max(STEP, PRECISION * low):
+        near = max(STEP, int(PRECISION * low) // STEP * STEP)
+        if high - low <= near:
             break
-        middle = low + (high - low) * spare_low / (spare_low - spare_high)
-        # at the chord's root or beyond, where a parabola's root lies
-        middle = min(high - STEP, max(low + STEP, (int(middle) // STEP + 1) * STEP))
-        value = spare(middle)
-        if value >= 0:
-            low, spare_low = middle, value
-        else:
-            high, spare_high = middle, value
+        middle = int(_used_up(known, low, high)) // STEP * STEP
+        # what lies beside an end that is known closes in on it from the other side
+        middle = low + near if middle < low + near else high - near if middle > high - near else middle
+        known[middle] = spare(middle)
+        low, high = (middle, high) if known[middle] >= 0 else (low, middle)
     return low
+
+
+def _used_up(known: dict[int, float], low: int, high: int) -> float:
+    """The length between `low` and `high` where nothing is spared: on a parabola through what is known nearest to it,
+    else on a line."""
+    on_line = low + (high - low) * known[low] / (known[low] - known[high])
+    nearest = sorted(known, key=lambda length: abs(length - on_line))[:3]
+    if len(nearest) < 3 or not {low, high} <= set(nearest):
+        return on_line
+    roots = np.roots(np.polyfit(nearest, [known[length] for length in nearest], 2))
+    within = [root.real for root in roots if abs(root.imag) < 1e-9 * abs(root) and low < root.real < high]
+    return within[0] if within else on_line
 
 
 def search(planner: Planner, asked: Outcome) -> Found:
@@ -135,6 +151,8 @@ def _largest_batches(planner: Planner, base: Choice, *, most: int = MOST_PAIRS) 
 
     One pair that fits is returned whatever it leaves, as nothing is smaller; none where it does not.
     """
+    if not planner.may_fit(base):
+        return []
     per_batch = max(1, base.global_pairs // base.num_batches)
     if planner.run.budget is not None:
         outcome = planner.outcome(base, exact_time=False)
@@ -178,7 +196,7 @@ def _nearest(planner: Planner, asked: Choice) -> Outcome | None:
     changes.append(_offloaded(planner, changes[-1]))
     tried: set[Choice] = {asked}
     for choice in changes:
-        if choice not in tried:
+        if choice not in tried and planner.may_fit(choice):
             tried.add(choice)
             if planner.outcome(choice, exact_time=False).fits:
                 return planner.outcome(choice)
