@@ -440,7 +440,7 @@ def test_transcripts_from_a_gzip_as_they_are_published(tmp_path):
     path = tmp_path / "train.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
     first, bad, last = read_pairs(path)
-    assert bad["problem"] == "rejected: expected an answer with text, got empty messages. Remove the record."
+    assert bad["problem"] == "rejected: expected an answer with text, got an empty one. Remove the record."
     pair = row_pair(last["kind"], last["pair"])
     assert [message["content"] for message in pair.prompt] == ["hi", "hello", "why?"]
     assert (pair.chosen, pair.rejected) == ([turn("assistant", "because")], [turn("assistant", "never\n\nreally")])

@@ -410,7 +410,7 @@ def test_losing_more_than_a_fifth_is_told_with_what_to_set(caplog, num_long, is_
     caplog.set_level(logging.WARNING)
     tokenise_pairs(Dataset.from_list(records), word_tokenizer(), max_length=50)
     told = [message for message in caplog.messages if "are lost" in message]
-    expected = "2 of 9 pairs (22%) are lost: 2 to max_length 50, 0 to an empty answer. Set max_length to 128, which at "
+    expected = "2 of 9 pairs (22%) are lost: 2 to max_length 50. Set max_length to 128, which at "
     expected = [expected + "least 99% of the pairs fit."] if is_told else []  # 1 of 5 is a fifth, not more
     assert told == expected
     # a stream is judged where a thousand records are read, or at its end; once, however often it begins anew

@@ -320,7 +320,7 @@ def _checked(
                 "Leave the prompt's turns out of the answers."
             )
         if not any(message.get("content") or message.get("tool_calls") for message in answer):
-            raise ValueError(f"{name}: expected an answer with text, got empty messages. Remove the record.")
+            raise ValueError(f"{name}: expected an answer with text, got an empty one. Remove the record.")
     return MessagesPair(prompt, chosen, rejected, read_template_options(record))
 
 

@@ -104,7 +104,7 @@ def read_messages_pair(record: dict[str, Any]) -> MessagesPair:
                 "Leave the prompt's turns either in the column prompt alone, or equal in chosen and rejected alone."
             )
         if not any(message.get("content") or message.get("tool_calls") for message in answer):
-            raise ValueError(f"{field}: expected an answer with text, got empty messages. Remove the record.")
+            raise ValueError(f"{field}: expected an answer with text, got an empty one. Remove the record.")
     return pair
 
 

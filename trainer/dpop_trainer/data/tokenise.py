@@ -186,14 +186,13 @@ def warn_lost(counts: TokeniseCounts, lengths: Iterable[int], max_length: int | 
     if by_length:
         fitting = fitting_length(length for length in lengths if length)
         remedy = f"Set max_length to {fitting}, which at least 99% of the pairs fit."
+    causes = ((by_length, f"max_length {max_length}"), (counts.dropped_empty, "an empty answer"))
     _logger.warning(
-        "%d of %d pairs (%.0f%%) are lost: %d to max_length %s, %d to an empty answer. %s",
+        "%d of %d pairs (%.0f%%) are lost: %s. %s",
         lost,
         counts.num_pairs_in,
         100 * lost / counts.num_pairs_in,
-        by_length,
-        max_length,
-        counts.dropped_empty,
+        ", ".join(f"{number} to {cause}" for number, cause in causes if number),
         remedy,
     )
 
