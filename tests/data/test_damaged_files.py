@@ -138,13 +138,13 @@ def test_no_room_is_not_told_as_damage(error):
 
 def test_a_pair_beyond_the_bound_is_named_and_a_long_one_told(tmp_path, monkeypatch, caplog):
     """From Parquet as from JSON, whose lines are bounded as they are read."""
-    monkeypatch.setattr(convert, "LONGEST_RECORD", 1 << 20)
+    monkeypatch.setenv("DPOP_MAX_RECORD", "1")
     monkeypatch.setattr(convert, "_LONG", 1 << 19)
     pairs = [{**pair, "prompt": "w1 " * words} for pair, words in zip(PAIRS, (1, 200_000, 400_000), strict=True)]
     pq.write_table(pa.Table.from_pylist(pairs), tmp_path / "pairs.parquet")
     problems = read_pairs(tmp_path / "pairs.parquet")["problem"][:]
     assert problems[:2] == [None, None]
-    assert problems[2].startswith("record: expected at most 1 MiB of text, got 1 MiB. Remove it")
+    assert problems[2].startswith("record: expected at most 1 MiB (DPOP_MAX_RECORD) of text, got 1.1 MiB. Remove it")
     told = [message for message in caplog.messages if "takes a while" in message]
     assert [message.partition(": a pair of 0.6 million")[0] for message in told] == [
         f"{tmp_path / 'pairs.parquet'}, record 1"

@@ -369,14 +369,18 @@ def test_a_cache_is_known_by_all_that_made_it_and_by_nothing_else(tmp_path, monk
         for name in changed:
             with (copy / name).open("a") as file:
                 file.write("# changed\n")
-        return code_hash.code_hash.__wrapped__("dpop_trainer.data.tokenise")
+        code_hash._hash.cache_clear()
+        return code_hash.code_hash("dpop_trainer.data.tokenise")
 
     before = hash_after()
     assert hash_after("batches/budget.py", "data/mixture.py", "data/write.py", "training/trainer.py") == before
     seen = {before}
     for name in ("tokenise", "encode", "edits", "truncate", "records", "messages"):  # the last two by way of others
         seen.add(hash_after(f"data/{name}.py"))
-    assert len(seen) == 7
+    monkeypatch.setenv("DPOP_MAX_RECORD", "17")  # under which another record may be bad
+    seen.add(hash_after())
+    assert len(seen) == 8
+    code_hash._hash.cache_clear()
 
 
 def test_counts_in_words_and_as_metrics():

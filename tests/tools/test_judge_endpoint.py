@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from dpop_trainer.tools.mtbench.endpoint import LONGEST_REPLY, LONGEST_WAIT, Endpoint, EndpointError, JudgeError
+from dpop_trainer.tools.mtbench.endpoint import LONGEST_WAIT, Endpoint, EndpointError, JudgeError
 from judges import endpoint_of, running_judges, says
 
 QUESTION = [{"role": "user", "content": "?"}]
@@ -76,6 +76,10 @@ def test_redirects_are_not_followed(start_judge):
         ({"url": "http://host/v1", "api_key_env": "sk-0a1"}, r"expected the name of an environment variable"),
         ({"url": "http://host/v1", "max_attempts": 0}, "expected at least 1 try"),
         *(
+            ({"url": "http://host/v1", "max_reply_mib": size}, "max_reply_mib: expected more than 0 MiB")
+            for size in (0.0, -1.0, float("nan"), float("inf"))
+        ),
+        *(
             ({"url": "http://host/v1", "timeout": timeout}, "more than 0 seconds")
             for timeout in (0.0, -1.0, float("nan"), float("inf"), 1e9)
         ),
@@ -107,14 +111,14 @@ def test_the_deadline_is_for_the_whole_reply(start_judge, what):
 
     judge = start_judge(lambda number, body: drip)
     started = time.monotonic()
-    with pytest.raises(JudgeError, match=r"no whole reply within 0\.3 seconds \(2 tries\)"):
+    with pytest.raises(JudgeError, match=r"no whole reply within 0\.3 seconds \(timeout\) \(2 tries\)"):
         endpoint_of(judge, timeout=0.3, max_attempts=2)[0].chat(QUESTION)
     assert 2 * 0.3 <= time.monotonic() - started < 5
     assert len(judge.requests) == 2
 
 
 @pytest.mark.parametrize(
-    ("status", "reason"), [("200 OK", "at most 16777216 bytes, got more"), ("400 Bad", "HTTP 400: x{200}$")]
+    ("status", "reason"), [("200 OK", r"at most 16 MiB \(max_reply_mib\), got more"), ("400 Bad", "HTTP 400: x{200}$")]
 )
 def test_a_reply_without_an_end_is_not_held(start_judge, status, reason):
     sent = []
@@ -127,7 +131,15 @@ def test_a_reply_without_an_end_is_not_held(start_judge, status, reason):
     with pytest.raises(JudgeError, match=reason):
         endpoint_of(judge, max_attempts=1)[0].chat(QUESTION)
     # what was on its way when the reading stopped is in the buffers of two sockets, a few MiB each
-    assert LONGEST_REPLY < sum(sent) < 4 * LONGEST_REPLY
+    assert 16 * 2**20 < sum(sent) < 64 * 2**20
+
+
+def test_a_reply_may_be_as_long_as_is_said(start_judge):
+    content = says("x" * 2**20)
+    judge = start_judge(lambda number, body: content)
+    with pytest.raises(JudgeError, match=r"at most 0\.5 MiB \(max_reply_mib\), got more"):
+        endpoint_of(judge, max_attempts=1, max_reply_mib=0.5)[0].chat(QUESTION)
+    assert endpoint_of(judge, max_reply_mib=2.0)[0].chat(QUESTION) == "x" * 2**20
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from dpop_trainer.data.limits import LIMITS, check_limits
 from dpop_trainer.settings.command_parser import did_you_mean
 from dpop_trainer.settings.errors import UsageError
 from dpop_trainer.settings.terminal import say, spelt_out
@@ -62,7 +63,8 @@ USAGE = f"""usage: dpop COMMAND [options]
 `dpop COMMAND --help` lists the options of one; `dpop --version` says which version this is.
 Exit codes: 0 done, 1 the run failed and says on what, 2 wrong usage, 3 `pairs inspect` found something serious or
 `plan` that the run does not fit, 130 interrupted (Ctrl-C).
-DPOP_DEBUG=1 in the environment shows where an error came from.
+In the environment DPOP_DEBUG=1 shows where an error came from, and {", ".join(limit.name for limit in LIMITS[:2])},
+{" and ".join(limit.name for limit in LIMITS[2:])} bound what files and chat templates may take (docs/data.md).
 """
 
 
@@ -90,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         with spelt_out():
+            check_limits()
             return command(argv[1:])
     except KeyboardInterrupt:
         say(f"\ndpop {argv[0]}: interrupted.", is_problem=True)

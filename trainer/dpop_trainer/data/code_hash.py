@@ -1,24 +1,35 @@
-"""A hash of the source that makes something, which its cache key holds: new code never meets what old code cached."""
+"""A hash of what makes something, which its cache key holds: new code never meets what old code cached, nor does code
+under other bounds."""
 
 import ast
 import functools
 import hashlib
 from pathlib import Path
 
+from dpop_trainer.data.limits import LIMITS
+
 _PACKAGE = __name__.partition(".")[0]
 _FOLDER = Path(__file__).parents[1]
 
 
-@functools.cache
 def code_hash(module: str) -> str:
-    """Hex digest of the source of a module of this package and of all of the package that it imports, to the end.
+    """Hex digest of the source of a module of this package and of all of the package that it imports, to the end, and
+    of the bounds in force.
 
     `datasets` hashes an importable function by its name alone, so an upgrade would otherwise reuse stale results.
 
     Args:
         module: its dotted name, as `__name__` gives it.
+
+    Raises:
+        ValueError: a bound that the environment sets is no number.
     """
-    digest = hashlib.sha256()
+    return _hash(module, tuple(limit() for limit in LIMITS))
+
+
+@functools.cache
+def _hash(module: str, bounds: tuple[float, ...]) -> str:
+    digest = hashlib.sha256(repr(bounds).encode())
     for path in sorted(import_closure(module, _FOLDER)):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -16,8 +16,8 @@ from datasets import Dataset, Features, Value
 from dpop_trainer.data.arrow_nulls import without_filled_nulls
 from dpop_trainer.data.code_hash import code_hash
 from dpop_trainer.data.forms import FORMS_BY_NAME, Form, Sample, recognise_form
+from dpop_trainer.data.limits import RECORD, longest_record
 from dpop_trainer.data.pair_weights import MARGIN_COLUMN, WEIGHT_COLUMN, read_weight
-from dpop_trainer.data.read_json import LONGEST_RECORD
 from dpop_trainer.data.records import (
     ALL_REF_COLUMNS,
     PAIR_TYPES,
@@ -251,10 +251,10 @@ def _as_json(pair: Pair) -> str:
         text = json.dumps(pair._asdict(), ensure_ascii=False)
     except TypeError as error:  # a value that JSON does not know, from Parquet
         raise ValueError(f"record: expected text, numbers and lists of them, got another type ({error}).") from error
-    if len(text) > LONGEST_RECORD:
+    if len(text) > longest_record():
         raise ValueError(
-            f"record: expected at most {LONGEST_RECORD >> 20} MiB of text, got {len(text) / 2**20:.0f} MiB. Remove it, "
-            "or cut its texts."
+            f"record: expected at most {RECORD.told()} of text, got {len(text) / 2**20:.1f} MiB. Remove it, or cut its "
+            "texts."
         )
     try:
         text.encode()

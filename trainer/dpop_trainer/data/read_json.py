@@ -12,15 +12,13 @@ from typing import IO, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from dpop_trainer.data.limits import RECORD, UNPACKED, longest_record
 from dpop_trainer.data.records import BadRecord
 from dpop_trainer.data.source_path import json_suffix
 
 _BLOCK = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# a record is held whole, and tokenised whole
-LONGEST_RECORD = 16 << 20
-# text that people write is packed to a tenth; gzip's most is a thousandth
-MOST_UNPACKED = 200
+# below which no proportion is looked at
 _UNPACKED_FREELY = 64 << 20
 # a file's first bytes in other encodings of Unicode: their mark, or, without one, where the zeros of JSON's "{" are
 _OTHER_ENCODINGS = (
@@ -119,7 +117,7 @@ class _Unpacked(io.RawIOBase):
 
     def __init__(self, packed: Any, path: Path) -> None:
         self._file, self._path = gzip.GzipFile(fileobj=packed), path
-        self._most = max(_UNPACKED_FREELY, MOST_UNPACKED * path.stat().st_size)
+        self._most = max(_UNPACKED_FREELY, UNPACKED() * path.stat().st_size)
 
     def readable(self) -> bool:
         return True
@@ -134,8 +132,8 @@ class _Unpacked(io.RawIOBase):
         size = self._file.readinto(buffer)
         if self._file.tell() > self._most:
             raise ValueError(
-                f"{self._path}: expected text, got a file that unpacks to more than {MOST_UNPACKED} times its size. "
-                "Unpack it yourself if that is what it should be."
+                f"{self._path}: expected text, got a file that unpacks to more than {UNPACKED.told()}. If that is "
+                f"what it should be, unpack it yourself or set {UNPACKED.name}."
             )
         return size
 
@@ -164,11 +162,12 @@ def _begins_with_bracket(file: IO[bytes]) -> bool:
 
 
 def _line_records(file: IO[bytes], path: Path) -> Iterator[PlacedRecord | BadRecord]:
+    longest = longest_record()
     for number in itertools.count(1):
-        line = file.readline(LONGEST_RECORD + 1)
+        line = file.readline(longest + 1)
         if not line:
             return
-        if len(line) > LONGEST_RECORD:
+        if len(line) > longest:
             beginning = line
             while line and not line.endswith(b"\n"):
                 line = file.readline(_BLOCK)
@@ -190,7 +189,7 @@ def _line_records(file: IO[bytes], path: Path) -> Iterator[PlacedRecord | BadRec
 
 def _too_long(beginning: bytes | str) -> str:
     return (
-        f"expected a record of at most {LONGEST_RECORD >> 20} MiB, got a longer one: {excerpt(beginning[:80])}. "
+        f"expected a record of at most {RECORD.told()}, got a longer one: {excerpt(beginning[:80])}. "
         "Remove it, or cut its texts."
     )
 
@@ -271,7 +270,7 @@ class _Text:
                 problem = ("", end)
             if self._ended:
                 raise self.error(f"record {index} ({problem[0]})", problem[1])
-            if len(self._buffer) - self.position > LONGEST_RECORD:
+            if len(self._buffer) - self.position > longest_record():
                 beginning = self._buffer[self.position : self.position + 80]
                 raise ValueError(f"{self._path}, record {index}: {_too_long(beginning)}")
             self._read(max(_BLOCK, len(self._buffer) - self.position))  # twice as much each time: linear in all

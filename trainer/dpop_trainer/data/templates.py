@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from dpop_trainer.data.limits import RECORD, TEMPLATE_MEMORY, TEMPLATE_SECONDS, longest_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -33,10 +35,6 @@ TEMPLATE_ERRORS = (
     RecursionError,
 )
 
-SECONDS = 20.0
-MEMORY = 4 << 30  # bytes, besides what the process has
-LONGEST_TEXT = 64 << 20  # characters
-
 
 class TemplateLimitError(ValueError):
     """A template took more than it may."""
@@ -52,9 +50,10 @@ def render_within(render: Callable[[], str]) -> str:
         with _time_limit(), _memory_limit():
             text = render()
     except MemoryError:
-        raise TemplateLimitError(f"it took more than {MEMORY >> 30} GiB of memory") from None
-    if len(text) > LONGEST_TEXT:
-        raise TemplateLimitError(f"it gave {len(text)} characters, of at most {LONGEST_TEXT}")
+        raise TemplateLimitError(f"it took more than {TEMPLATE_MEMORY.told()} of memory") from None
+    longest = longest_text()
+    if len(text) > longest:
+        raise TemplateLimitError(f"it gave {len(text)} characters, of at most {longest} (four times {RECORD.name})")
     return text
 
 
@@ -82,10 +81,10 @@ def _time_limit() -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        raise TemplateLimitError(f"it did not end within {SECONDS:g} seconds")
+        raise TemplateLimitError(f"it did not end within {TEMPLATE_SECONDS.told()}")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS())
     try:
         yield
     finally:
@@ -101,7 +100,7 @@ def _memory_limit() -> Iterator[None]:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     ceilings = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([used + MEMORY, *ceilings]), hard))
+    resource.setrlimit(resource.RLIMIT_AS, (min([used + int(TEMPLATE_MEMORY() * 2**30), *ceilings]), hard))
     try:
         yield
     finally:

@@ -45,6 +45,7 @@ def _judge(options: dict) -> int:
         api_key_env=options.pop("api_key_env"),
         timeout=options.pop("timeout"),
         max_attempts=options.pop("max_attempts"),
+        max_reply_mib=options.pop("max_reply_mib"),
         request_fields=request_fields,
     )
     with doing(f"having the answers in {options['out']} judged by {endpoint.url}", options["out"]):
@@ -95,6 +96,7 @@ def _parser() -> CommandParser:
     judge.add_argument("--workers", type=int, default=4, help="requests at a time (default 4)")
     judge.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for a reply (default 120)")
     judge.add_argument("--max_attempts", type=int, default=6, help="tries for each judgment (default 6)")
+    judge.add_argument("--max_reply_mib", type=float, default=16.0, help="MiB that a reply may have (default 16)")
     judge.add_argument(
         "--request_fields",
         default="{}",

@@ -3,6 +3,7 @@
 import asyncio
 import email.utils
 import json
+import math
 import os
 import random
 import re
@@ -20,8 +21,6 @@ RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 FATAL = (300, 301, 302, 303, 307, 308, 401, 403, 404, 405)
 LONGEST_WAIT = 120.0  # seconds
 LONGEST_TIMEOUT = 86400.0
-LONGEST_REPLY = 16 << 20
-"""Bytes, of which a judgment with all that its model thought takes a few hundred thousand."""
 
 
 class JudgeError(Exception):
@@ -42,6 +41,7 @@ class Endpoint:
         api_key_env: the environment variable that holds the key; None sends none.
         timeout: seconds for one try, from the connection to the reply's last byte.
         max_attempts: tries for each request.
+        max_reply_mib: MiB that a reply may have; a judgment with all that its model thought has less than one.
         first_wait: seconds before the second try; doubled before each further one.
         request_fields: added to every request, in place of ours where they have the same name; null removes ours.
         sleep: how to wait for so many seconds, in place of the clock.
@@ -55,6 +55,7 @@ class Endpoint:
     api_key_env: str | None = None
     timeout: float = 120.0
     max_attempts: int = 6
+    max_reply_mib: float = 16.0
     first_wait: float = 2.0
     request_fields: dict[str, Any] = field(default_factory=dict)
     sleep: Callable[[float], Any] | None = None
@@ -80,6 +81,8 @@ class Endpoint:
                 f"max_attempts, timeout: expected at least 1 try and more than 0 seconds, at most {LONGEST_TIMEOUT:g}, "
                 f"got {self.max_attempts} and {self.timeout}."
             )
+        if not 0 < self.max_reply_mib < math.inf:
+            raise ValueError(f"max_reply_mib: expected more than 0 MiB, got {self.max_reply_mib}.")
 
     def chat(self, messages: list[dict[str, str]], *, stop: threading.Event | None = None) -> str:
         """The reply's text.
@@ -109,7 +112,7 @@ class Endpoint:
                 if reply.status not in RETRIED:
                     raise JudgeError(reason)
             except asyncio.TimeoutError:
-                reason, asked_to_wait = f"no whole reply within {self.timeout:g} seconds", None
+                reason, asked_to_wait = f"no whole reply within {self.timeout:g} seconds (timeout)", None
             except (httpx2.HTTPError, OSError, _NonsenseError) as error:
                 reason, asked_to_wait = f"{type(error).__name__.lstrip('_')}: {error}", None
             if attempt < self.max_attempts:
@@ -138,13 +141,19 @@ class Endpoint:
             content = bytearray()
             async for part in response.aiter_raw():
                 content += part
-                if len(content) > LONGEST_REPLY:
+                if len(content) > self._longest_reply:
                     break
             return _Reply(response.status_code, response.headers.get("Retry-After"), bytes(content))
 
+    @property
+    def _longest_reply(self) -> int:
+        return int(self.max_reply_mib * 2**20)
+
     def _text(self, content: bytes) -> str:
-        if len(content) > LONGEST_REPLY:
-            raise _NonsenseError(f"expected a chat completion of at most {LONGEST_REPLY} bytes, got more")
+        if len(content) > self._longest_reply:
+            raise _NonsenseError(
+                f"expected a chat completion of at most {self.max_reply_mib:g} MiB (max_reply_mib), got more"
+            )
         try:
             message = json.loads(content)["choices"][0]["message"]
             text = message.get("content")
