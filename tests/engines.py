@@ -62,6 +62,16 @@ def test_every_kind_of_case_is_one_process(engine, kinds_alone, tmp_path):
         check_equal(results[name], expected)
 
 
+def test_checkpoints_in_shards_resume_and_the_model_is_saved_whole(tmp_path):
+    stopped = "rows" + IN_TWO
+    engine = Engine(2, recipe="fsdp2_8.yaml", shards_checkpoints=True)
+    found = run_on(engine, tmp_path, {stopped: CASES["rows"]})[stopped]
+    expected = run_here(tmp_path / "alone", {"rows": CASES["rows"]})
+    check_equal(found, expected["rows"])
+    check_saved(tmp_path / stopped, found)
+    assert (tmp_path / stopped / "checkpoint-10" / "pytorch_model_fsdp_0").is_dir()
+
+
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("engine", ZERO)
 def test_deepspeed_is_one_process(engine, tmp_path):

@@ -24,11 +24,13 @@ SHAPE = {"num_attention_heads": 6, "hidden_size": 48}  # heads for two ranks and
 
 
 class Engine(NamedTuple):
-    """How ranks work together: how many, how many of them on each batch, and under DDP or a recipe of accelerate."""
+    """How ranks work together: how many, how many of them on each batch, under DDP or a recipe of accelerate, and
+    whether each writes its own part of a checkpoint."""
 
     num_ranks: int
     ranks_per_batch: int = 1
     recipe: str | None = None
+    shards_checkpoints: bool = False
 
 
 CASES = {
@@ -137,7 +139,9 @@ def run_here(folder, cases):
 def run_on(engine, folder, cases):
     """The same on an engine's ranks; a case that is named "... in two" is stopped and resumed."""
     folder.mkdir(exist_ok=True)
-    env = launcher_environment(engine.recipe) if engine.recipe else None
+    env = launcher_environment(engine.recipe) if engine.recipe else {}
+    if engine.shards_checkpoints:
+        env["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
     launch(_run_cases, folder, engine, cases, num_ranks=engine.num_ranks, env=env)
     return torch.load(folder / "results.pt")
 

@@ -5,12 +5,13 @@ loss: the scoring head, the mean over all items of the global batch on any numbe
 device, checkpoints that are whole and resume exactly, and a stop before a non-finite value is trained on.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
@@ -218,7 +219,8 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
             self.check_weights()
         folder = Path(str(output_dir or self.args.output_dir))
         keeps_readme = is_kept(folder)
-        super().save_model(output_dir, _internal_call)
+        with nullcontext() if _internal_call or not self.is_fsdp_enabled else _whole_weights(self.accelerator):
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save and not keeps_readme:
             self._write_card(folder)
         is_sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -389,3 +391,19 @@ class _AroundTraining(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._trainer.stop_if_not_finite()
+
+
+@contextmanager
+def _whole_weights(accelerator: Accelerator) -> Iterator[None]:
+    """What is saved inside is for `from_pretrained`, also where checkpoints are FSDP's shards: transformers alone would
+    then save nothing."""
+    plugin: Any = accelerator.state.fsdp_plugin
+    names = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
+    before = {name: getattr(plugin, name) for name in names}
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(plugin, name, value)
