@@ -396,6 +396,7 @@ def test_nothing_is_trained_before_all_is_checked(setting, capsys, flags, messag
         ("gsm8k/compare", 12, {5, 50, 500}, []),
         ("high_edit/compare", 6, {5, 50, 500}, ["--model_name_or_path", "m", "--dataset_name", "d"]),
         ("demo/guidance", 10, {0.5, 5, 50, 500}, []),
+        ("smollm2/compare", 4, {50}, []),
     ],
 )
 def test_recipes_of_the_paper_are_sound(name, num_methods, lambdas, flags):

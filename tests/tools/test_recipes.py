@@ -38,6 +38,7 @@ ARCHITECTURES = {
     "mistralai/Mistral-7B-v0.1": MistralConfig(sliding_window=4096),
     "moreh/MoMo-72B-lora-1.8.7-DPO": LlamaConfig(num_key_value_heads=4),
     "runs/gsm8k/sft": LlamaConfig(),
+    "runs/smollm2/base": LlamaConfig(tie_word_embeddings=True),
     "stories260K": LlamaConfig(),
 }
 
