@@ -4,13 +4,12 @@ Source: Zheng et al. 2023, arXiv:2306.05685; the formats are those of lm-sys/Fas
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpop_trainer.data.read_json import PlacedRecord, all_records
 from dpop_trainer.data.source_path import expanded
-from dpop_trainer.run_folder.files import write_atomically
+from dpop_trainer.run_folder.files import append_lines, flush, write_atomically
 
 # a question in these is graded against a reference answer, where there is one
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
@@ -131,17 +130,10 @@ def read_records(path: str | Path, name: str, *, may_end_early: bool = False) ->
 
 
 def append_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add lines; after this returns they outlive the process. A line cut short before is ended first."""
+    """Add lines; after this returns they outlive the process. A line cut short before is taken off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    with path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                _drop_last_line(file)
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, "".join(json.dumps(record) + "\n" for record in records))
+    flush(path)
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
@@ -158,10 +150,3 @@ def _are_texts(value: Any, *, or_halves: bool = False) -> bool:
     if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
         return False
     return or_halves or not any("\ud800" <= sign <= "\udfff" for text in value for sign in text)
-
-
-def _drop_last_line(file: Any) -> None:
-    file.seek(0)
-    content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
-    file.seek(0, os.SEEK_END)
