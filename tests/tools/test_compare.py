@@ -333,6 +333,10 @@ def test_whole_comparison_and_its_second_start(setting, capsys):
     ]
     assert main([*argv, "--learning_rate", "1e-4"]) == 1
     assert "got one with other values of learning_rate" in capsys.readouterr().err
+    torn = out / "dpo" / "seed-0" / "comparison.json"
+    torn.write_text(torn.read_text()[:-20])
+    assert main(argv) == 1
+    assert f"{torn}: expected what a finished run measured, got what cannot be read" in capsys.readouterr().err
 
 
 def test_models_answer_the_held_out_prompts(setting, capsys):
