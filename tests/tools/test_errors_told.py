@@ -183,6 +183,7 @@ IMPOSSIBLE = {
     "train --config month.yaml --print-config": "month.yaml: expected YAML, got what cannot be read: month must be",
     "inspect broken --ref_model broken --pairs pairs.jsonl --out seen": "got 'broken'. ",
     "pairs inspect pairs.jsonl --out doctor --tokenizer broken": "got 'broken'. ",
+    "pairs inspect pairs.jsonl --out doctor --tokenizer text": "text: expected a tokenizer whose model_max_length is a",
 }
 
 
@@ -194,6 +195,9 @@ def test_what_cannot_be_is_said_in_words_of_ours(command, files, monkeypatch, ca
     (files / "broken").mkdir(exist_ok=True)
     (files / "broken" / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
     (files / "broken" / "tokenizer.json").write_text('{"model": 3}')
+    word_tokenizer().save_pretrained(files / "text")
+    settings = json.loads((files / "text" / "tokenizer_config.json").read_text())
+    (files / "text" / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": "12"}))
     assert main(command.split()) == 1
     error = capsys.readouterr().err
     assert IMPOSSIBLE[command] in error

@@ -16,6 +16,7 @@ from dpop_trainer.models import tiled_mlp
 from dpop_trainer.settings.arguments import parse_arguments
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.recipes import FOLDER, recipe_file
+from dpop_trainer.tools.plan import search as plan_search
 from dpop_trainer.tools.plan.batches import (
     BatchSetting,
     Pairs,
@@ -29,7 +30,7 @@ from dpop_trainer.tools.plan.devices import CPU_UTILISATION, DEVICE_NAMES, find_
 from dpop_trainer.tools.plan.known_models import HUB_IDS
 from dpop_trainer.tools.plan.paper_model import ModelSetting
 from dpop_trainer.tools.plan.planner import Choice, Planner, Run
-from dpop_trainer.tools.plan.report import accelerate_file, setting_yaml
+from dpop_trainer.tools.plan.report import accelerate_file, as_text, setting_yaml
 from dpop_trainer.tools.plan.search import RESERVE, longest_pair, search
 from dpop_trainer.tools.plan.source import find_config
 from peft import LoraConfig
@@ -238,6 +239,16 @@ def test_the_longest_pair_fits_and_a_longer_one_does_not():
     assert fits(longest)
     assert not fits(round(1.02 * longest) + 16)
     assert longest_pair(run_of(gpu(0.1)), choice) == 0
+
+
+def test_a_model_far_smaller_than_its_device_is_planned_at_once(monkeypatch, capsys):
+    """The longest pair is looked for up to so many tokens of a micro-batch: of four pairs, a quarter each."""
+    monkeypatch.setattr(plan_search, "MOST_TOKENS", 4 * 512)
+    planner, choice = run_of(gpu(1000)), Choice("auto", 4, 1, False, None, "none", 1)
+    assert longest_pair(planner, choice) == 512
+    text = as_text(planner, planner.outcome(choice), None, 512, [])
+    assert "longest pair    at least 512 tokens of prompt and answer fit at this setting" in text
+    assert "longest pair    496 tokens" in as_text(planner, planner.outcome(choice), None, 496, [])
 
 
 def test_more_devices_where_one_is_too_small():

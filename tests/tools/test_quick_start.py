@@ -123,7 +123,7 @@ MISTAKES = [
     (["sft", "--output_dir", "key.yaml"], 1, "output_dir: expected a folder, got 'key.yaml'"),
     (["compare", "--dataset_name", "absent.jsonl"], 1, "source: expected an existing file or folder"),
     (["plan", "--device", "h900"], 1, "device: expected one of a100-40gb,"),
-    (["plan", "--device", "h100", "--sharding", "zero"], 2, "argument --sharding: invalid choice: 'zero'"),
+    (["plan", "--device", "h100", "--sharding", "zero"], 1, "sharding: expected one of auto, none, ddp, fsdp2, zero2,"),
     (["plan", "--quantization", "3bit"], 1, "quantization: expected one of none, 4bit, 8bit, got '3bit'."),
     (["inspect", "./absent", "--pairs", "a/b"], 1, "model: expected an existing folder or a hub id, found nothing at"),
     (["inspect", ".", "--pairs", "a/b"], 1, "model: expected a folder with config.json or adapter_config.json"),

@@ -63,7 +63,14 @@ def load_tokenizer(
 
     with from_elsewhere("processing_class: expected a folder or a hub id with a tokenizer", name_or_path):
         load: Any = AutoTokenizer.from_pretrained
-        return load(name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code)
+        tokenizer = load(name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code)
+    longest = tokenizer.model_max_length  # transformers compares lengths with it, in the middle of the data
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise ValueError(
+            f"{name_or_path}: expected a tokenizer whose model_max_length is a number, got {longest!r}. Mend "
+            "tokenizer_config.json, or download it again."
+        )
+    return tokenizer
 
 
 def load_trained_tokenizer(

@@ -4,7 +4,7 @@ from typing import Any
 
 from dpop_trainer.tools.plan.devices import GIB
 from dpop_trainer.tools.plan.planner import Choice, Outcome, Planner
-from dpop_trainer.tools.plan.search import Found
+from dpop_trainer.tools.plan.search import Found, most_tokens
 
 BAR = 24
 
@@ -25,7 +25,7 @@ def as_text(planner: Planner, asked: Outcome, found: Found | None, longest: int 
     lines += ["", *_verdict(asked, device.memory_gib)]
     lines += ["", *_time_lines(planner, asked)]
     if longest is not None:
-        lines.append(f"longest pair    {longest} tokens of prompt and answer fit at this setting" if longest else _NONE)
+        lines.append(_longest_line(longest, most_tokens(asked.choice)))
     if found is not None and found.nearest is not None:
         lines += ["", "Nearest setting that fits:", *_setting_lines(planner, asked.choice, found.nearest)]
     elif found is not None and not asked.fits:
@@ -101,7 +101,11 @@ def accelerate_file(choice: Choice) -> str | None:
     return f"accelerate/{kind}"
 
 
-_NONE = "longest pair    none: what is there before the first token does not fit"
+def _longest_line(longest: int, most: int) -> str:
+    if not longest:
+        return "longest pair    none: what is there before the first token does not fit"
+    at_least = "at least " if longest >= most else ""  # no longer one was looked for
+    return f"longest pair    {at_least}{longest} tokens of prompt and answer fit at this setting"
 
 
 def _headline(planner: Planner, asked: Outcome) -> str:

@@ -12,8 +12,8 @@ from dpop_trainer.tools.plan.planner import Choice, Outcome, Planner
 MOST_DEVICES = 64
 MOST_PAIRS = 64
 """Of a micro-batch that is proposed."""
-MOST_TOKENS = 1 << 19
-"""No longer pair is looked for."""
+MOST_TOKENS = 1 << 20
+"""Of a micro-batch: no longer pairs are looked for, since laying out that many takes seconds."""
 RESERVE = 0.05
 """Of a device's memory, left free by a larger micro-batch that is proposed: no step is worth a run that dies of its
 longest batch."""
@@ -39,7 +39,7 @@ def longest_pair(planner: Planner, choice: Choice) -> int:
     micro-batch of such pairs; 0 if none does.
 
     Memory is between a line and a parabola in the length: where the last three say that it is used up is tried, then
-    beside it, until the ends of what is unknown are near enough to each other.
+    beside it, until the ends of what is unknown are near enough to each other. None longer than `most_tokens` is.
     """
     if not planner.may_fit(choice):
         return 0
@@ -50,17 +50,20 @@ def longest_pair(planner: Planner, choice: Choice) -> int:
         pairs = Pairs([stretched(record, length)], None, "", is_assumed=True)
         return planner.outcome(choice, pairs=pairs, exact_time=False).spare
 
-    low, high = STEP, max(2 * STEP, longest_length(run.pairs) // STEP * STEP)
+    most = most_tokens(choice)
+    low, high = STEP, min(most, max(2 * STEP, longest_length(run.pairs) // STEP * STEP))
     spare_low = spare(low)
     if spare_low < 0:
         return 0
     spare_high = spare(high)
-    while spare_high >= 0 and high < MOST_TOKENS:
+    while spare_high >= 0:
+        if high == most:
+            return most
         per_token = max((spare_low - spare_high) / (high - low), 1.0)
         low, spare_low = high, spare_high
         # a little past the line's end; short pairs lie on a flat line, which says nothing
         ends = round(min(4 * high, 1.1 * (high + spare_high / per_token)) / STEP) * STEP
-        high = max(high + STEP, ends)
+        high = min(most, max(high + STEP, ends))
         spare_high = spare(high)
     known = {low: spare_low, high: spare_high}
     for _ in range(ROUNDS):
@@ -73,6 +76,11 @@ def longest_pair(planner: Planner, choice: Choice) -> int:
         known[middle] = spare(middle)
         low, high = (middle, high) if known[middle] >= 0 else (low, middle)
     return low
+
+
+def most_tokens(choice: Choice) -> int:
+    """The longest pairs that are looked for."""
+    return max(2 * STEP, MOST_TOKENS // choice.num_pairs // STEP * STEP)
 
 
 def _used_up(known: dict[int, float], low: int, high: int) -> float:
