@@ -23,3 +23,8 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A table of plain cells."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(plain, line)) + " |" for line in lines)
+
+
+def joined(value: object) -> str:
+    """A setting's value: several with commas between, without brackets; not escaped."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dpop_trainer.data.source_path import looks_local
-from dpop_trainer.report.markdown import code, plain, table
+from dpop_trainer.report.markdown import code, joined, plain, table
 from dpop_trainer.report.run_page import PAGE_FILE
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.run_folder.private import shareable
@@ -55,7 +55,7 @@ def write_run_card(folder: Path, *, base: str, tags: list[str], run_config: Mapp
     data = config.get("dataset_name")
     started = f" of {code(shareable(base))}" if base else ""
     trained = f"{'An adapter' if is_adapter else 'All weights'}{started} after {step:,} steps"
-    rows = [(name, _plain(config[name])) for name in _SETTINGS if config.get(name) is not None]
+    rows = [(name, joined(config[name])) for name in _SETTINGS if config.get(name) is not None]
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         _OURS,
@@ -67,7 +67,3 @@ def write_run_card(folder: Path, *, base: str, tags: list[str], run_config: Mapp
         "answers, `dpop export` makes a folder to share, with a whole card.",
     ]
     write_atomically(folder / README, "\n\n".join(lines) + "\n")
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -12,7 +12,7 @@ from dpop_kernels.losses.options import LossOptions
 from dpop_trainer.data.mixture import DatasetSource, parse_sources
 from dpop_trainer.data.source_path import expanded, looks_local
 from dpop_trainer.models.trained import read_run_config, run_file
-from dpop_trainer.report.markdown import code, plain, table
+from dpop_trainer.report.markdown import code, joined, plain, table
 from dpop_trainer.run_folder.run_files import METRICS_FILE, read_metrics
 from dpop_trainer.run_folder.versions import versions
 
@@ -137,7 +137,7 @@ def shown_model(name: str) -> str:
 
 def _opening(config: dict[str, Any], base: str | None, merge_note: str) -> str:
     losses = config.get("loss_type")
-    what = f"preference fine-tuning (loss: {plain(_plain(losses))})" if losses else "fine-tuning"
+    what = f"preference fine-tuning (loss: {plain(joined(losses))})" if losses else "fine-tuning"
     start = code(shown_model(base)) if base else "a model that the run's records do not name"
     return (
         f"Made from {start} by {what} with dpop-kernels; the loss DPOP is of "
@@ -200,7 +200,7 @@ def _training(config: dict[str, Any], run: Path) -> str:
     # of the two that end a run, the one that did
     idle = "num_train_epochs" if (config.get("max_steps") or -1) > 0 else "max_steps"
     names = [*SETTINGS, *(name for name, usual in _OTHER_OPTIONS.items() if config.get(name, usual) != usual)]
-    rows = [(name, _plain(config[name])) for name in names if config.get(name) is not None and name != idle]
+    rows = [(name, joined(config[name])) for name in names if config.get(name) is not None and name != idle]
     text = "Every setting is in `training_config.yaml`. The main ones:\n\n" + table(("setting", "value"), rows)
     logged = [line for line in _metrics(run) if "loss" in line]
     if logged:
@@ -265,7 +265,3 @@ def _shown_source(name: str) -> str:
     if _is_hub_id(name):
         return f"[{name}](https://huggingface.co/datasets/{name})"
     return f"{code(Path(name).name)} (a local file)"
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
