@@ -160,8 +160,12 @@ def test_what_the_surface_gives_away(tmp_path, mark, level):
     guessed, share = ("100%", "100%") if level == "serious" else ("90%", "80%")  # 0.8 + 0.2 / 2
     assert finding.message.startswith(f"Side guessed right from the surface alone in {guessed} of 200 pairs (")
     assert f"in 0% of the chosen and {share} of the rejected answers" in finding.message
+    told = verdict(seen).sentence
+    look_first = f". But read some pairs first: side guessed right from the surface alone in {guessed} of 200 pairs."
+    assert told.startswith("Do not train on this: side guessed right") if level == "serious" else look_first in told
     swapped = [pair(p["prompt"], p["rejected"], p["chosen"]) if i % 2 else p for i, p in enumerate(records)]
     assert "surface" not in found(examine(tmp_path, swapped))
+    assert "read some pairs" not in verdict(examine(tmp_path, swapped)).sentence
 
 
 def test_one_sentence_first(tmp_path):

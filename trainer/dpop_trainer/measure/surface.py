@@ -106,8 +106,12 @@ class Surface(NamedTuple):
     def __str__(self) -> str:
         if not self.is_told:
             return f"too few prompts ({self.num_prompts}) to tell whether the surface gives the sides away"
-        guess = f"side guessed right from the surface alone in {self.guessed:.0%} of {self.num_pairs:,} pairs"
-        return f"{guess} ({'; '.join(map(str, self.cues))})" if self.gives_away else guess
+        return f"{self.guess} ({'; '.join(map(str, self.cues))})" if self.gives_away else self.guess
+
+    @property
+    def guess(self) -> str:
+        """Without the strings that do it."""
+        return f"side guessed right from the surface alone in {self.guessed:.0%} of {self.num_pairs:,} pairs"
 
 
 class SurfaceSample:

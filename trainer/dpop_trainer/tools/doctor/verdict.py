@@ -42,7 +42,10 @@ def verdict(examination: Examination) -> Verdict:
     if examination.pair_file.bad:
         options += " --on_bad_record skip"
         after += f"{' and' if after else ' without'} {counted(len(examination.pair_file.bad), 'bad record')}"
-    return Verdict(f"Train with DPOP ({', '.join(values)}){after}.", options, reasons)
+    surface = examination.surface
+    # a style, since a format's mark speaks against training; better answers have one too, which only a reader can tell
+    look = f" But read some pairs first: {surface.guess}." if surface.gives_away else ""
+    return Verdict(f"Train with DPOP ({', '.join(values)}){after}.{look}", options, reasons)
 
 
 def _dropped(examination: Examination) -> dict[int, str]:
