@@ -32,6 +32,11 @@ _FIRST_STEPS = range(2, 11)
 """Without the first: the policy still is the reference, and no method's hinge is active."""
 
 
+def chat_model() -> str:
+    """The table and the verdict of the comparison on a chat model, which answers problems too."""
+    return _results("smollm2", ["DPO", "DPOP"])
+
+
 def low_edit() -> str:
     """The table and the verdict of the comparison on GSM8K pairs."""
     return _results("gsm8k", [*LOSSES, *LAMBDAS])
@@ -140,8 +145,8 @@ def gradient() -> str:
 def pictures() -> list[Panel]:
     """The page's."""
     found = []
-    for name in ("gsm8k", *_HIGH_EDIT.values()):
-        comparison = _comparison(name, LOSSES)  # the values of λ would lie on each other
+    for name in ("smollm2", "gsm8k", *_HIGH_EDIT.values()):
+        comparison = _comparison(name, ["DPO", "DPOP"] if name == "smollm2" else LOSSES)  # λ's would lie on each other
         found += [_named(panel, name) for panel in logratio_panels(curves_of(comparison))]
     shifts = token_shift_panels(token_shifts(_comparison("gsm8k", LOSSES)))
     return found + [_named(panel, "gsm8k") for panel in shifts]

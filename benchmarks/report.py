@@ -448,6 +448,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "pairs.md": {"scale": pairs_scale},
     ROOT / "docs" / "runs.md": {"tiled_mlp": tiled_mlp, "long_pairs": long_pairs.as_table},
     ROOT / "docs" / "paper.md": {
+        "chat_model": paper.chat_model,
         "low_edit": paper.low_edit,
         "after_edit": paper.after_edit,
         "beta": paper.beta,
