@@ -128,8 +128,11 @@ def test_a_batch_on_several_devices_by_hand(layout):
 
     alone, shared, deeper = outcome(2, 1), outcome(2, 4), outcome(3, 4)
     assert shared.batches.largest.input_ids.numel() == num_tokens
-    for kind in ("layers", "attention"):  # tokens of all heads, heads of all tokens
-        assert shared.cost.flop[kind] == alone.cost.flop[kind] / 4
+    # tokens of all heads, heads of all tokens; older transformers make the rotary angles by a product of positions and
+    # eight frequencies, of which the ranks' share is that of rows
+    angles = 2 * 8 * num_tokens
+    for kind, at_most in (("layers", angles), ("attention", 0)):
+        assert abs(shared.cost.flop[kind] - alone.cost.flop[kind] / 4) <= at_most
     # rows: of either, the third of four ranks has the predictors 64 to 95; flat: the second all but the first of the
     # chosen answer, whose predictor ends the prompt
     num_scored = {"rows": 2 * 32, "flat": 63}[layout]
