@@ -1,6 +1,8 @@
 """Pairs that were meant to fit one device, on paper: whole MLPs, tiles of them, and checkpoints in the host's memory.
 
-python -m benchmarks.long_pairs [Gemma-3-1B ...]    asks `dpop plan` -> results/long_pairs.json, a minute each
+    python -m benchmarks.long_pairs [Gemma-3-1B ...]    asks `dpop plan` -> results/long_pairs.json, a minute each
+
+Nothing here was measured.
 """
 
 import json

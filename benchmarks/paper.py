@@ -28,13 +28,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "paper"
 LOSSES = ["DPO", "IPO", "SLIC", "DPOP"]
 LAMBDAS = ["DPOP, λ = 5", "DPOP, λ = 500"]
 BETAS = ["DPO, β = 0.1", "DPO", "DPO, β = 1.0", "DPOP, β = 0.1", "DPOP", "DPOP, β = 1.0"]
+_SHOWN = {"smollm2": ["DPO", "DPOP"]}
+"""In the pictures; of the other comparisons `LOSSES`, since the values of λ would lie on each other."""
 _FIRST_STEPS = range(2, 11)
 """Without the first: the policy still is the reference, and no method's hinge is active."""
 
 
 def chat_model() -> str:
     """The table and the verdict of the comparison on a chat model, which answers problems too."""
-    return _results("smollm2", ["DPO", "DPOP"])
+    return _results("smollm2", _SHOWN["smollm2"])
 
 
 def low_edit() -> str:
@@ -146,7 +148,7 @@ def pictures() -> list[Panel]:
     """The page's."""
     found = []
     for name in ("smollm2", "gsm8k", *_HIGH_EDIT.values()):
-        comparison = _comparison(name, ["DPO", "DPOP"] if name == "smollm2" else LOSSES)  # λ's would lie on each other
+        comparison = _comparison(name, _SHOWN.get(name, LOSSES))
         found += [_named(panel, name) for panel in logratio_panels(curves_of(comparison))]
     shifts = token_shift_panels(token_shifts(_comparison("gsm8k", LOSSES)))
     return found + [_named(panel, "gsm8k") for panel in shifts]

@@ -61,17 +61,13 @@ class Grading:
     answer_regex: str | None = None
     max_answers: int = 128
     max_new_tokens: int = 256
-    batch_size: int = 32
+    answer_batch_size: int = 32
 
     def __post_init__(self) -> None:
         self.matches()
-        for name, value in (
-            ("max_answers", self.max_answers),
-            ("max_new_tokens", self.max_new_tokens),
-            ("answer_batch_size", self.batch_size),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}.")
+        for name in ("max_answers", "max_new_tokens", "answer_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
 
     def matches(self) -> Callable[[str, str], Verdict]:
         """Sample, label -> verdict."""
@@ -131,7 +127,7 @@ def grade_answers(trained: TrainedModel, problems: Sequence[Problem], grading: G
         trained.tokenizer,
         [problem.prompt_ids for problem in problems],
         max_new_tokens=grading.max_new_tokens,
-        batch_size=grading.batch_size,
+        batch_size=grading.answer_batch_size,
         desc=desc,
     )
     matches = grading.matches()

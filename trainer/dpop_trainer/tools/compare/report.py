@@ -15,7 +15,7 @@ from dpop_trainer.measure.shares import Interval, share_interval, with_interval
 from dpop_trainer.measure.token_shift import TokenShift, mean_token_shift, token_shift_as_dict, token_shift_from_dict
 from dpop_trainer.report.signed import signed
 from dpop_trainer.report.terminal import PLAIN, Terminal
-from dpop_trainer.tools.compare.answers import Answers, Gain, right_gain
+from dpop_trainer.tools.compare.answers import Answers, right_gain
 
 ERRORS = 2
 """Standard errors from zero, or from the next method, beyond which a change is one."""
@@ -294,19 +294,15 @@ def _best(comparison: Comparison) -> str:
 def _gains(comparison: Comparison) -> str:
     """What each method did to the problems that were solved before, and the others, where that was recorded."""
     told = []
+    before = comparison.results[0].ref_answers
     for method in comparison.methods:
-        found = gain_of(comparison.of(method))
+        after = [run.answers for run in comparison.of(method) if run.answers]
+        found = right_gain(after, before) if before else None
         if found is None:
             return ""
         known = "" if abs(found.mean) > ERRORS * found.error else " (no difference)"
         told.append(f"{method} {signed(100 * found.mean, 1)} ± {100 * found.error:.1f}{known}")
     return f" Against the model before, problem by problem, in points: {listed(told)}."
-
-
-def gain_of(runs: Sequence[RunResult]) -> Gain | None:
-    """Of a method's runs against the model before."""
-    before, after = runs[0].ref_answers, [run.answers for run in runs if run.answers]
-    return right_gain(after, before) if before and after else None
 
 
 def _ranked(comparison: Comparison) -> str:

@@ -1,16 +1,17 @@
 """What a step on paper cannot run as it is, as functions that allocate and multiply the same: nothing is computed.
 
-PaperHead         the scoring head of a device: unit gradients, workspace, products
-QuantisedLinear   bitsandbytes' 4-bit and 8-bit layers: packed weights, widened for each product
-grouped_product   a mixture's experts, whichever tokens they get
-offload_on_paper  what checkpointing keeps, on its way to the host and back
-rows_of_one  that a row without padding is one sequence, which transformers reads from its positions
+PaperHead           the scoring head of a device: unit gradients, workspace, products
+QuantisedLinear     bitsandbytes' 4-bit and 8-bit layers: packed weights, widened for each product
+grouped_experts     a mixture's experts, whichever tokens they get
+offload_on_paper    what checkpointing keeps, on its way to the host and back
+rows_of_one         that a row without padding is one sequence, which transformers reads from its positions
 exchanges_on_paper  what the ranks of a batch send each other around attention
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -225,37 +226,31 @@ class _GroupedProduct(torch.autograd.Function):
         return grad_output @ weight[0].T, grad_weight, None
 
 
-@contextmanager
-def grouped_experts() -> Iterator[None]:
+def grouped_experts() -> AbstractContextManager[None]:
     """Let mixtures of experts run without knowing who gets which token."""
-    own = moe._grouped_mm
-    moe._grouped_mm = lambda input, weight, offs: _GroupedProduct.apply(input.to(weight.dtype), weight, offs)
-    try:
-        yield
-    finally:
-        moe._grouped_mm = own
+    return _in_place_of(
+        moe, "_grouped_mm", lambda input, weight, offs: _GroupedProduct.apply(input.to(weight.dtype), weight, offs)
+    )
 
 
-@contextmanager
-def rows_of_one() -> Iterator[None]:
+def rows_of_one() -> AbstractContextManager[None]:
     """Let no mask be made of rows without padding: a row of several sequences comes with a mask of its own."""
-    own = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = own
+    return _in_place_of(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+
+
+def exchanges_on_paper() -> AbstractContextManager[None]:
+    """Let one process stand for all that run a batch together: it sends, and gets as much."""
+    return _in_place_of(sequence_group, "exchanged", lambda parts, process_group: torch.empty_like(parts.contiguous()))
 
 
 @contextmanager
-def exchanges_on_paper() -> Iterator[None]:
-    """Let one process stand for all that run a batch together: it sends, and gets as much."""
-    own = sequence_group.exchanged
-    sequence_group.exchanged = lambda parts, process_group: torch.empty_like(parts.contiguous())
+def _in_place_of(module: ModuleType, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
+    own = getattr(module, name)
+    setattr(module, name, stand_in)
     try:
         yield
     finally:
-        sequence_group.exchanged = own
+        setattr(module, name, own)
 
 
 def offload_on_paper(model: nn.Module) -> None:
