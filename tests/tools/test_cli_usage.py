@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import pytest
 import yaml
+from datasets import Dataset
 from dpop_trainer.cli import COMMANDS, main
 from dpop_trainer.inputs.model_setup import init_kwargs, lora_config, quantization_config
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments, parse_arguments, run_config
@@ -152,13 +153,15 @@ def test_kernels_that_cannot_run_are_refused_before_anything_is_loaded(capsys, m
 
 @pytest.mark.parametrize("command", ["train", "sft"])
 def test_a_missing_chat_template_is_told_before_the_weights_are_loaded(command, tmp_path, capsys):
-    tiny_llama().config.save_pretrained(tmp_path / "model")  # no weights to load
+    tiny_llama().save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])  # which would not load
     word_tokenizer().save_pretrained(tmp_path / "model")
     turns = {"chosen": "w1 w2", "rejected": "w1 w3"}
     record = {name: [{"role": "assistant", "content": text}] for name, text in turns.items()}
     record["prompt"] = [{"role": "user", "content": "w4"}]
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(record) + "\n")
-    argv = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "pairs.jsonl")]
+    Dataset.from_list([record]).to_parquet(tmp_path / "pairs.parquet")  # not looked into before the imports
+    argv = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "pairs.parquet")]
     assert main([command, *argv, "--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false"]) == 1
     assert "expected a tokenizer with a chat template, since the pairs are messages" in capsys.readouterr().err
 

@@ -139,11 +139,78 @@ MISTAKES = [
     (["pairs", "inspect", "key.yaml"], 1, "source: expected a file ending in"),
     (["pairs", "inspect", "a/b", "--tokenizer", "./absent"], 1, "model: expected a folder with a tokenizer"),
 ]
+TRAIN = ["train", "--output_dir", "new", "--dataset_name", "chat.jsonl", "--model_name_or_path"]
+NO_TEMPLATE = "expected a tokenizer with a chat template, since the pairs are messages"
+MISTAKES += [
+    ([*TRAIN, "./whole"], 1, NO_TEMPLATE),
+    ([*TRAIN, "./adapter"], 1, NO_TEMPLATE),
+    (["sft", *TRAIN[1:], "./whole", "--dataset_name", "completions.jsonl"], 1, NO_TEMPLATE),
+    (["compare", *TRAIN[1:], "./whole"], 1, NO_TEMPLATE),
+    (
+        ["train", "--model_name_or_path", "./whole", "--dataset_name", "a/b", "--eval_dataset_name", "chat.jsonl"],
+        1,
+        NO_TEMPLATE,
+    ),
+    (["pairs", "inspect", "chat.jsonl", "--tokenizer", "./whole"], 1, NO_TEMPLATE),
+    (["inspect", "./whole", "--pairs", "chat.jsonl"], 1, NO_TEMPLATE),
+    (["eval", "--models", "a/b", "./whole", "--pairs", "chat.jsonl"], 1, NO_TEMPLATE),
+    (
+        [*TRAIN, "./whole", "--dataset_name", "odd.jsonl"],
+        1,
+        "odd.jsonl: columns: expected prompt, chosen and rejected, or",
+    ),
+    ([*TRAIN, "./whole", "--load_in_4bit"], 1, "load_in_4bit: expected an adapter to train, got none"),
+    ([*TRAIN, "./unreadable"], 1, "model: expected JSON in unreadable/config.json, got what cannot be read"),
+    ([*TRAIN, "./t5"], 1, "model: expected a causal LM, with or without a vision tower, got a checkpoint of T5Model"),
+    ([*TRAIN, "./empty"], 1, "model: expected weights in empty (model.safetensors, "),
+    (
+        [*TRAIN, "./sharded"],
+        1,
+        "model: expected the 2 files of weights that sharded/model.safetensors.index.json names, found no b.",
+    ),
+    ([*TRAIN, "./pointer"], 1, "pointer/model.safetensors, got Git LFS's pointer to them."),
+    ([*TRAIN, "./mute"], 1, "processing_class: expected a tokenizer in './mute', found no file of one."),
+    ([*TRAIN, "./baseless"], 1, "model: expected base_model_name_or_path in baseless/adapter_config.json, found none."),
+    (
+        [*TRAIN, "./orphan"],
+        1,
+        "model: expected a folder with config.json or adapter_config.json, found none at './absent'.",
+    ),
+]
+
+# folder -> its files, as text or JSON
+WHOLE = {"config.json": {}, "tokenizer.json": {}, "tokenizer_config.json": {}, "model.safetensors": "weights"}
+TWO_SHARDS = {"weight_map": {"v": "a", "w": "b", "x": "a"}}
+FOLDERS: dict[str, dict] = {
+    "whole": WHOLE,
+    "adapter": {"adapter_config.json": {"base_model_name_or_path": "./whole"}, "adapter_model.safetensors": "weights"},
+    "unreadable": {"config.json": "{"},
+    "t5": {"config.json": {"is_encoder_decoder": True, "architectures": ["T5Model"], "model_type": "t5"}},
+    "empty": {"config.json": {}, "tokenizer.json": {}},
+    "sharded": {"config.json": {}, "tokenizer.json": {}, "model.safetensors.index.json": TWO_SHARDS, "a": "weights"},
+    "pointer": WHOLE | {"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0"},
+    "mute": {"config.json": {}, "model.safetensors": "weights"},
+    "baseless": {"adapter_config.json": {}},
+    "orphan": {"adapter_config.json": {"base_model_name_or_path": "./absent"}},
+}
+
+
+def write_folders(root):
+    for folder, files in FOLDERS.items():
+        (root / folder).mkdir()
+        for name, content in files.items():
+            (root / folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    asked, answered = ([{"role": role, "content": "hello"}] for role in ("user", "assistant"))
+    chat = {"prompt": asked, "chosen": answered, "rejected": [{"role": "assistant", "content": "go"}]}
+    (root / "chat.jsonl").write_text(json.dumps(chat))
+    (root / "completions.jsonl").write_text(json.dumps({"prompt": asked, "completion": answered}))
+    (root / "odd.jsonl").write_text(json.dumps({"a": 1}))
 
 
 def test_a_mistake_is_answered_before_anything_heavy_is_imported(tmp_path):
     (tmp_path / "key.yaml").write_text("max_step: 3")
     (tmp_path / "enum.yaml").write_text("layout: rwos")
+    write_folders(tmp_path)
     answers = called([words for words, _, _ in MISTAKES], tmp_path)
     assert len(answers) == len(MISTAKES)
     for (words, code, message), (got, out, err, imported) in zip(MISTAKES, answers, strict=True):

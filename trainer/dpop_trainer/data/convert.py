@@ -4,7 +4,6 @@ A row holds the pair as JSON, which keeps every message exactly as it was writte
 keys of each), or what is wrong with the record; and where the record stands.
 """
 
-import itertools
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ from datasets import Dataset, Features, Value
 
 from dpop_trainer.data.arrow_nulls import without_filled_nulls
 from dpop_trainer.data.code_hash import code_hash
-from dpop_trainer.data.forms import FORMS_BY_NAME, Form, Sample, recognise_form
+from dpop_trainer.data.forms import FORMS_BY_NAME, Form, Sample
 from dpop_trainer.data.limits import RECORD, longest_record
 from dpop_trainer.data.pair_weights import MARGIN_COLUMN, WEIGHT_COLUMN, read_weight
 from dpop_trainer.data.records import (
@@ -29,8 +28,8 @@ from dpop_trainer.data.records import (
     raise_bad_records,
     read_ref_logps,
 )
+from dpop_trainer.data.sample import SAMPLE_SIZE, form_of_sample, kind_of, sample_of_records
 from dpop_trainer.data.sound_cache import map_or_map_anew
-from dpop_trainer.data.vision import refuse_vision
 
 _logger = logging.getLogger(__name__)
 
@@ -59,9 +58,7 @@ _SIDE_COLUMNS = {
     MARGIN_COLUMN,
     *(name for names in _SCORE_COLUMNS for name in names),
 }
-_KINDS: dict[type, Kind] = {pair_type: kind for kind, pair_type in PAIR_TYPES.items()}
 _LONG = 1_000_000  # characters of a pair, which tokenisers take seconds for
-SAMPLE_SIZE = 100  # records from which a form is recognised
 
 
 def convert_record(record: dict[str, Any], place: str, form: Form) -> dict[str, Any]:
@@ -74,7 +71,7 @@ def convert_record(record: dict[str, Any], place: str, form: Form) -> dict[str, 
         text = _as_json(pair)
         if len(text) > _LONG:
             _logger.warning("%s: a pair of %.1f million characters, which takes a while.", place, len(text) / 1e6)
-        row |= {"kind": _KINDS[type(pair)], "pair": text, **notes, **refs}
+        row |= {"kind": kind_of(pair), "pair": text, **notes, **refs}
     except TiedRecord:
         row["kind"] = TIE
     except ValueError as error:
@@ -201,11 +198,7 @@ def choose_form(sample: Sample, origin: str = "", *, completions: bool = False) 
     Raises:
         ValueError: the columns are those of no form, or hold images; names the origin.
     """
-    refuse_vision(sample, origin or "dataset")
-    try:
-        form = recognise_form(sample, completions=completions)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}" if origin else str(error)) from None
+    form = form_of_sample(sample, origin, completions=completions)
     unused = [column for column in sample if column not in form.columns and column not in _SIDE_COLUMNS]
     _logger.warning(
         "%s form: %s%s",
@@ -214,16 +207,6 @@ def choose_form(sample: Sample, origin: str = "", *, completions: bool = False) 
         f"; columns not read: {', '.join(unused)}" if unused else "",
     )
     return form
-
-
-def sample_of_records(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Column -> its first value that is not null, from the first records of a data set without columns."""
-    sample: dict[str, Any] = {}
-    for record in itertools.islice(records, SAMPLE_SIZE):
-        for column, value in record.items():
-            if sample.get(column) is None:
-                sample[column] = value
-    return sample
 
 
 def _sample_of_columns(dataset: Dataset) -> dict[str, Any]:

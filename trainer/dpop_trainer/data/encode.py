@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpop_trainer.data.edits import common_prefix_length
 from dpop_trainer.data.left_out import has_foreign_turns, leaves_out
-from dpop_trainer.data.messages import Message
+from dpop_trainer.data.messages import NO_CHAT_TEMPLATE, Message
 from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.records import Kind, MessagesPair, Pair, TextPair
 from dpop_trainer.data.seams import (
@@ -102,12 +102,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", kinds: Iterable[Kind])
             "Set tokenizer.eos_token."
         )
     if "messages" in kinds and not tokenizer.chat_template:
-        raise ValueError(
-            "processing_class: expected a tokenizer with a chat template, since the pairs are messages, got one "
-            "without. Give one with chat_template_path (chatml, a .jinja file, a chat model to take it from, or the "
-            "template itself), set tokenizer.chat_template, take the chat model's tokenizer, or write the pairs as "
-            "text."
-        )
+        raise ValueError(NO_CHAT_TEMPLATE)
 
 
 class _Answer(NamedTuple):

@@ -50,6 +50,12 @@ def read_turns(value: Any, name: str) -> list[Message]:
     return [_read_turn(turn, f"{name}[{index}]") for index, turn in enumerate(value)]
 
 
+NO_CHAT_TEMPLATE = (
+    "processing_class: expected a tokenizer with a chat template, since the pairs are messages, got one without. Give "
+    "one with chat_template_path (chatml, a .jinja file, a chat model to take it from, or the template itself), set "
+    "tokenizer.chat_template, take the chat model's tokenizer, or write the pairs as text."
+)
+
 # of transformers' apply_chat_template: what is no variable of a template, and how answers are told from prompts
 TEMPLATE_ARGUMENTS = frozenset(
     {

@@ -11,24 +11,15 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from dpop_trainer.data.arrow_cache import cached_arrow
 from dpop_trainer.data.arrow_nulls import without_filled_nulls
-from dpop_trainer.data.convert import (
-    ROW_FEATURES,
-    SAMPLE_SIZE,
-    bad_row,
-    choose_form,
-    convert_pairs,
-    convert_record,
-    sample_of_records,
-)
+from dpop_trainer.data.convert import ROW_FEATURES, bad_row, choose_form, convert_pairs, convert_record
 from dpop_trainer.data.forms import Form
 from dpop_trainer.data.load import load_pairs, open_source
 from dpop_trainer.data.no_room import pass_no_room
 from dpop_trainer.data.read_json import PlacedRecord, progress, read_json_records
-from dpop_trainer.data.records import BadRecord, raise_bad_records
+from dpop_trainer.data.records import BadRecord
+from dpop_trainer.data.sample import SAMPLE_SIZE, Item, sample_of_items
 from dpop_trainer.data.sound_cache import cached_rows
-from dpop_trainer.data.source_path import check_plain_split, expanded, is_json
-
-Item = PlacedRecord | BadRecord
+from dpop_trainer.data.source_path import check_plain_split, json_file
 
 _CHUNK = 1000  # rows that are held as Python objects at once
 
@@ -78,26 +69,13 @@ def read_pairs(
     return cached_rows(cached_arrow(path, "rows", str(path), completions), write)
 
 
-def json_file(source: Any) -> Path | None:
-    """The path, where the source is an existing JSON file."""
-    if not isinstance(source, str | os.PathLike):
-        return None
-    path = expanded(source)
-    return path if is_json(path) and path.is_file() else None
-
-
 def recognise_items(first: list[Item], origin: str, *, completions: bool = False) -> Form:
     """The form of a data set, from its first records.
 
     Raises:
         ValueError: there is no record, none of them is usable, or their fields are those of no form.
     """
-    if not first:
-        raise ValueError(f"source: expected at least one pair, got none{f' in {origin}' if origin else ''}.")
-    records = [item.record for item in first if isinstance(item, PlacedRecord)]
-    if not records:
-        raise_bad_records(origin or "pairs", len(first), [item for item in first if isinstance(item, BadRecord)])
-    return choose_form(sample_of_records(records), origin, completions=completions)
+    return choose_form(sample_of_items(first, origin), origin, completions=completions)
 
 
 def item_row(item: Item, form: Form) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 """The ending of a file of pairs -> what reads it."""
@@ -20,6 +21,14 @@ def is_json(path: Path) -> bool:
 def json_suffix(path: Path) -> str:
     """The ending of a file's name, under that of gzip where there is one."""
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def json_file(source: Any) -> Path | None:
+    """The path, where the source is an existing JSON file."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = expanded(source)
+    return path if is_json(path) and path.is_file() else None
 
 
 def loader_of(path: Path) -> str | None:

@@ -15,7 +15,7 @@ import datasets
 import torch.utils.data
 from datasets import Dataset
 
-from dpop_trainer.data.convert import ROW_FEATURES, SAMPLE_SIZE
+from dpop_trainer.data.convert import ROW_FEATURES
 from dpop_trainer.data.counts import NO_COUNTS, TokeniseCounts
 from dpop_trainer.data.encode import check_tokenizer
 from dpop_trainer.data.forms import Form
@@ -23,6 +23,7 @@ from dpop_trainer.data.outcomes import count_outcomes, judge_outcomes
 from dpop_trainer.data.pair_weights import WEIGHT_COLUMN, PairWeight, check_pair_weight
 from dpop_trainer.data.read import item_row, recognise_items, stream_items
 from dpop_trainer.data.records import ALL_REF_COLUMNS, TOKEN_COLUMNS, BadRecord, raise_bad_records
+from dpop_trainer.data.sample import SAMPLE_SIZE
 from dpop_trainer.data.skipped import SkippedRecords
 from dpop_trainer.data.tokenise import (
     SKIP_REMEDY,

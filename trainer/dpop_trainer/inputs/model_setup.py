@@ -14,7 +14,7 @@ from dpop_trainer.models.quantised import check_bitsandbytes, compute_dtype, fou
 from dpop_trainer.models.tokenizer_loading import load_tokenizer
 from dpop_trainer.settings.arguments import ModelArguments
 from dpop_trainer.settings.config import HeadConfig
-from dpop_trainer.settings.run_inputs import model_name
+from dpop_trainer.settings.run_inputs import check_bits, model_name
 from dpop_trainer.settings.trl_fields import name_hint
 
 logger = logging.getLogger(__name__)
@@ -79,32 +79,6 @@ def quantization_config(arguments: ModelArguments, config: HeadConfig | None = N
         nested=arguments.use_bnb_nested_quant,
         storage=arguments.bnb_4bit_quant_storage,
     )
-
-
-def check_bits(arguments: ModelArguments, *, has_adapter: bool, has_gpu: bool) -> None:
-    """Whether a base in 4 or 8 bits can be trained, be it planned or done.
-
-    Args:
-        arguments: what is asked for.
-        has_adapter: an adapter is trained on it.
-        has_gpu: the run has a CUDA device.
-
-    Raises:
-        ValueError: there is no adapter to train on it, or 8 bits are asked for on a CPU.
-    """
-    if not (arguments.load_in_4bit or arguments.load_in_8bit):
-        return
-    if not has_adapter:
-        name = "load_in_4bit" if arguments.load_in_4bit else "load_in_8bit"
-        raise ValueError(
-            f"{name}: expected an adapter to train, got none: rounded weights take no gradient. Set use_peft to true."
-        )
-    if arguments.load_in_8bit and not has_gpu:
-        raise ValueError(
-            "load_in_8bit: expected a CUDA device, found none. On a CPU bitsandbytes rounds the inputs of 8-bit "
-            "layers in evaluation and not in training, so that policy and reference would differ from the start. "
-            "Use load_in_4bit."
-        )
 
 
 def _is_adapter(arguments: ModelArguments) -> bool:

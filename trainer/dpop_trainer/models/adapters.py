@@ -1,6 +1,5 @@
 """Adapters: the model under one in memory, and the base that one in a folder or on the hub names."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpop_trainer.data.source_path import expanded
-from dpop_trainer.models.from_elsewhere import from_elsewhere
-from dpop_trainer.settings.model_paths import ADAPTER_CONFIG, check_trained_path, is_adapter_folder
+from dpop_trainer.settings.model_folder import named_base
+from dpop_trainer.settings.model_paths import ADAPTER_CONFIG, check_trained_path
 
 # peft's inits that change the base by what loading cannot repeat -> what to use instead
 _UNREPEATED_INITS = {
@@ -101,20 +100,7 @@ def find_adapter_base(name_or_path: str, init_kwargs: Mapping[str, Any] | None =
         config_file = None if found is None else Path(found)
     if config_file is None:
         return None
-    with from_elsewhere("model: expected an adapter's configuration", str(config_file)):
-        base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
-        raise ValueError(
-            f"model: expected base_model_name_or_path in {config_file}, found none. Add the base model's hub id or "
-            "folder."
-        )
-    if is_adapter_folder(base):
-        raise ValueError(
-            f"model: expected an adapter on a whole model, got {name_or_path!r}, whose base {base!r} is an adapter "
-            "itself: peft would put the one in place of the other. Merge that one with `dpop export`, and name the "
-            f"merged model as base_model_name_or_path in {config_file}."
-        )
-    return base
+    return named_base(config_file, name_or_path)
 
 
 def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:

@@ -10,6 +10,8 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from dpop_trainer.settings.model_folder import not_a_decoder
+
 # a text model first: a configuration without a class's name is one of these
 _CLASSES = (
     (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -39,7 +41,4 @@ def auto_class(config: PreTrainedConfig) -> Any:
                 return auto
         if of_its_type:
             return of_its_type[0][0]
-    raise ValueError(
-        f"model: expected a causal LM, with or without a vision tower, got a checkpoint of {saved_by or 'no class'} "
-        f"(model type {config.model_type}). Name a decoder that writes text."
-    )
+    raise ValueError(not_a_decoder(saved_by, config.model_type))

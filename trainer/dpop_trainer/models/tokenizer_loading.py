@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpop_trainer.data.source_path import expanded
 from dpop_trainer.models.from_elsewhere import from_elsewhere
+from dpop_trainer.settings.model_folder import has_own_tokenizer
 from dpop_trainer.settings.model_paths import check_local_path
 from dpop_trainer.settings.own_process import hidden
 from dpop_trainer.settings.recipes import recipe_files
@@ -56,7 +57,7 @@ def load_tokenizer(
             "tokenizer that the model was trained with."
         )
     path = expanded(name_or_path)
-    if base is not None and path.is_dir() and not (path / "tokenizer_config.json").exists():
+    if base is not None and path.is_dir() and not has_own_tokenizer(path):
         name_or_path, revision = base, None
     check_local_path(name_or_path, "")
     from transformers import AutoTokenizer

@@ -1,10 +1,12 @@
 """What a run is to read and where it is to write: named before anything is imported that loads it."""
 
 from pathlib import Path
+from typing import Any
 
-from dpop_trainer.data.source_path import check_source_path
+from dpop_trainer.data.source_path import check_source_path, expanded
 from dpop_trainer.run_folder.files import check_writable
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
+from dpop_trainer.settings.model_folder import check_model_folder, check_reads
 from dpop_trainer.settings.model_paths import (
     adapter_on_adapter,
     check_local_path,
@@ -14,31 +16,44 @@ from dpop_trainer.settings.model_paths import (
 )
 
 
-def check_inputs(model: ModelArguments, data: DataArguments, output_dir: str | None) -> None:
+def check_inputs(model: ModelArguments, data: DataArguments, config: Any, *, completions: bool = False) -> None:
     """Look for what is named. That something is not named at all is told later, after what the configuration refuses.
 
     Args:
         model: of which model and reference are looked for.
         data: of which the data sets to train and evaluate on are looked for; of a mixture, when it is read.
-        output_dir: where the run writes. Where it is there, only that is checked: a run that is finished needs nothing.
+        config: where the run writes, and the template it gives the tokenizer. Where that folder is there, only that is
+            checked: a run that is finished needs nothing.
+        completions: prompt and completion are a form of the data too.
 
     Raises:
         FileNotFoundError: a file or folder of data is not there.
-        ValueError: a name is not that of what is expected there.
+        ValueError: a name is not that of what is expected there, a local model lacks a part, or the pairs cannot be
+            read with its tokenizer.
     """
-    if output_dir is not None:
-        check_writable(output_dir)
-        if Path(output_dir).exists():
+    if config.output_dir is not None:
+        check_writable(config.output_dir)
+        if Path(config.output_dir).exists():
             return
     if data.dataset_name or data.dataset_mixture:
         check_data(data)
-    for source in (data.dataset_name, None if data.eval_datasets else data.eval_dataset_name):
-        if source:
-            check_source_path(source)
-    if model.model_name_or_path:
-        model_name(model)
+    sources = [
+        source for source in (data.dataset_name, None if data.eval_datasets else data.eval_dataset_name) if source
+    ]
+    for source in sources:
+        check_source_path(source)
     if model.ref_model_name_or_path:
         check_local_path(model.ref_model_name_or_path, "")
+    if not model.model_name_or_path:
+        return
+    name = model_name(model)
+    if expanded(name).is_dir():  # a hub id may be an adapter
+        has_adapter = is_adapter_folder(name) or bool(model.use_peft or model.peft_config)
+        check_bits(model, has_adapter=has_adapter, has_gpu=True)
+    if not config.model_init_kwargs:  # which may name other files
+        check_model_folder(name)
+    for source in sources:
+        check_reads(name, source, completions=completions, has_template=config.chat_template_path is not None)
 
 
 def check_data(arguments: DataArguments) -> None:
@@ -69,3 +84,29 @@ def model_name(arguments: ModelArguments) -> str:
     if (arguments.use_peft or arguments.peft_config) and is_adapter_folder(arguments.model_name_or_path):
         raise ValueError(adapter_on_adapter(arguments.model_name_or_path))
     return arguments.model_name_or_path
+
+
+def check_bits(arguments: ModelArguments, *, has_adapter: bool, has_gpu: bool) -> None:
+    """Whether a base in 4 or 8 bits can be trained, be it planned or done.
+
+    Args:
+        arguments: what is asked for.
+        has_adapter: an adapter is trained on it.
+        has_gpu: the run has a CUDA device.
+
+    Raises:
+        ValueError: there is no adapter to train on it, or 8 bits are asked for on a CPU.
+    """
+    if not (arguments.load_in_4bit or arguments.load_in_8bit):
+        return
+    if not has_adapter:
+        name = "load_in_4bit" if arguments.load_in_4bit else "load_in_8bit"
+        raise ValueError(
+            f"{name}: expected an adapter to train, got none: rounded weights take no gradient. Set use_peft to true."
+        )
+    if arguments.load_in_8bit and not has_gpu:
+        raise ValueError(
+            "load_in_8bit: expected a CUDA device, found none. On a CPU bitsandbytes rounds the inputs of 8-bit "
+            "layers in evaluation and not in training, so that policy and reference would differ from the start. "
+            "Use load_in_4bit."
+        )

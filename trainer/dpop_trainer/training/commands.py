@@ -30,7 +30,7 @@ def _run(argv: list[str], name: str, config_class: str) -> int:
 
         if not argv:  # nothing else can be wrong
             check_data(told[1])
-        check_inputs(told[0], told[1], told[2].output_dir)
+        check_inputs(*told, completions=name == "sft")
     with under_way(LIBRARIES):
         from dpop_trainer.settings import config
     with doing("reading the configuration from the command line and its files"):

@@ -11,7 +11,7 @@ def main(argv: list[str]) -> int:
     """Parse, train and measure every method with every seed."""
     told = check_arguments("dpop_trainer.settings.config", "DPOPConfig", argv, PROGRAM, ComparisonArguments)
     if told is not None:
-        check_inputs(told[0], told[1], told[2].output_dir)
+        check_inputs(*told[:3])
     with under_way(LIBRARIES):
         from dpop_trainer.settings.config import DPOPConfig
         from dpop_trainer.tools.compare.run import run_comparison

@@ -9,6 +9,7 @@ from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.data.truncate import check_truncation
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.errors import doing
+from dpop_trainer.settings.model_folder import check_reads
 from dpop_trainer.settings.model_paths import check_local_path
 from dpop_trainer.settings.own_process import is_own_process
 from dpop_trainer.settings.terminal import say
@@ -61,6 +62,8 @@ def inspect_pairs(argv: list[str]) -> int:
     name = options.tokenizer or options.model
     if name:
         check_local_path(name, "")
+        for source in filter(None, (options.file, options.eval)):
+            check_reads(name, source, has_template=options.chat_template_path is not None)
     with under_way(LIBRARIES if options.model else "Loading datasets"):
         from dpop_trainer.report.terminal import Terminal
         from dpop_trainer.tools.doctor.examine import examine_pairs

@@ -4,6 +4,7 @@ import sys
 
 from dpop_trainer.data.source_path import check_source_path
 from dpop_trainer.settings.command_parser import CommandParser
+from dpop_trainer.settings.model_folder import check_reads
 from dpop_trainer.settings.model_paths import check_trained_path
 from dpop_trainer.settings.terminal import say
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
@@ -21,6 +22,8 @@ def main(argv: list[str]) -> int:
         check_trained_path(model)
     if what["pairs"]:
         check_source_path(what["pairs"])
+        for model in what["models"]:
+            check_reads(model, what["pairs"])
     with under_way(LIBRARIES):
         from dpop_trainer.report.terminal import Terminal
         from dpop_trainer.tools.evaluation.compare import as_text

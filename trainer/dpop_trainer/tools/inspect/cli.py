@@ -2,6 +2,7 @@
 
 from dpop_trainer.data.source_path import check_source_path, expanded
 from dpop_trainer.settings.command_parser import CommandParser
+from dpop_trainer.settings.model_folder import check_reads
 from dpop_trainer.settings.model_paths import check_trained_path
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
 
@@ -11,6 +12,7 @@ def main(argv: list[str]) -> int:
     options = vars(_parser().parse_args(argv))
     check_trained_path(options["model"])
     check_source_path(options["pairs"])
+    check_reads(options["model"], options["pairs"])
     if options["ref_model"]:
         check_trained_path(options["ref_model"])
     if options["out"] and expanded(options["out"]).is_file():

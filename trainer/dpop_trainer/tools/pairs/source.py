@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpop_trainer.data.read_json import PlacedRecord, read_json_records
+from dpop_trainer.data.read_json import read_json_records
 from dpop_trainer.data.records import BadRecord
+from dpop_trainer.data.sample import Item
 from dpop_trainer.data.source_path import check_source_path, expanded, is_json
-
-Item = PlacedRecord | BadRecord
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dpop_trainer.batches.sequence_obstacles import check_shared_model
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.data.source_path import expanded
 from dpop_trainer.inputs.data_sets import load_train_data, train_paths
-from dpop_trainer.inputs.model_setup import check_bits, init_kwargs, lora_config
+from dpop_trainer.inputs.model_setup import init_kwargs, lora_config
 from dpop_trainer.models.adapters import find_adapter_base
 from dpop_trainer.models.dtypes import autocast_dtype, named_dtype
 from dpop_trainer.models.tiled_mlp import check_tiles
@@ -19,6 +19,7 @@ from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokeni
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
 from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.model_paths import adapter_on_adapter, is_adapter_folder
+from dpop_trainer.settings.run_inputs import check_bits
 from dpop_trainer.tools.plan.arguments import PlanArguments
 from dpop_trainer.tools.plan.batches import Pairs, of_statistics, worst_case
 from dpop_trainer.tools.plan.devices import find_device
