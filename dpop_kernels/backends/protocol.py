@@ -48,9 +48,18 @@ class RowResults(NamedTuple):
     stats: TokenStats | None  # [N] each
     other_mass: Tensor | None  # [N] 1 - p, if a gradient is wanted
     unit_grads: Tensor | None  # [N, H] d logp / d h / (1 - p), of W's own size however small 1 - p is
+    largest: Tensor | None = None  # [N] the largest logit, for the statistics of a slice of the vocabulary
 
     @classmethod
-    def empty(cls, hidden_states: Tensor, dtype: torch.dtype, *, with_stats: bool, with_gradient: bool) -> "RowResults":
+    def empty(
+        cls,
+        hidden_states: Tensor,
+        dtype: torch.dtype,
+        *,
+        with_stats: bool,
+        with_gradient: bool,
+        with_largest: bool = False,
+    ) -> "RowResults":
         logps = hidden_states.new_empty(hidden_states.shape[0], dtype=dtype)
         stats = None
         if with_stats:
@@ -60,13 +69,16 @@ class RowResults(NamedTuple):
         if with_gradient:
             other_mass = torch.empty_like(logps)
             unit_grads = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        return cls(logps, torch.empty_like(logps, dtype=torch.float64), stats, other_mass, unit_grads)
+        largest = torch.empty_like(logps) if with_largest else None
+        return cls(logps, torch.empty_like(logps, dtype=torch.float64), stats, other_mass, unit_grads, largest)
 
     def rows(self, rows: slice) -> "RowResults":
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
         stats = None if self.stats is None else TokenStats(*(value[rows] for value in self.stats))
-        other_mass = None if self.other_mass is None else self.other_mass[rows]
-        unit_grads = None if self.unit_grads is None else self.unit_grads[rows]
-        return RowResults(self.logps[rows], self.lse[rows], stats, other_mass, unit_grads)
+        optional = part(self.other_mass), part(self.unit_grads), part(self.largest)
+        return RowResults(self.logps[rows], self.lse[rows], stats, *optional)
 
 
 TrainsEntropy = Literal["never", "perhaps", "always"]

@@ -5,12 +5,12 @@
                        backward scales the rows
     anything of the    forward as without gradient; backward with columns outer, rows inner: logits again,
     head trainable     their gradient, its products                                                        4 products
-                       (3 with an adapter or a slice, whose W is frozen)
+                       (3 with an adapter, whose W is frozen)
 
 A token's gradient is g · (1 - p) · (slope · W[y] - Σ exps · W / S), and the loss contributes g alone: with a frozen
-head all else is known when the forward holds a tile. W's gradient needs g beside every entry of a tile, and a slice's
-gradient the other slices' normalisers: hence the recomputation. Columns are its outer loop, so that a block of W's
-gradient is finished before the next begins and its fp32 accumulator is a block and not a second [V, H].
+head all else is known when the forward holds a tile, in a slice of the vocabulary too (`slices`). W's gradient needs g
+beside every entry of a tile: hence the recomputation. Columns are its outer loop, so that a block of W's gradient is
+finished before the next begins and its fp32 accumulator is a block and not a second [V, H].
 
 An entropy that is trained on, dH/dz = -p (log p + H), is a second term of the recomputed tiles' gradient: no product
 more where they are made anyhow, two with a frozen head. Whether it is trained on, only the backward knows.
@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 from dpop_kernels.backends.bounds import TileBounds
 from dpop_kernels.backends.products import chunks, matmul, matmul_add, product_dtype, raw_logits, row_blocks
 from dpop_kernels.backends.protocol import EntropyGrads, RowResults, RowSums, TileOps, TrainsEntropy
-from dpop_kernels.logps.head import Head
-from dpop_kernels.logps.slices import combine_slices
+from dpop_kernels.logps.head import Head, Shard
+from dpop_kernels.logps.slices import SliceGradient, combine_slices
 from dpop_kernels.outputs import TokenStats
 from dpop_kernels.precision import accumulator_dtype
 
@@ -50,7 +50,6 @@ def tiled_token_logps(
     Raises:
         ValueError: on the CPU, a target id belongs to no rank's slice, or to several.
     """
-    assert not (with_stats and head.shard is not None), "statistics are of a whole vocabulary"
     assert with_stats or trains_entropy == "never", "the entropy is one of the statistics"
     vocab_start = 0 if head.shard is None else head.shard.vocab_start
     local_ids = target_ids.long().contiguous() - vocab_start
@@ -79,33 +78,41 @@ class _TiledTokenLogps(torch.autograd.Function):
     ):
         head = rest.with_tensors(weight.to(hidden_states.dtype), bias, states, low_rank_weight)
         needs_hidden, *needs_head = (grad_enabled and needed for needed in ctx.needs_input_grad[:5])
-        is_whole = head.adapter is None and head.shard is None
-        saves_gradient = needs_hidden and is_whole and not any(needs_head) and trains_entropy != "always"
+        is_frozen = head.adapter is None and not any(needs_head)
+        saves_gradient = needs_hidden and is_frozen and trains_entropy != "always"
         results = RowResults.empty(
             hidden_states,
             accumulator_dtype(hidden_states),
             with_stats=with_stats,
             with_gradient=saves_gradient,
+            with_largest=with_stats and head.shard is not None,
         )
+        token_ids = token_factors = frozen_weight = None  # of a slice's gradient
         if head.shard is None:
             _forward(ops, hidden_states, head, local_ids, results)
-            logps, lse = results.logps, results.lse
+            logps, lse, stats = results.logps, results.lse, results.stats
+            unit_grads, unit_factors = results.unit_grads, results.other_mass
         else:
             # a target of another slice: the normaliser does not depend on it, and its log-prob is not used
             owned = (local_ids >= 0) & (local_ids < weight.shape[0])
-            _forward(ops, hidden_states, head, torch.where(owned, local_ids, 0), results)
-            logps, lse = combine_slices(results.logps, results.lse, owned, head.shard.process_group)
-        stats = () if results.stats is None else results.stats
-        entropies = None if results.stats is None or trains_entropy == "never" else results.stats.entropy
+            slice_ids = torch.where(owned, local_ids, 0)
+            _forward(ops, hidden_states, head, slice_ids, results)
+            combined = combine_slices(results, owned, weight.shape[0], head.shard.process_group)
+            logps, lse, stats = combined.logps, combined.lse, combined.stats
+            unit_grads = unit_factors = None
+            if saves_gradient:
+                part = SliceGradient.of(results, combined, slice_ids, owned, head)
+                unit_grads, unit_factors, token_ids, token_factors, frozen_weight = (*part, weight)
+        entropies = None if stats is None or trains_entropy == "never" else stats.entropy
         if saves_gradient and entropies is None:
-            ctx.save_for_backward(results.other_mass, results.unit_grads)
+            ctx.save_for_backward(unit_factors, unit_grads, token_ids, token_factors, frozen_weight)
         elif needs_hidden or any(needs_head):
             tensors = (hidden_states, weight, bias, states, low_rank_weight, local_ids, logps, lse, entropies)
-            ctx.save_for_backward(results.other_mass, results.unit_grads, *tensors)
+            ctx.save_for_backward(unit_factors, unit_grads, token_ids, token_factors, frozen_weight, *tensors)
         ctx.ops, ctx.rest = ops, rest
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(values for values in stats if values is not entropies))
-        return logps, *stats
+        ctx.mark_non_differentiable(*(values for values in stats or () if values is not entropies))
+        return logps, *(stats or ())
 
     @staticmethod
     @once_differentiable
@@ -113,10 +120,15 @@ class _TiledTokenLogps(torch.autograd.Function):
         no_grads = (None,) * 6
         if grad_logps is None and grad_entropies is None:
             return *(None,) * 5, *no_grads
-        other_mass, unit_grads, *recomputed_from = ctx.saved_tensors
+        unit_factors, unit_grads, token_ids, token_factors, frozen_weight, *recomputed_from = ctx.saved_tensors
+        shard = ctx.rest.shard
         if grad_entropies is None and unit_grads is not None:
-            grad_hidden = torch.empty_like(unit_grads)
-            ctx.ops.rows_backward(unit_grads, other_mass, grad_logps, out=grad_hidden)
+            if shard is None:
+                grad_hidden = torch.empty_like(unit_grads)
+                ctx.ops.rows_backward(unit_grads, unit_factors, grad_logps, out=grad_hidden)
+            else:
+                part = SliceGradient(unit_grads, unit_factors, token_ids, token_factors)
+                grad_hidden = _summed(part.times(grad_logps, frozen_weight, ctx.ops), shard).to(unit_grads.dtype)
             return grad_hidden, None, None, None, None, *no_grads
         hidden_states, *tensors, local_ids, logps, lse, entropies = recomputed_from
         head = ctx.rest.with_tensors(*tensors)
@@ -125,15 +137,22 @@ class _TiledTokenLogps(torch.autograd.Function):
         with torch.autocast(hidden_states.device.type, enabled=False):
             rows = RowValues(local_ids, logps, lse, grad_logps)
             grads = _backward(ctx.ops, hidden_states, head, rows, entropy, ctx.needs_input_grad[:5])
-        if head.shard is not None and head.shard.sum_grad_hidden:
+        if shard is not None:
             for grad in (grads.hidden_states, grads.states):
                 if grad is not None:
-                    dist.all_reduce(grad, group=head.shard.process_group)
+                    _summed(grad, shard)
         rounded = (
             None if grad is None else grad.to(tensor.dtype)
             for grad, tensor in zip(grads, (hidden_states, *tensors), strict=True)
         )
         return *rounded, *no_grads
+
+
+def _summed(grad: Tensor, shard: Shard) -> Tensor:
+    """A slice's part of a gradient, in place -> the whole vocabulary's, where this is asked for."""
+    if shard.sum_grad_hidden:
+        dist.all_reduce(grad, group=shard.process_group)
+    return grad
 
 
 class RowValues(NamedTuple):
@@ -248,6 +267,8 @@ def forward_rows(
             matmul_add(products, exps, block.weight)
         del block  # a converted one is as large as a tile and more: gone before the next is made
     ops.rows_forward(sums, target_ids, products, head, results, vocab_size=head.weight.shape[0])
+    if results.largest is not None:
+        torch.maximum(sums.maxima, sums.target_logits, out=results.largest)
 
 
 def _backward(

@@ -132,6 +132,11 @@ def layer_token_logps(
     lora_b: list[Any] = [layer.lora_B[name] for name in adapters]
 
     def score() -> tuple[Tensor, TokenStats | None]:
+        if _is_dtensor(base.weight):
+            raise ValueError(
+                "lm_head: expected a plain one where it is tensor-parallel, got one with LoRA on it. Leave lm_head out "
+                "of target_modules."
+            )
         bias = base.bias
         for name, b in zip(adapters, lora_b, strict=True):
             if b.bias is not None:
@@ -209,25 +214,19 @@ def _linear_logps(
     linear: Any, hidden_states: Tensor, target_ids: Tensor, *, return_stats: bool, **options: Any
 ) -> tuple[Tensor, TokenStats | None]:
     weight, bias = linear.weight, linear.bias
-    if _is_dtensor(weight):
-        return _tensor_parallel_logps(weight, bias, hidden_states, target_ids, return_stats, **options), None
-    if return_stats:
-        return linear_token_logps(hidden_states, weight, target_ids, bias=bias, return_stats=True, **options)
-    return linear_token_logps(hidden_states, weight, target_ids, bias=bias, **options), None
+    score: Any = _tensor_parallel_logps if _is_dtensor(weight) else linear_token_logps
+    result = score(hidden_states, weight, target_ids, bias=bias, return_stats=return_stats, **options)
+    return result if return_stats else (result, None)
 
 
-def _tensor_parallel_logps(
-    weight: Any, bias: Any, hidden_states: Tensor, target_ids: Tensor, return_stats: bool, **options: Any
-) -> Tensor:
-    """Log-probs [N] behind a head that is still a DTensor inside its own call: each rank has some rows of it."""
+def _tensor_parallel_logps(hidden_states: Tensor, weight: Any, target_ids: Tensor, *, bias: Any, **options: Any) -> Any:
+    """`linear_token_logps` behind a head that is still a DTensor inside its own call: each rank has some rows of it."""
     mesh = weight.device_mesh
     if mesh.ndim != 1 or not weight.placements[0].is_shard(0):
         raise ValueError(
             f"lm_head: expected a weight sharded by rows over one mesh dimension, got {weight.placements} on a mesh of "
             f"shape {tuple(mesh.shape)}. Parallelise lm_head with ColwiseParallel."
         )
-    if return_stats:
-        raise ValueError("return_stats: expected False with a tensor-parallel lm_head, got True. Leave it off there.")
     rows_per_rank = -(-weight.shape[0] // mesh.size())  # as DTensor splits: the last ranks may have fewer
     return vocab_parallel_token_logps(
         hidden_states,
