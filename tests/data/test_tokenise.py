@@ -21,8 +21,9 @@ from dpop_trainer.data import (
     tokenise_pairs,
 )
 from dpop_trainer.data.pair_tree import PairIds
+from dpop_trainer.data.tokenizer_digest import tokenizer_digest
 from dpop_trainer.data.truncate import truncate_pair
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 from words import (
     ASSISTANT,
@@ -358,6 +359,32 @@ def test_cached_result_is_used_and_counted_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenise, "code_hash", lambda module: "another version")
     with pytest.raises(TypeError, match="not callable"):
         tokenise_pairs(load_pairs(path), word_tokenizer(), max_length=4)
+
+
+def test_a_cache_knows_a_tokenizer_by_all_that_it_is_and_not_by_how_it_was_called():
+    digest = tokenizer_digest(merging_tokenizer())
+    called = merging_tokenizer()
+    called("a b c", truncation=True, max_length=2)  # which its Rust tokenizer keeps
+    assert tokenizer_digest(called) == digest
+
+    def changed(change):
+        tokenizer = merging_tokenizer()
+        change(tokenizer)
+        return tokenizer_digest(tokenizer)
+
+    class Own(PreTrainedTokenizerFast):
+        """With code that another version may change."""
+
+    others = [
+        changed(lambda tokenizer: tokenizer.add_tokens(["d"])),
+        changed(lambda tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}")),
+        changed(lambda tokenizer: setattr(tokenizer, "bos_token", "a")),
+        changed(lambda tokenizer: setattr(tokenizer, "padding_side", "left")),
+        changed(lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.Lowercase())),
+        tokenizer_digest(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))),
+        tokenizer_digest(Own(tokenizer_object=merging_tokenizer().backend_tokenizer, eos_token="</s>")),
+    ]
+    assert len({digest, *others}) == 1 + len(others)
 
 
 def test_a_cache_is_known_by_all_that_made_it_and_by_nothing_else(tmp_path, monkeypatch):

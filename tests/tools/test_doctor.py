@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from dpop_trainer.cli import main
 from dpop_trainer.tools.doctor.examine import examine_pairs
 from dpop_trainer.tools.doctor.findings import percent, repeated
 from dpop_trainer.tools.doctor.measure import CUT, EMPTY, FITS, NO_ROOM, SAME_AFTER_CUT, has_hidden_characters
@@ -11,6 +12,8 @@ from dpop_trainer.tools.doctor.summary import as_dict, as_text, write_clean
 from dpop_trainer.tools.doctor.texts import PairTexts, fingerprint, normalised, pair_texts
 from dpop_trainer.tools.doctor.verdict import verdict
 from tiny import tiny_llama, token_pairs, word_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 
 def examine(tmp_path, records, **options):
@@ -311,6 +314,34 @@ def test_bad_records_and_ties_do_not_stop_it(tmp_path):
     assert "left out: 1 tie, which the trainer leaves out too" in as_text(seen)
     with pytest.raises(ValueError, match=r"expected at least one pair, got none in .*, but 1 tie"):
         examine(tmp_path, [{**two, "label": "tie"}])
+
+
+def test_a_tokenizer_that_names_no_end_is_told_of_and_each_answer_counted_with_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair("w1", " w2 w3", " w2 w4 w5")))
+    ends = {}
+    for name, words, stops in (
+        ("usual", ["<unk>", "</s>", "<eot>"], None),
+        ("of the model", ["<unk>", "</s>", "<eot>"], 2),
+        ("none", ["<unk>"], None),
+    ):
+        vocabulary = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(6))])}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(name)
+        if stops is not None:
+            (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        assert main(["pairs", "inspect", "pairs.jsonl", "--tokenizer", f"./{name}", "--out", name]) == 0
+        result = json.loads((tmp_path / name / "doctor.json").read_text())
+        (finding,) = [item for item in result["findings"] if item["name"] == "no_end_token"]
+        assert finding["level"] == "warning"
+        assert finding["message"] in capsys.readouterr().out
+        ends[name] = finding["message"].partition(": ")[2]
+        # two words and three, each with its end
+        assert [result["statistics"][f"{side}_tokens"]["max"] for side in ("chosen", "rejected")] == [3, 4]
+    counted = "{} is counted as the end of each answer"
+    made_up = "<|end of sequence|>"
+    assert list(ends.values()) == [counted.format(end) for end in ("</s>", "<eot>", made_up)]
 
 
 def test_another_models_tokenizer_is_named(tmp_path):

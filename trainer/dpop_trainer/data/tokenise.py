@@ -21,6 +21,7 @@ from dpop_trainer.data.pair_tree import PairIds
 from dpop_trainer.data.pair_weights import WEIGHT_COLUMN, PairWeight, check_pair_weight, weight_of
 from dpop_trainer.data.records import ALL_REF_COLUMNS, TIE, TOKEN_COLUMNS, BadRecord, raise_bad_records
 from dpop_trainer.data.sound_cache import map_or_map_anew
+from dpop_trainer.data.tokenizer_digest import fingerprint_of
 from dpop_trainer.data.truncate import TruncationMode, check_truncation, fitting_length, truncate_pair
 
 if TYPE_CHECKING:
@@ -103,18 +104,18 @@ def tokenise_pairs(
     check_tokenizer(processing_class, {kind for kind in rows.unique("kind") if kind is not None})
     refs = [column for column in ALL_REF_COLUMNS if any(logp is not None for logp in rows.unique(column))]
     source = rows.select_columns(["kind", "pair", "problem", "score_gap", WEIGHT_COLUMN, *refs])
+    options: dict[str, Any] = {
+        "max_length": max_length,
+        "truncation_mode": truncation_mode,
+        "pair_weight": pair_weight,
+    }
     mapped = map_or_map_anew(
         source,
-        _tokenise_batch,
+        tokenise_rows,
         with_indices=True,
         batched=True,
-        fn_kwargs={
-            "tokenizer": processing_class,
-            "max_length": max_length,
-            "truncation_mode": truncation_mode,
-            "pair_weight": pair_weight,
-            "code": code_hash(__name__),
-        },
+        fn_kwargs={"tokenizer": processing_class, **options},
+        new_fingerprint=fingerprint_of(source, processing_class, **options, refs=refs, code=code_hash(__name__)),
         remove_columns=source.column_names,
         features=tokenised_features(refs),
         num_proc=num_proc,
@@ -246,26 +247,6 @@ def tokenise_rows(
     columns = {column: [row[column] for row in finished] for column in finished[0]}
     refs = {column: rows[column] for column in ALL_REF_COLUMNS if column in rows}
     return {**columns, **refs, "score_gap": rows["score_gap"], WEIGHT_COLUMN: weights, "pair_id": indices}
-
-
-def _tokenise_batch(
-    batch: dict[str, list],
-    indices: list[int],
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int | None,
-    truncation_mode: TruncationMode,
-    pair_weight: PairWeight,
-    code: str,  # read by nobody, but part of the cache key
-) -> dict[str, list]:
-    return tokenise_rows(
-        batch,
-        indices,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        truncation_mode=truncation_mode,
-        pair_weight=pair_weight,
-    )
 
 
 def _bad(problem: str | None) -> dict[str, Any]:

@@ -66,11 +66,15 @@ def inspect_pairs(argv: list[str]) -> int:
             check_reads(name, source, has_template=options.chat_template_path is not None)
     with under_way(LIBRARIES if options.model else "Loading datasets"):
         from dpop_trainer.report.terminal import Terminal
+        from dpop_trainer.tools.doctor.end_token import take_end_token
         from dpop_trainer.tools.doctor.examine import examine_pairs
+        from dpop_trainer.tools.doctor.pair_file import PairFile
         from dpop_trainer.tools.doctor.report import write_report
         from dpop_trainer.tools.doctor.summary import as_text, write_clean, write_json, write_measures
 
-    tokenizer = model = None
+    with doing(f"reading {options.file}"):
+        pair_file = PairFile.open(options.file, options.split, options.config, on_bad_record=options.on_bad_record)
+    tokenizer = model = taken_end = None
     stop_ids: list[int] = []
     if name:
         from dpop_trainer.models.tokenizer_loading import (
@@ -85,12 +89,14 @@ def inspect_pairs(argv: list[str]) -> int:
             transformers_without_torch()
         with doing(f"loading the tokenizer of {name!r}"):
             tokenizer = load_tokenizer(name)
-            prepare_tokenizer(tokenizer)
             if options.chat_template_path:
                 tokenizer.chat_template = load_chat_template(options.chat_template_path)
             from dpop_trainer.measure.stop_tokens import stop_token_ids
 
             stop_ids = stop_token_ids(_Named(load_generation_config(name)), tokenizer)
+            if options.model is None:  # else it has to be one that the model knows
+                taken_end = take_end_token(tokenizer, stop_ids)
+            prepare_tokenizer(tokenizer)
     if options.model:
         import torch
 
@@ -100,12 +106,12 @@ def inspect_pairs(argv: list[str]) -> int:
             model = load_model(options.model).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     with doing(f"examining {options.file}"):
         examination = examine_pairs(
-            options.file,
-            split=options.split,
+            pair_file,
             config=options.config,
             tokenizer=tokenizer,
             model=model,
             stop_ids=stop_ids,
+            taken_end=taken_end,
             eval_source=options.eval,
             eval_split=options.eval_split,
             max_length=options.max_length,

@@ -104,13 +104,14 @@ class Examination:
 
 
 def examine_pairs(
-    source: str,
+    source: str | PairFile,
     *,
     split: str = "train",
     config: str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     model: Any = None,
     stop_ids: Collection[int] = (),
+    taken_end: str | None = None,
     eval_source: str | None = None,
     eval_split: str = "train",
     max_length: int | None = None,
@@ -124,7 +125,7 @@ def examine_pairs(
     """Examine pairs.
 
     Args:
-        source: whatever `load_pairs` takes.
+        source: whatever `load_pairs` takes, or the pairs, opened.
         split: of a hub data set or folder.
         config: of a hub data set that has several.
         tokenizer: of the model that is to be trained. None: everything is measured in characters, and nothing is
@@ -132,6 +133,7 @@ def examine_pairs(
         model: the causal LM itself (needs the tokenizer), for reference margins and CHES.
         stop_ids: the tokens at which the model stops when it generates. Without, nothing is
             said of endless answers.
+        taken_end: the end of sequence that the tokenizer was given, where it names none.
         eval_source: the pairs that the run is evaluated on, of the same `config`.
         eval_split: theirs.
         max_length: what the training run will use. None: nothing is said of what it would cut.
@@ -152,7 +154,9 @@ def examine_pairs(
             raise ValueError(f"{name}: expected at least 1, got {value}.")
     if model is not None and tokenizer is None:
         raise ValueError("tokenizer: expected the model's tokenizer, got None.")
-    pair_file = PairFile.open(source, split, config, on_bad_record=on_bad_record)
+    pair_file = source
+    if isinstance(pair_file, str):
+        pair_file = PairFile.open(pair_file, split, config, on_bad_record=on_bad_record)
     tokenised, notes = None, {}
     if tokenizer is not None:
         vocab_size = None if model is None else model.get_input_embeddings().weight.shape[0]
@@ -192,7 +196,7 @@ def examine_pairs(
         with doing(f"reading the evaluation pairs {eval_source}"):
             held_out = fingerprints_of(PairFile.open(eval_source, eval_split, config), desc=desc)
     surface = sample.surface()
-    findings = find_all(Evidence(measures, fingerprints, held_out, max_length, notes, surface))
+    findings = find_all(Evidence(measures, fingerprints, held_out, max_length, notes, surface, taken_end))
     scores = None
     if model is not None:
         assert tokenizer is not None

@@ -78,6 +78,8 @@ class Evidence(NamedTuple):
     notes: Mapping[str, NDArray[np.bool_]]
     """What tokenising says of each pair, by column of `outcomes.NOTE_COLUMNS`, and "endless"; empty without it."""
     surface: Surface
+    taken_end: str | None = None
+    """The end of sequence that was taken for a tokenizer that names none."""
 
     @property
     def num_pairs(self) -> int:
@@ -300,6 +302,15 @@ def _noted(evidence: Evidence) -> list[Finding]:
     ]
 
 
+def _no_end_token(evidence: Evidence) -> list[Finding]:
+    end = evidence.taken_end
+    if end is None:
+        return []
+    message = f"The tokenizer names no end of sequence: {end} is counted as the end of each answer"
+    remedy = f'`dpop train` needs one: write "eos_token": "{end}", or the model\'s own, into its tokenizer_config.json.'
+    return [Finding("no_end_token", "warning", np.array([], np.int64), evidence.num_pairs, message, remedy)]
+
+
 def _hidden_characters(evidence: Evidence) -> list[Finding]:
     return _finding(
         evidence,
@@ -400,5 +411,6 @@ CHECKS: tuple[Callable[[Evidence], list[Finding]], ...] = (
     _surface,
     _low_edit,
     _noted,
+    _no_end_token,
     _hidden_characters,
 )
