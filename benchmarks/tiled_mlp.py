@@ -18,8 +18,8 @@ import torch
 from dpop_trainer.models.tiled_mlp import TILE_BYTES, tile_mlps
 from dpop_trainer.settings.renamed import enable_checkpointing
 from dpop_trainer.tools.plan.paper_model import ModelSetting, build, on_paper
+from dpop_trainer.tools.plan.paper_tensor import paper
 from dpop_trainer.tools.plan.tape import Tape
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import records
@@ -49,16 +49,14 @@ def held_mib(width: int, num_tokens: int, *, tiled: bool) -> float:
     config = LlamaConfig(
         vocab_size=8, hidden_size=HIDDEN_SIZE, intermediate_size=width, num_hidden_layers=1, num_attention_heads=32
     )
-    mode = FakeTensorMode()
     model: Any = build(config, ModelSetting(torch.bfloat16)).requires_grad_(False)
-    on_paper(model, mode)
-    with mode:
-        tile_mlps(model, "auto" if tiled else None, on_gpu=True)
-        states = torch.empty(1, num_tokens, HIDDEN_SIZE, dtype=torch.bfloat16, requires_grad=True)
-        grad = torch.empty_like(states)
-        block = model.model.layers[0]
-        with Tape([*model.parameters(), states, grad]) as tape:
-            block.mlp(block.post_attention_layernorm(states)).backward(grad)
+    on_paper(model)
+    tile_mlps(model, "auto" if tiled else None, on_gpu=True)
+    states = paper((1, num_tokens, HIDDEN_SIZE), torch.bfloat16).requires_grad_()
+    grad = torch.empty_like(states)
+    block = model.model.layers[0]
+    with Tape([*model.parameters(), states, grad]) as tape:
+        block.mlp(block.post_attention_layernorm(states)).backward(grad)
     peak = max(moment.total for moment in tape.moments().values())
     return (peak - 2 * states.nbytes) / MIB
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from dpop_trainer.models.adapters import base_model
@@ -16,6 +15,7 @@ from dpop_trainer.models.auto_class import auto_class
 from dpop_trainer.models.loading import disable_dropout
 from dpop_trainer.settings.renamed import without_renaming_warnings
 from dpop_trainer.tools.plan.flash_on_paper import attention_on_paper
+from dpop_trainer.tools.plan.paper_tensor import paper
 from dpop_trainer.tools.plan.stand_ins import quantise
 
 LONGEST_PERIOD = 8
@@ -189,14 +189,13 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
 
 
-def on_paper(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Turn a model of the meta device into one on a CPU whose tensors have no data, as long as `mode` lasts."""
+def on_paper(model: nn.Module) -> None:
+    """Turn a model of the meta device into one on a CPU whose tensors have no data."""
     made: dict[int, Tensor] = {}
 
-    def fake(tensor: Tensor) -> Tensor:
+    def put(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
-            with mode:
-                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            empty = paper(tensor.shape, tensor.dtype)
             is_parameter = isinstance(tensor, nn.Parameter)
             made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
         return made[id(tensor)]
@@ -205,7 +204,7 @@ def on_paper(model: nn.Module, mode: FakeTensorMode) -> None:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = fake(tensor)  # type: ignore[assignment]
+                    tensors[name] = put(tensor)  # type: ignore[assignment]
 
 
 def _shortened(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:

@@ -6,6 +6,7 @@ grouped_experts     a mixture's experts, whichever tokens they get
 offload_on_paper    what checkpointing keeps, on its way to the host and back
 rows_of_one         that a row without padding is one sequence, which transformers reads from its positions
 exchanges_on_paper  what the ranks of a batch send each other around attention
+known_as_paper      that there are no values to read
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.integrations import moe
+from transformers.utils import import_utils
 
 from dpop_kernels.backends import bounds
 from dpop_kernels.logps.linear import as_autocast
 from dpop_kernels.model_head.layers import StandIn, is_lora, output_layers
 from dpop_kernels.model_head.transforms import logit_transform
 from dpop_trainer.batches import sequence_group
+from dpop_trainer.tools.plan.paper_tensor import PaperTensor
 from dpop_trainer.tools.plan.tape import add_flop, add_moved, part
 
 FP32, FP64 = 4, 8
@@ -241,6 +244,11 @@ def rows_of_one() -> AbstractContextManager[None]:
 def exchanges_on_paper() -> AbstractContextManager[None]:
     """Let one process stand for all that run a batch together: it sends, and gets as much."""
     return _in_place_of(sequence_group, "exchanged", lambda parts, process_group: torch.empty_like(parts.contiguous()))
+
+
+def known_as_paper() -> AbstractContextManager[None]:
+    """Let transformers read no values, as it reads none of torch's own fake tensors."""
+    return _in_place_of(import_utils, "is_fake_tensor", lambda tensor: isinstance(tensor, PaperTensor))
 
 
 @contextmanager

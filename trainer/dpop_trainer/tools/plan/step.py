@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from dpop_trainer.batches import Batch
@@ -33,10 +32,12 @@ from dpop_trainer.models.tiled_mlp import tile_mlps
 from dpop_trainer.settings.renamed import enable_checkpointing
 from dpop_trainer.tools.plan.flat_on_paper import PAPER_ATTENTION, flat_row_on_paper
 from dpop_trainer.tools.plan.paper_model import ModelSetting, Sizes, build, decoder_layers, on_paper
+from dpop_trainer.tools.plan.paper_tensor import paper
 from dpop_trainer.tools.plan.stand_ins import (
     PaperHead,
     exchanges_on_paper,
     grouped_experts,
+    known_as_paper,
     offload_on_paper,
     rows_of_one,
 )
@@ -150,12 +151,11 @@ def step_cost(
 
 def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes: Sizes) -> Tape:
     """A model of the meta device through one step, written down."""
-    mode = FakeTensorMode()
     if setting.in_compute_dtype and setting.autocast is not None:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(setting.autocast)
-    on_paper(model, mode)
+    on_paper(model)
     base: Any = base_model(model)
     if is_flat:
         base.set_attn_implementation(PAPER_ATTENTION)
@@ -175,12 +175,12 @@ def _run(model: Any, setting: StepSetting, batch: Batch, *, is_flat: bool, sizes
     row = contextlib.nullcontext()
     if is_flat:  # the backward of a checkpoint attends again
         row = flat_row_on_paper(runs(batch["trie_ends"].flatten().tolist()), on_gpu=setting.on_gpu)
-    with mode, grouped_experts(), rows_of_one(), exchanges_on_paper(), row:
+    with known_as_paper(), grouped_experts(), rows_of_one(), exchanges_on_paper(), row:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         head = PaperHead(
             base, on_gpu=setting.on_gpu, num_scored=batch.target_ids.shape[0] if share is None else share.num_scored
         )
-        inputs = Batch({key: torch.empty(value.shape, dtype=value.dtype) for key, value in batch.items()})
+        inputs = Batch({key: paper(value.shape, value.dtype) for key, value in batch.items()})
         known: list[Tensor] = [*model.parameters(), *model.buffers(), *inputs.values()]
         if setting.accumulates:
             for parameter in trained:

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dpop_trainer.tools.plan.paper_tensor import on_meta, storage_of
+
 _OPEN: list["Tape"] = []
 """Tapes that are entered; one at most."""
 
@@ -43,7 +45,7 @@ class Tape(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self._known = [tensor.untyped_storage() for tensor in known]
+        self._known = [storage_of(tensor) for tensor in known]
         self._storages = {storage._cdata for storage in self._known}
         self._events: list[_Event] = []
         self._flop: dict[tuple[str, int], float] = defaultdict(float)  # by kind and layer
@@ -73,7 +75,7 @@ class Tape(TorchDispatchMode):
     def assign(self, tensors: Iterable[Tensor], part: str) -> None:
         """Say afterwards of what part tensors are that are still there."""
         for tensor in tensors:
-            serial = self._serials.get(tensor.untyped_storage()._cdata)
+            serial = self._serials.get(storage_of(tensor)._cdata)
             if serial is not None:
                 self._parts[serial] = part
 
@@ -134,10 +136,8 @@ class Tape(TorchDispatchMode):
         self._flop[kind, self._layer] += flop
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # more than half of all calls, and no operator
-            return args[0].fake_device
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = on_meta(func, args, kwargs)
         if func in _ATTENTION:
             self.add_flop("attention", _ATTENTION[func](*args, **kwargs))
         else:
@@ -149,7 +149,7 @@ class Tape(TorchDispatchMode):
         return result
 
     def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._storages or not num_bytes:
             return
