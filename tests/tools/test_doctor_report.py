@@ -1,11 +1,17 @@
 """The doctor from the command line: files, exit codes; a page that is well-formed, escaped and needs nothing else."""
 
+import gzip
 import json
 import re
+import shlex
 
 import pyarrow.parquet as pq
 import pytest
 from dpop_trainer.cli import main
+from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.inputs.data_sets import load_train_data
+from dpop_trainer.settings.arguments import parse_arguments
+from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.tools.doctor.marks import Piece, differing, mark_tokens, mark_words, shortened, token_texts
 from page import Page
 from tiny import text_pairs, tiny_llama, word_tokenizer
@@ -102,6 +108,57 @@ def test_clean_file_keeps_records_as_they_are(folder, capsys):
     result = json.loads((folder / "again" / "doctor.json").read_text())
     assert result["num_to_drop"] == 0
     assert [f["name"] for f in result["findings"] if f["level"] == "serious"] == ["hidden_characters"]
+
+
+def low_edit(i):
+    ends = ("w4", "w5") if i % 2 else ("w5", "w4")  # which tells no side
+    return {"prompt": f"w1 w{i}", "chosen": f" w2 w{i} {ends[0]}", "rejected": f" w2 w{i} {ends[1]}"}
+
+
+LOST_BY_TRAIN = [
+    {"prompt": "w1", "chosen": " w2", "rejected": " w2"},  # identical
+    {"prompt": "w1 " * 300, "chosen": " w2", "rejected": " w3"},  # no room at 64, which 99% of the pairs need
+    {"prompt": "w1", "chosen": None, "rejected": " w2"},  # a bad record
+]
+FOR_TRAIN = [low_edit(i) for i in range(3, 203)]
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "told", "read"),
+    [
+        ("as it is.jsonl", FOR_TRAIN, ".", "as it is.jsonl"),
+        ("lossy.jsonl", FOR_TRAIN + LOST_BY_TRAIN, " after dropping 2 pairs and 1 bad record.", "lossy.jsonl"),
+        (
+            "again.jsonl.gz",
+            FOR_TRAIN + LOST_BY_TRAIN + FOR_TRAIN[:5],  # duplicates, which train keeps
+            " after dropping 7 pairs and 1 bad record.",
+            "runs/doctor/again/clean.jsonl",
+        ),
+    ],
+)
+def test_the_told_command_trains_on_what_the_sentence_says(folder, capsys, name, records, told, read):
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert main(["pairs", "inspect", name, "--tokenizer", "./model", "--exit_zero"]) == 0
+    sentence, *lines = capsys.readouterr().out.splitlines()
+    assert sentence == f"Train with DPOP (dpop_lambda 50, max_length 64){told}"
+    (command,) = [line for line in lines if line.startswith("  dpop train ")]
+    argv = shlex.split(command)[2:]
+    model, data, config = parse_arguments(
+        DPOPConfig, [*argv, "--output_dir", "out", "--use_cpu", "--bf16", "false"], "dpop"
+    )
+    assert (model.model_name_or_path, data.dataset_name) == ("./model", read)
+    tokenised, _ = tokenise_pairs(
+        load_train_data(data, config),
+        word_tokenizer(),
+        max_length=config.max_length,
+        truncation_mode=config.truncation_mode,
+        on_bad_record=config.on_bad_record,
+    )
+    trained = [[*record["prompt_ids"], *record["rejected_ids"]] for record in tokenised]
+    ids = word_tokenizer()
+    assert trained == [[*ids(p["prompt"] + p["rejected"])["input_ids"], ids.eos_token_id] for p in FOR_TRAIN]
+    assert (folder / "runs/doctor/again/clean.jsonl").exists() == read.startswith("runs/")
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpop_trainer.data.source_path import check_source_path
+from dpop_trainer.data.source_path import check_source_path, expanded, loader_of
 from dpop_trainer.data.truncate import check_truncation
 from dpop_trainer.settings.command_parser import CommandParser
 from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.model_folder import check_reads
-from dpop_trainer.settings.model_paths import check_local_path
+from dpop_trainer.settings.model_paths import MODEL_FILES, check_local_path
 from dpop_trainer.settings.own_process import is_own_process
 from dpop_trainer.settings.terminal import say
 from dpop_trainer.settings.under_way import LIBRARIES, under_way
@@ -51,7 +51,12 @@ def inspect_pairs(argv: list[str]) -> int:
         help="count it, show the first and go on (default), or stop at it",
     )
     parser.add_argument("--out", help="folder of the report (default runs/doctor/<name of FILE>)")
-    parser.add_argument("--write_clean", metavar="OUT.jsonl", help="write the pairs that need not be dropped")
+    parser.add_argument(
+        "--write_clean",
+        metavar="OUT.jsonl",
+        help="write the pairs that need not be dropped (default: clean.jsonl beside the report, where `dpop train` "
+        "would keep others)",
+    )
     parser.add_argument("--exit_zero", action="store_true", help="exit with 0 also where something serious was found")
     options = parser.parse_args(argv)
 
@@ -71,9 +76,12 @@ def inspect_pairs(argv: list[str]) -> int:
         from dpop_trainer.tools.doctor.pair_file import PairFile
         from dpop_trainer.tools.doctor.report import write_report
         from dpop_trainer.tools.doctor.summary import as_text, write_clean, write_json, write_measures
+        from dpop_trainer.tools.doctor.verdict import needs_clean_file, verdict
 
     with doing(f"reading {options.file}"):
         pair_file = PairFile.open(options.file, options.split, options.config, on_bad_record=options.on_bad_record)
+    out = Path(options.out or Path("runs") / "doctor" / _name_of(options.file))
+    clean_file = Path(options.write_clean or out / "clean.jsonl")
     tokenizer = model = taken_end = None
     stop_ids: list[int] = []
     if name:
@@ -112,6 +120,8 @@ def inspect_pairs(argv: list[str]) -> int:
             model=model,
             stop_ids=stop_ids,
             taken_end=taken_end,
+            run_flags=_run_flags(options),
+            clean_file=clean_file,
             eval_source=options.eval,
             eval_split=options.eval_split,
             max_length=options.max_length,
@@ -121,7 +131,6 @@ def inspect_pairs(argv: list[str]) -> int:
             num_proc=options.num_proc,
             on_bad_record=options.on_bad_record,
         )
-    out = Path(options.out or Path("runs") / "doctor" / (Path(options.file).stem or "pairs"))
     with doing(f"writing the report to {out}", out):
         out.mkdir(parents=True, exist_ok=True)
         write_json(examination, out / "doctor.json")
@@ -130,11 +139,35 @@ def inspect_pairs(argv: list[str]) -> int:
     terminal = Terminal.of(sys.stdout)
     say(as_text(examination, terminal), painted=terminal.painted)
     say(f"\nWritten: {out / 'report.html'}, {out / 'doctor.json'}, {out / 'measures.parquet'}")
-    if options.write_clean:
-        with doing(f"writing the clean pairs to {options.write_clean}", Path(options.write_clean).parent):
-            kept = write_clean(examination, Path(options.write_clean))
-        say(f"Written: {options.write_clean} with {counted(kept, 'pair')}; {len(examination.drop):,} left out")
+    if options.write_clean or (verdict(examination).is_yes and needs_clean_file(examination)):
+        with doing(f"writing the clean pairs to {clean_file}", clean_file.parent):
+            kept = write_clean(examination, clean_file)
+        say(f"Written: {clean_file} with {counted(kept, 'pair')}; {len(examination.drop):,} left out")
     return 3 if examination.is_serious and not options.exit_zero else 0
+
+
+def _name_of(source: str) -> str:
+    """A folder's name for a file's, a folder's or a hub id's: without what says of which kind a file is."""
+    name = Path(source).name
+    while loader_of(Path(name)) is not None:  # train.jsonl.gz is first train.jsonl
+        name = Path(name).stem
+    return name or "pairs"
+
+
+def _run_flags(options: argparse.Namespace) -> dict[str, str]:
+    """Of `dpop train`, for the model and the data that are examined."""
+    model = options.model or options.tokenizer
+    if model and expanded(model).is_dir() and not any((expanded(model) / file).is_file() for file in MODEL_FILES):
+        model = None  # a tokenizer alone
+    flags = {
+        "model_name_or_path": model,
+        "dataset_name": options.file,
+        "dataset_config": options.config,
+        "dataset_train_split": None if options.split == "train" else options.split,
+        "chat_template_path": options.chat_template_path,
+        "truncation_mode": None if options.truncation_mode == "keep_start" else options.truncation_mode,
+    }
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 class _Named(NamedTuple):

@@ -1,7 +1,7 @@
 """The whole examination: load, tokenise, measure, hold against the evaluation set, ask a model, find, recommend."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,17 @@ from dpop_trainer.data.truncate import TruncationMode, truncate_pair
 from dpop_trainer.measure.surface import Surface, SurfaceSample
 from dpop_trainer.settings.errors import doing
 from dpop_trainer.tools.doctor.findings import Evidence, Finding, find_all, rows_to_drop
-from dpop_trainer.tools.doctor.measure import CUT, EMPTY, FITS, Measures, fingerprints_of, measure_pairs
+from dpop_trainer.tools.doctor.measure import (
+    CUT,
+    EMPTY,
+    FITS,
+    Measures,
+    fingerprints_of,
+    measure_pairs,
+    outcome_under,
+)
 from dpop_trainer.tools.doctor.pair_file import PairFile
-from dpop_trainer.tools.doctor.recommend import Recommendation, recommend
+from dpop_trainer.tools.doctor.recommend import Recommendation, recommend, told_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,10 +51,14 @@ class Examination:
     findings: list[Finding]
     recommendations: list[Recommendation]
     drop: dict[int, str]
-    """Rows that should not be trained on -> the finding that says so."""
+    """Rows that should not be trained on, with the length that is told -> the finding that says so."""
     model_scores: "ModelScores | None"
     surface: Surface
     """What tells the two sides apart without reading them."""
+    run_flags: dict[str, str]
+    """Of `dpop train`, for what was examined."""
+    clean_file: Path | None
+    """Where the pairs that need not be dropped are written, if they are."""
 
     @property
     def num_pairs(self) -> int:
@@ -64,10 +76,7 @@ class Examination:
         """
         if self.tokenised is None or self.measures.outcome[row] == EMPTY:
             raise ValueError(f"row: expected a pair with tokens, got {row}, which has none.")
-        # those without tokens are left out of `tokenised`, the others keep their order
-        record: dict[str, Any] = self.tokenised[row - int((self.measures.outcome[:row] == EMPTY).sum())]
-        assert record["pair_id"] == row
-        return PairIds(*(record[column] for column in TOKEN_COLUMNS))
+        return _token_ids(self.tokenised, self.measures, row)
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """Mean, quantiles and extremes of each measure over the pairs that have it."""
@@ -112,6 +121,8 @@ def examine_pairs(
     model: Any = None,
     stop_ids: Collection[int] = (),
     taken_end: str | None = None,
+    run_flags: Mapping[str, str] | None = None,
+    clean_file: Path | None = None,
     eval_source: str | None = None,
     eval_split: str = "train",
     max_length: int | None = None,
@@ -134,6 +145,9 @@ def examine_pairs(
         stop_ids: the tokens at which the model stops when it generates. Without, nothing is
             said of endless answers.
         taken_end: the end of sequence that the tokenizer was given, where it names none.
+        run_flags: the flags of `dpop train` for the model and the data as they are examined here, for the command that
+            is told.
+        clean_file: where `write_clean` is to write, for that command where the file itself is not to be trained on.
         eval_source: the pairs that the run is evaluated on, of the same `config`.
         eval_split: theirs.
         max_length: what the training run will use. None: nothing is said of what it would cut.
@@ -202,6 +216,7 @@ def examine_pairs(
         assert tokenizer is not None
         assert tokenised is not None
         scores = _score(model, tokenizer, tokenised, measures, max_length, truncation_mode, max_scored, batch_size)
+    drop = rows_to_drop(findings, _outcome_as_told(measures, tokenised, truncation_mode))
     return Examination(
         pair_file=pair_file,
         tokenised=tokenised,
@@ -215,10 +230,12 @@ def examine_pairs(
         },
         measures=measures,
         findings=findings,
-        recommendations=recommend(measures, findings, None if tokenizer is None else max_length),
-        drop=rows_to_drop(findings),
+        recommendations=recommend(measures, drop, None if tokenizer is None else max_length),
+        drop=drop,
         model_scores=scores,
         surface=surface,
+        run_flags={**(run_flags or {})},
+        clean_file=clean_file,
     )
 
 
@@ -230,6 +247,25 @@ def _notes_of(tokenised: Dataset, num_pairs: int) -> dict[str, NDArray[np.bool_]
         notes[name] = np.zeros(num_pairs, np.bool_)
         notes[name][rows] = tokenised[name][:]
     return notes
+
+
+def _token_ids(tokenised: Dataset, measures: Measures, row: int) -> PairIds:
+    # those without tokens are left out of `tokenised`, the others keep their order
+    record: dict[str, Any] = tokenised[row - int((measures.outcome[:row] == EMPTY).sum())]
+    assert record["pair_id"] == row
+    return PairIds(*(record[column] for column in TOKEN_COLUMNS))
+
+
+def _outcome_as_told(
+    measures: Measures, tokenised: Dataset | None, truncation_mode: TruncationMode
+) -> NDArray[np.int8]:
+    """What becomes of each pair under the length that is told; the few that it does not fit are cut once more."""
+    length = told_length(measures)
+    outcome = np.where(measures.outcome == EMPTY, EMPTY, FITS).astype(np.int8)
+    if tokenised is not None and length is not None:
+        for row in np.flatnonzero(measures.length > length):
+            outcome[row] = outcome_under(_token_ids(tokenised, measures, int(row)), length, truncation_mode)
+    return outcome
 
 
 def _score(

@@ -93,14 +93,20 @@ def find_all(evidence: Evidence) -> list[Finding]:
     return sorted(found, key=lambda finding: (order[finding.level], -finding.share))
 
 
-def rows_to_drop(findings: Sequence[Finding]) -> dict[int, str]:
-    """The rows that should not be trained on, each with the finding that says so. Of duplicates the first stays."""
+def rows_to_drop(findings: Sequence[Finding], outcome: NDArray[np.int8]) -> dict[int, str]:
+    """The rows that should not be trained on, each with why, the first reason of `DROPPED`. Of duplicates the first
+    stays.
+
+    Args:
+        findings: all of them.
+        outcome: [n] what becomes of each pair under the length that it is to be trained with, whatever was asked for.
+    """
+    rows = {finding.name: finding.rows for finding in findings}
+    rows |= {"no_room": np.flatnonzero(outcome == NO_ROOM), "same_after_cut": np.flatnonzero(outcome == SAME_AFTER_CUT)}
     reasons: dict[int, str] = {}
     for name in DROPPED:
-        for finding in findings:
-            if finding.name == name:
-                for row in map(int, finding.rows):
-                    reasons.setdefault(row, name)
+        for row in map(int, rows.get(name, ())):
+            reasons.setdefault(row, name)
     return dict(sorted(reasons.items()))
 
 
@@ -394,7 +400,9 @@ _OF_ONE = {
     "stand": "stands",
 }
 _NOTES = {"both_ways", "over_represented", "mended_seams", "plain_text"}
-DROPPED = ("empty", "identical", "no_room", "same_after_cut", "contradictory", "duplicate", "near_duplicate", "leaked")
+DROPPED_BY_TRAIN = ("empty", "identical", "no_room", "same_after_cut")
+"""Findings whose pairs `dpop train` leaves out by itself."""
+DROPPED = (*DROPPED_BY_TRAIN, "contradictory", "duplicate", "near_duplicate", "leaked")
 """Findings whose pairs `--write_clean` leaves out; the first that applies is a row's reason."""
 CHECKS: tuple[Callable[[Evidence], list[Finding]], ...] = (
     _empty,

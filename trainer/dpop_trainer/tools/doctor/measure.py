@@ -151,6 +151,19 @@ def without_eos(ids: list[int], eos_token_id: int | None) -> list[int]:
     return ids[:-1] if ids and ids[-1] == eos_token_id else ids
 
 
+def outcome_under(ids: PairIds, max_length: int | None, truncation_mode: TruncationMode) -> int:
+    """What becomes of a pair with tokens in both answers."""
+    length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+    if max_length is None or length <= max_length:
+        return FITS
+    cut = truncate_pair(ids, max_length, truncation_mode)
+    if cut is None:
+        return NO_ROOM
+    if cut.chosen_ids == cut.rejected_ids and ids.chosen_ids != ids.rejected_ids:
+        return SAME_AFTER_CUT
+    return CUT
+
+
 def _put_texts(measures: Measures, row: int, texts: PairTexts, *, by_character: bool) -> None:
     chosen, rejected = texts.chosen, texts.rejected
     measures.prompt_chars[row] = len(texts.prompt)
@@ -178,15 +191,7 @@ def _put_ids(
     measures.token_distance[row] = normalised_distance(chosen, rejected)
     measures.identical[row] = ids.chosen_ids == ids.rejected_ids
     _put_overlap(measures, row, chosen, rejected)
-    length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-    if max_length is not None and length > max_length:
-        cut = truncate_pair(ids, max_length, truncation_mode)
-        if cut is None:
-            measures.outcome[row] = NO_ROOM
-        elif cut.chosen_ids == cut.rejected_ids and not measures.identical[row]:
-            measures.outcome[row] = SAME_AFTER_CUT
-        else:
-            measures.outcome[row] = CUT
+    measures.outcome[row] = outcome_under(ids, max_length, truncation_mode)
 
 
 def _put_overlap(measures: Measures, row: int, chosen: Sequence[Any], rejected: Sequence[Any]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from dpop_trainer.data.truncate import fitting_length
 from dpop_trainer.settings.wording import counted
-from dpop_trainer.tools.doctor.findings import LOW_EDIT, Finding, percent, rows_to_drop
+from dpop_trainer.tools.doctor.findings import DROPPED_BY_TRAIN, LOW_EDIT, percent
 from dpop_trainer.tools.doctor.measure import Measures
 
 _LOW_EDIT_SHARE = 0.25
@@ -20,23 +20,33 @@ class Recommendation(NamedTuple):
     why: str
 
 
-def recommend(measures: Measures, findings: list[Finding], max_length: int | None) -> list[Recommendation]:
-    """Loss, length, layout (the last two where there is a tokenizer), and which pairs to drop."""
+def recommend(measures: Measures, drop: dict[int, str], max_length: int | None) -> list[Recommendation]:
+    """Loss, length, layout (the last two where there is a tokenizer), and which pairs to drop.
+
+    Args:
+        measures: of all pairs.
+        drop: the rows that should not be trained on, each with why.
+        max_length: what was asked for.
+    """
     found = [_loss(measures)]
     if (measures.length > 0).any():
         found += [_max_length(measures, max_length), _layout(measures)]
-    drop = rows_to_drop(findings)
     if drop:
         reasons = list(drop.values())
         parts = ", ".join(f"{reasons.count(name):,} {name.replace('_', ' ')}" for name in dict.fromkeys(reasons))
+        how = "--write_clean OUT.jsonl writes the rest."
+        if set(reasons) <= set(DROPPED_BY_TRAIN):
+            how = "`dpop train` leaves them out by itself."
         found.append(
-            Recommendation(
-                "pairs to drop",
-                f"{len(drop):,} of {len(measures.identical):,}",
-                f"{parts}. --write_clean OUT.jsonl writes the rest.",
-            )
+            Recommendation("pairs to drop", f"{len(drop):,} of {len(measures.identical):,}", f"{parts}. {how}")
         )
     return found
+
+
+def told_length(measures: Measures) -> int | None:
+    """The max_length to train with; None without a tokenizer."""
+    lengths = measures.length[measures.length > 0]
+    return fitting_length(map(int, lengths)) if len(lengths) else None
 
 
 def _loss(measures: Measures) -> Recommendation:
@@ -65,7 +75,8 @@ def _loss(measures: Measures) -> Recommendation:
 
 def _max_length(measures: Measures, max_length: int | None) -> Recommendation:
     lengths = measures.length[measures.length > 0]
-    most = fitting_length(map(int, lengths))
+    most = told_length(measures)
+    assert most is not None
     longest, median = f"{lengths.max():,} tokens", f"{np.median(lengths):,.0f}"
     now = "" if max_length is None else f" At {max_length}, as asked for, {int((lengths > max_length).sum()):,} do not."
     num_cut = int((lengths > most).sum())

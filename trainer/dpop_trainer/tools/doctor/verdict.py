@@ -1,14 +1,17 @@
 """The examination in one sentence, with values that can be pasted, and the three reasons that weigh most."""
 
+import shlex
 from typing import NamedTuple
 
 from dpop_trainer.settings.wording import counted
 from dpop_trainer.tools.doctor.examine import Examination
-from dpop_trainer.tools.doctor.findings import DROPPED, LENGTH_FINDINGS, percent, rows_to_drop
+from dpop_trainer.tools.doctor.findings import DROPPED, DROPPED_BY_TRAIN, LENGTH_FINDINGS, percent
 
 MUCH_LOST = 0.2
 """Share of the records of a file that must not be lost without somebody having looked, as in `dpop train`."""
 _REASONS = 3
+# which part of a data set is read, of `dpop train`'s flags
+_OF_THE_SOURCE = ("dataset_name", "dataset_config", "dataset_train_split")
 
 
 class Verdict(NamedTuple):
@@ -32,28 +35,39 @@ def verdict(examination: Examination) -> Verdict:
     reasons = [reason for reason in (*against[1:], *_reasons(examination)) if reason not in against[:1]][:_REASONS]
     if against:
         return Verdict(f"Do not train on this: {against[0][:1].lower()}{against[0][1:]}.", "", reasons)
-    values, options = ["dpop_lambda 50"], "--loss_type dpop --dpop_lambda 50"
+    values = ["dpop_lambda 50"]
     length = settings.get("max_length")
     if length is not None:
         values.append(f"max_length {length}")
-        options += f" --max_length {length}"
-    num_dropped = len(_dropped(examination))
+    num_dropped = len(examination.drop)
     after = f" after dropping {counted(num_dropped, 'pair')}" if num_dropped else ""
     if examination.pair_file.bad:
-        options += " --on_bad_record skip"
         after += f"{' and' if after else ' without'} {counted(len(examination.pair_file.bad), 'bad record')}"
     surface = examination.surface
     # a style, since a format's mark speaks against training; better answers have one too, which only a reader can tell
     look = f" But read some pairs first: {surface.guess}." if surface.gives_away else ""
-    return Verdict(f"Train with DPOP ({', '.join(values)}){after}.{look}", options, reasons)
+    sentence = f"Train with DPOP ({', '.join(values)}){after}.{look}"
+    return Verdict(sentence, _options(examination, length), reasons)
 
 
-def _dropped(examination: Examination) -> dict[int, str]:
-    """The pairs to drop under the length that is told: those that it mends stay."""
-    told = next((int(item.value) for item in examination.recommendations if item.setting == "max_length"), 0)
-    asked = examination.settings["max_length"]
-    mended = LENGTH_FINDINGS if asked is not None and told > asked else ()
-    return rows_to_drop([finding for finding in examination.findings if finding.name not in mended])
+def needs_clean_file(examination: Examination) -> bool:
+    """Whether pairs are to be dropped that `dpop train` would not leave out by itself."""
+    return not set(examination.drop.values()) <= set(DROPPED_BY_TRAIN)
+
+
+def _options(examination: Examination, length: str | None) -> str:
+    flags = dict(examination.run_flags)
+    is_clean = needs_clean_file(examination)
+    if is_clean:
+        flags = {name: value for name, value in flags.items() if name not in _OF_THE_SOURCE}
+        if examination.clean_file is not None:
+            flags["dataset_name"] = str(examination.clean_file)
+    flags |= {"loss_type": "dpop", "dpop_lambda": "50"}
+    if length is not None:
+        flags["max_length"] = length
+    if examination.pair_file.bad and not is_clean:
+        flags["on_bad_record"] = "skip"
+    return " ".join(f"--{name} {shlex.quote(value)}" for name, value in flags.items())
 
 
 def _against(examination: Examination) -> list[str]:
@@ -61,7 +75,7 @@ def _against(examination: Examination) -> list[str]:
     if not (~examination.measures.identical).any():
         return ["No pair has two different answers"]
     pair_file = examination.pair_file
-    lost = len(_dropped(examination)) + len(pair_file.bad)
+    lost = len(examination.drop) + len(pair_file.bad)
     against = [
         finding.message
         for finding in examination.findings
