@@ -202,6 +202,7 @@ NAMED_ON_PURPOSE = {
     "trainer/dpop_trainer/tools/demo/run.py": "the demo shows DPO beside DPOP",
     "trainer/dpop_trainer/tools/demo/chat.py": "the demo shows DPO beside DPOP",
     "trainer/dpop_trainer/tools/demo/report.py": "the demo shows DPO beside DPOP",
+    "trainer/dpop_trainer/tools/doctor/verdict.py": "the doctor's advice is to train with DPOP, or not at all",
     "trainer/dpop_trainer/report/palette.py": "what is shown most has a colour of its own; other losses take the next",
 }
 OTHER_MEANINGS = {"sft", "reference"}  # a command, a column of a report: not to be told from the names by a test

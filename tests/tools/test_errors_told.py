@@ -94,7 +94,7 @@ def test_another_process_that_is_gone_is_one_sentence(monkeypatch):
 def files(tmp_path_factory):
     """What the commands below look for before they begin."""
     folder = tmp_path_factory.mktemp("told")
-    tiny_llama().config.save_pretrained(folder / "model")
+    tiny_llama().save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs()))
     write_questions(folder / "question.jsonl")
