@@ -56,18 +56,19 @@ def needs_clean_file(examination: Examination) -> bool:
 
 
 def _options(examination: Examination, length: str | None) -> str:
-    flags = dict(examination.run_flags)
+    where = dict(examination.run_flags)
     is_clean = needs_clean_file(examination)
     if is_clean:
-        flags = {name: value for name, value in flags.items() if name not in _OF_THE_SOURCE}
+        where = {name: value for name, value in where.items() if name not in _OF_THE_SOURCE}
         if examination.clean_file is not None:
-            flags["dataset_name"] = str(examination.clean_file)
-    flags |= {"loss_type": "dpop", "dpop_lambda": "50"}
+            where["dataset_name"] = str(examination.clean_file)
+    options = [f"--{name} {shlex.quote(value)}" for name, value in where.items()]
+    options.append("--loss_type dpop --dpop_lambda 50")
     if length is not None:
-        flags["max_length"] = length
+        options.append(f"--max_length {length}")
     if examination.pair_file.bad and not is_clean:
-        flags["on_bad_record"] = "skip"
-    return " ".join(f"--{name} {shlex.quote(value)}" for name, value in flags.items())
+        options.append("--on_bad_record skip")
+    return " ".join(options)
 
 
 def _against(examination: Examination) -> list[str]:
