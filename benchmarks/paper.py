@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpop_trainer.report.plots import logratio_panels, token_shift_panels
+from dpop_trainer.report.signed import minus, signed
 from dpop_trainer.report.svg import Panel
 from dpop_trainer.tools.compare.answers import Answers
 from dpop_trainer.tools.compare.report import (
@@ -57,8 +58,8 @@ def after_edit() -> str:
     """Mean log-prob of the chosen answers' tokens after the edit: figure 4 of the paper in numbers."""
     shifts = token_shifts(_comparison("gsm8k", [*LOSSES, *LAMBDAS]))
     ref = next(iter(shifts.values())).after.ref_mean
-    rows = [["before training", f"{ref:.2f}"]]
-    rows += [[name, f"{shift.after.policy_mean:.2f}"] for name, shift in shifts.items()]
+    means = {"before training": ref} | {name: shift.after.policy_mean for name, shift in shifts.items()}
+    rows = [[name, minus(f"{mean:.2f}")] for name, mean in means.items()]
     return table(["", "mean log-prob after the edit, nats per token"], rows)
 
 
@@ -94,7 +95,7 @@ def guidance() -> str:
         cells = [method]
         for value, form in columns.values():
             of_models = [statistics.fmean(map(value, comparison.of(method))) for comparison in comparisons]
-            cells.append(f"{statistics.fmean(of_models):{form}}")
+            cells.append(minus(f"{statistics.fmean(of_models):{form}}"))
             if form != ".3g":
                 cells[-1] += f" ± {statistics.stdev(of_models):{form.lstrip('+')}}"
         rows.append(cells)
@@ -130,7 +131,7 @@ def gradient() -> str:
     """Which way the first step pushes the tokens after the edit."""
     record: dict[str, Any] = json.loads((RESULTS / "gradient.json").read_text())
     rows = [
-        [name.upper(), f"{record[f'{name}_pushes_down_share']:.1%}", f"{record[f'{name}_mean_step']:+.1e}"]
+        [name.upper(), f"{record[f'{name}_pushes_down_share']:.1%}", minus(f"{record[f'{name}_mean_step']:+.1e}")]
         for name in ("dpo", "dpop")
     ]
     note = (
@@ -194,4 +195,4 @@ def _norms(run: RunResult) -> dict[float, float]:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):+.2f} ± {statistics.stdev(values):.2f}"
+    return f"{signed(statistics.fmean(values))} ± {statistics.stdev(values):.2f}"

@@ -27,6 +27,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -36,6 +37,7 @@ from typing import Any
 
 from dpop_trainer.report.plots import logratio_panels
 from dpop_trainer.report.run_page import large_panels
+from dpop_trainer.report.signed import signed
 from dpop_trainer.report.svg import Panel, write_svg
 from dpop_trainer.run_folder.run_files import read_metrics
 from dpop_trainer.tools.evaluation.compare import as_markdown
@@ -64,9 +66,9 @@ def demo() -> str:
         return f"**{text(statistics.median(values))}** ({low} … {high})"
 
     columns: list[tuple[str, str, Callable[[float], str]]] = [
-        ("chosen Δ, nats", "chosen_logratio", "{:+.1f}".format),
-        ("rejected Δ, nats", "rejected_logratio", "{:+.1f}".format),
-        ("after the edit, nats/token", "after_edit_per_token", "{:+.3f}".format),
+        ("chosen Δ, nats", "chosen_logratio", functools.partial(signed, digits=1)),
+        ("rejected Δ, nats", "rejected_logratio", functools.partial(signed, digits=1)),
+        ("after the edit, nats/token", "after_edit_per_token", functools.partial(signed, digits=3)),
         ("reward accuracy", "reward_accuracy", "{:.0%}".format),
         ("problems solved", "exact_match", "{:.0%}".format),
     ]
@@ -99,7 +101,7 @@ def _solved_more(records: list[dict[str, Any]], method: str) -> list[float]:
 
 
 def _points(changes: list[float]) -> str:
-    return ", ".join(f"{change:+.1f}" for change in changes) if any(changes) else "–"
+    return ", ".join(signed(change, 1) for change in changes) if any(changes) else "–"
 
 
 def _on_solving(records: list[dict[str, Any]]) -> str:
@@ -267,8 +269,8 @@ def gsm8k() -> str:
     titles = ["", "chosen Δ, nats", "rejected Δ, nats", "before", "at", "after the edit, nats/token", "reward accuracy"]
     rows, records = [], _records("gsm8k")
     for record in records:
-        regions = [f"{record[f'{region}_edit']['mean_change']:+.3f}" for region in ("before", "at", "after")]
-        answers = [f"{record[f'{side}_logratio']:+.1f}" for side in ("chosen", "rejected")]
+        regions = [signed(record[f"{region}_edit"]["mean_change"], 3) for region in ("before", "at", "after")]
+        answers = [signed(record[f"{side}_logratio"], 1) for side in ("chosen", "rejected")]
         rows.append([record["name"].upper(), *answers, *regions, f"{record['reward_accuracy']:.1%}"])
     note = (
         f"{records[0]['num_pairs']} held-out pairs; Δ is the change of an answer's log-prob against the SFT model, a "

@@ -1,5 +1,7 @@
 """The report of the levels: which record counts, what a cell says, and pictures that can be drawn from any records."""
 
+import re
+
 import pytest
 from page import Page
 
@@ -144,3 +146,9 @@ def test_every_model_has_a_longest_pair(write):
     assert "| Llama-3-8B | 8.03 billion |" in report.longest()
     # 72 billion weights in bf16 are 145 GB
     assert "| Qwen2.5-72B | 72.71 billion | – | – |" in report.longest()
+
+
+def test_negative_numbers_of_pages_have_a_minus_sign():
+    for page in (report.ROOT / "README.md", *(report.ROOT / "docs").glob("*.md")):
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)  # but for code
+        assert not re.findall(r"^.*(?:^|[ |*(])-[0-9].*$", prose, flags=re.MULTILINE), page.name

@@ -52,7 +52,7 @@ def test_beta_by_hand(record):
     record("gsm8k", [run(method, seed, -4.0 - 2 * seed, -7.0) for method in [*paper.BETAS, "IPO"] for seed in (0, 1)])
     found = rows(paper.beta())
     # -4 and -6: mean -5, standard deviation √2; 3 and 1 apart; half per token, as two follow the edit
-    assert found["DPO, β = 0.3"] == ["-5.00 ± 1.41", "+2.00 ± 1.41", "-2.50 ± 0.71"]
+    assert found["DPO, β = 0.3"] == ["−5.00 ± 1.41", "+2.00 ± 1.41", "−2.50 ± 0.71"]
     assert len(found) == 2 + 6  # with the titles and their rule; IPO has no part in it
     assert "IPO" not in found
 
@@ -66,7 +66,7 @@ def test_guidance_by_hand(record, tmp_path):
         record(f"guidance/{model}", runs)
     found = rows(paper.guidance())
     # of eight problems five are right before: -3 and -1 of them are -37.5 and -12.5 points
-    assert found["DPO"] == ["-1.00 ± 0.00", "-2.00 ± 0.00", "-25.0 ± 17.7", "1", "1"]
+    assert found["DPO"] == ["−1.00 ± 0.00", "−2.00 ± 0.00", "−25.0 ± 17.7", "1", "1"]
     # the second model's two seeds are one value: 1.5 beside the first's 1; norms of 10, and of 10 and 30
     assert found["DPOP"] == ["+1.25 ± 0.35", "+1.00 ± 0.00", "+12.5 ± 0.0", "15", "15"]
     assert "IPO" not in found  # which not all models were trained with

@@ -8,6 +8,7 @@ import torch
 import yaml
 from dpop_trainer.cli import main
 from dpop_trainer.inputs.model_setup import lora_config
+from dpop_trainer.report.signed import signed
 from dpop_trainer.settings.arguments import parse_arguments, run_config
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.training.last_words import last_words
@@ -151,7 +152,7 @@ def test_train_full_then_inspect(setting, capsys):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     told = capsys.readouterr().out
     last = [line for line in lines if "loss" in line][-1]
-    assert f"chosen Δ {last['dpop/chosen_logratio']:+.2f} nats an answer, reward accuracy" in told
+    assert f"chosen Δ {signed(last['dpop/chosen_logratio'])} nats an answer, reward accuracy" in told
     assert told.endswith(f"Next: dpop inspect {run} --pairs PAIRS\n")
     assert yaml.safe_load((run / "config.yaml").read_text())["dataset_name"].endswith("pairs.jsonl")
     trained = AutoModelForCausalLM.from_pretrained(run)

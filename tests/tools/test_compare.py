@@ -146,14 +146,14 @@ def test_table_by_hand():
     # changes have no value before; the chosen answer's -8 nats were more than the rejected one's -12
     assert before == ["before training", *["—"] * 5, "100.0 %"]
     # standard deviation of -1 and -3 is √2
-    assert rows[0][:4] == ["DPO", "-2.00 ± 1.41", "+0.00 ± 0.00", "-1.000 ± 0.707"]
+    assert rows[0][:4] == ["DPO", "−2.00 ± 1.41", "+0.00 ± 0.00", "−1.000 ± 0.707"]
     assert rows[1][:2] == ["DPOP", "+0.50 ± 0.00"]
     assert rows[0][4] == "25.0 % ± 0.0 %"  # one token of four
 
 
 def test_verdict_follows_the_numbers():
     text = verdict(comparison(DPO=[-10.0, -11.0, -12.0], IPO=[-4.0, 5.0, 0.5], DPOP=[2.0, 2.1, 2.2]))
-    assert text.startswith("On 1 held-out pair, 3 seeds: DPO (-11.00 nats) lowered the chosen answers.")
+    assert text.startswith("On 1 held-out pair, 3 seeds: DPO (−11.00 nats) lowered the chosen answers.")
     assert "IPO (+0.50 nats) left the chosen answers where they were." in text
     assert "DPOP (+2.10 nats) raised the chosen answers." in text
     # above IPO by 6, -2.9 and 1.7 nats: mean 1.6, standard deviation √(39.62 / 2) = 4.451, error 4.451 / √3 = 2.570
@@ -179,7 +179,7 @@ def test_the_judgement_in_a_sentence():
     told = "DPO (β = 0.1, lr = 0.1) lowered the chosen answers; DPOP and DPOP (λ = 5) raised them."
     assert headline(comparison(**varied)) == told
     many = headline(comparison(A=[-1.0], B=[-2.0], C=[-4.0], **{"DPOP, λ = 5": [-0.5]}))
-    assert many == "All 4 methods lowered the chosen answers: from -0.50 nats with DPOP (λ = 5) to -4.00 nats with C."
+    assert many == "All 4 methods lowered the chosen answers: from −0.50 nats with DPOP (λ = 5) to −4.00 nats with C."
 
 
 def test_intervals_by_hand():
@@ -192,7 +192,7 @@ def test_intervals_by_hand():
     low, high = interval(COLUMNS[4], alone.of("DPO")) or (None, None)
     assert (low, high) == pytest.approx((0.0, 1.959964**2 / (1 + 1.959964**2)), abs=1e-6)
     page = Page("\n".join(result_sections(runs)))
-    assert "-2.00 ± 1.41-4.00 to +0.00" in page.text  # the second line of the cell
+    assert "−2.00 ± 1.41−4.00 to +0.00" in page.text  # the second line of the cell
     assert "two standard errors around the mean over seeds" in page.text
     assert "what the pairs of one seed leave open" in Page("\n".join(result_sections(alone))).text
 
@@ -249,7 +249,7 @@ def test_a_gain_is_paired_by_problem():
     runs = comparison(DPO=[-1.0, -3.0], DPOP=[0.5, 0.5])
     after = {"DPO": [other, other], "DPOP": [one, other]}
     results = [run._replace(answers=after[run.method][run.seed], ref_answers=before) for run in runs.results]
-    told = "problem by problem, in points: DPO -50.0 ± 28.9 (no difference) and DPOP -25.0 ± 32.3 (no difference)."
+    told = "problem by problem, in points: DPO −50.0 ± 28.9 (no difference) and DPOP −25.0 ± 32.3 (no difference)."
     assert told in verdict(runs._replace(results=results))
 
 

@@ -76,20 +76,20 @@ def test_table():
     ]  # fmt: skip
     assert cells[1:] == [
         ["SFT", "—", "—", "—", "—", "90.0%"],
-        ["DPO", "-10.00", "-20.50", "-0.250", "94.0%", "5.0%"],
-        ["DPOP", "+0.50", "-3.00", "+0.001", "91.0%", "76.5%"],
+        ["DPO", "−10.00", "−20.50", "−0.250", "94.0%", "5.0%"],
+        ["DPOP", "+0.50", "−3.00", "+0.001", "91.0%", "76.5%"],
     ]
     assert len({len(line) for line in lines}) == 1  # aligned
 
 
 def test_table_without_a_number():
-    assert re.search(r"DPO +— +-20\.50", format_table(summary_with(float("nan"), 0.5)))
+    assert re.search(r"DPO +— +−20\.50", format_table(summary_with(float("nan"), 0.5)))
 
 
 def test_verdict():
     verdict = format_verdict(SUMMARY)
     assert "DPO lowered the chosen answers by 10.00 nats; DPOP raised the chosen answers by 0.50 nats" in verdict
-    assert "-0.250 nats with DPO and +0.001 nats with DPOP" in verdict
+    assert "−0.250 nats with DPO and +0.001 nats with DPOP" in verdict
     assert "5.0% after DPO and 76.5% after DPOP; the SFT model had 90.0%" in verdict
     assert verdict.endswith("DPO lowered the very answers that it was to prefer; DPOP's penalty prevented that.")
 
@@ -149,7 +149,7 @@ def test_the_judgement_comes_first_then_three_tiles_then_what_the_models_write(t
     assert len(page.of("div", class_="tile")) == 3
     order = [
         headline(SUMMARY),
-        "-10.00 nats",
+        "−10.00 nats",
         "+0.50 nats",
         "5% | 76%",
         "How many <plums>?",
@@ -189,7 +189,7 @@ def test_report_tells_the_run(tmp_path):
         "200 held-out",
         "62 tokens",
         "200 s",
-        "-20.50",
+        "−20.50",
         "penalty prevented",
     ):
         assert fact in text

@@ -118,7 +118,9 @@ def low_edit(i):
 LOST_BY_TRAIN = [
     {"prompt": "w1", "chosen": " w2", "rejected": " w2"},  # identical
     {"prompt": "w1 " * 300, "chosen": " w2", "rejected": " w3"},  # no room at 64, which 99% of the pairs need
+    {"prompt": "w1", "chosen": " w3", "rejected": " w2", "weight": 0},
     {"prompt": "w1", "chosen": None, "rejected": " w2"},  # a bad record
+    {"prompt": "w1", "chosen": " w3", "rejected": " w2", "weight": -1},  # and another
 ]
 FOR_TRAIN = [low_edit(i) for i in range(3, 203)]
 
@@ -127,11 +129,11 @@ FOR_TRAIN = [low_edit(i) for i in range(3, 203)]
     ("name", "records", "told", "read"),
     [
         ("as it is.jsonl", FOR_TRAIN, ".", "as it is.jsonl"),
-        ("lossy.jsonl", FOR_TRAIN + LOST_BY_TRAIN, " after dropping 2 pairs and 1 bad record.", "lossy.jsonl"),
+        ("lossy.jsonl", FOR_TRAIN + LOST_BY_TRAIN, " after dropping 3 pairs and 2 bad records.", "lossy.jsonl"),
         (
             "again.jsonl.gz",
             FOR_TRAIN + LOST_BY_TRAIN + FOR_TRAIN[:5],  # duplicates, which train keeps
-            " after dropping 7 pairs and 1 bad record.",
+            " after dropping 8 pairs and 2 bad records.",
             "runs/doctor/again/clean.jsonl",
         ),
     ],
@@ -154,6 +156,7 @@ def test_the_told_command_trains_on_what_the_sentence_says(folder, capsys, name,
         max_length=config.max_length,
         truncation_mode=config.truncation_mode,
         on_bad_record=config.on_bad_record,
+        pair_weight=config.pair_weight,
     )
     trained = [[*record["prompt_ids"], *record["rejected_ids"]] for record in tokenised]
     ids = word_tokenizer()

@@ -13,8 +13,9 @@ from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.data.counts import TokeniseCounts
 from dpop_trainer.data.edits import EditRegions
 from dpop_trainer.measure.pairs_under_model import PairTokenLogps, Ranking, evaluate_pairs
-from dpop_trainer.report.signed import signed
+from dpop_trainer.report.signed import minus, signed
 from dpop_trainer.report.token_text import token_texts
+from dpop_trainer.tools.doctor.summary import number
 from dpop_trainer.tools.inspect.inspection import subject_of
 from dpop_trainer.tools.inspect.report import (
     AnswerTokens,
@@ -64,7 +65,7 @@ def test_ranking_by_token_differs_where_lengths_do():
 
 def test_verdict_names_the_fall_and_what_to_do():
     text = verdict(FALL, 2)
-    assert "lowered the chosen answers by 5.00 ± 1.00 nats, most after the edit (-2.500 nats per token)" in text
+    assert "lowered the chosen answers by 5.00 ± 1.00 nats, most after the edit (−2.500 nats per token)" in text
     assert "left the rejected answers where they were (+0.00 ± 0.00 nats per answer)" in text
     assert "50% of the chosen answers' tokens lost more than 0.01 nats" in text
     # Wilson's interval of none of two: 0 to z² / (2 + z²)
@@ -80,7 +81,7 @@ def test_verdict_does_not_cry_wolf():
     assert movement(unclear) == "unchanged"
     assert "more than the rejected one in 50.0 % (9.5 to 90.5) of the pairs" in noise  # 0.5 ± z / 2 / √(2 + z²)
     assert "Which of the two gained more is chance: no preference was learned." in noise
-    assert "left the chosen answers where they were (-0.50 ± 4.50 nats per answer)" in noise
+    assert "left the chosen answers where they were (−0.50 ± 4.50 nats per answer)" in noise
     assert "train with DPOP" not in noise
     risen = evaluation_of(([0, 1, 0, 0], [0, -1, 0, 0]))
     rise = verdict(risen, 1)
@@ -132,11 +133,11 @@ def test_page_escapes_everything_and_marks_tokens(tmp_path):
     assert "+5 nats" in page.text
     assert fell["class"] == "lost far"  # by more than a third of five
     assert fell["style"] == "--much: 0.6"
-    assert fell["title"] == "-3.00 nats: -1.00 → -4.00"
+    assert fell["title"] == "−3.00 nats: −1.00 → −4.00"
     assert edit["class"] == "edit"
     assert "style" not in edit
     assert (gained["class"], gained["style"]) == ("gained", "--much: 0.3")
-    assert "Pair 7: chosen -1.50 nats" in page.text
+    assert "Pair 7: chosen −1.50 nats" in page.text
     assert "The pair whose chosen answer lost most" in page.text
     assert '<h1><span class="bad">Training lowered the chosen answers by 5.00 ± 1.00 nats each</span></h1>' in text
 
@@ -162,13 +163,15 @@ def test_an_edit_that_is_most_of_the_answers_is_not_framed(tmp_path):
         page = one_page(PairChange(0, "?", answer, answer, distance), tmp_path)
         assert len(page.of("span", class_="edit")) == framed
         assert ("the edit is not framed" in page.text) == (not framed)
-    sides = re.findall(r"(chosen|rejected) -2\.00 nats", page.text)
+    sides = re.findall(r"(chosen|rejected) −2\.00 nats", page.text)
     assert sides == ["chosen", "chosen", "rejected"]  # in the header, and over either answer
 
 
-def test_zero_has_one_sign():
-    assert [signed(value) for value in (-0.004, 0.0, -0.0, 0.004, -0.006, 1.5)] == ["+0.00"] * 4 + ["-0.01", "+1.50"]
+def test_zero_has_one_sign_and_what_is_below_it_a_minus_sign():
+    assert [signed(value) for value in (-0.004, 0.0, -0.0, 0.004, -0.006, 1.5)] == ["+0.00"] * 4 + ["−0.01", "+1.50"]
     assert signed(-0.0004, 3) == "+0.000"
+    assert [minus(told) for told in ("-2.91", "-1e-05", "2.5")] == ["−2.91", "−1e−05", "2.5"]
+    assert [number(value) for value in (-6382.4, -0.282, -7.0)] == ["−6,382", "−0.282", "−7"]  # the doctor's
 
 
 def test_no_pair_is_said_to_have_lost_that_gained(tmp_path):

@@ -102,5 +102,5 @@ def test_the_last_evaluation_stands_in_tiles(tmp_path):
     page = page_of([*lines(["loss"]), {"step": 29} | {f"eval_{key}": value for key, value in last.items()}], tmp_path)
     assert len(page.of("div", class_="tile")) == 3
     assert "After 29 steps the chosen answers are where they were, on held-out pairs" in page.text
-    for told in ("+0.00 nats", "-2.50 nats", "64.3%"):
+    for told in ("+0.00 nats", "−2.50 nats", "64.3%"):
         assert told in page.text

@@ -131,7 +131,7 @@ def warnings_of(falls, caplog, **options):
 def test_warns_at_the_threshold_and_when_it_doubles(caplog):
     # 10 is the threshold; then only from 2 * 12 on, then from 2 * 30 on
     assert warnings_of([0, 9.9, 12, 15, 23.9, 30, 50, 59.9, 60.1, -5, math.nan], caplog) == [2, 5, 8]
-    assert "your chosen answers are losing probability: -12 nats per answer" in caplog.text
+    assert "your chosen answers are losing probability: −12 nats per answer" in caplog.text
     assert "Use loss_type dpop" in caplog.text
     caplog.clear()
     assert warnings_of([20], caplog, loss_types=["dpop"], dpop_lambda=50.0) == [0]

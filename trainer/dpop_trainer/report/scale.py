@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from dpop_trainer.report.signed import minus
+
 
 class Axis(NamedTuple):
     """What is drawn along an axis."""
@@ -77,7 +79,7 @@ def number(value: float) -> str:
     if exponent:
         power = f"10{str(int(exponent)).translate(_RAISED)}"
         told = f"{mantissa}·{power}" if mantissa.lstrip("-") != "1" else mantissa.replace("1", power)
-    return told.replace("-", "−")
+    return minus(told)
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpop_trainer.report.signed import signed
 from dpop_trainer.training.watch import CHOSEN_KEY
 
 ACCURACY_KEY = "rewards/accuracies"
@@ -26,7 +27,7 @@ def last_words(
     for prefix, which in (("eval_", "held-out pairs"), ("", "the last training pairs")):
         change, accuracy = (_latest(log_history, prefix + key) for key in (CHOSEN_KEY, ACCURACY_KEY))
         if change is not None and accuracy is not None:
-            lines = [f"On {which}: chosen Δ {change:+.2f} nats an answer, reward accuracy {accuracy:.1%}."]
+            lines = [f"On {which}: chosen Δ {signed(change)} nats an answer, reward accuracy {accuracy:.1%}."]
             pairs = shlex.quote(held_out) if held_out else "PAIRS"
             next_step = [f"Next: dpop inspect {shlex.quote(str(folder))} --pairs {pairs}"]
             break

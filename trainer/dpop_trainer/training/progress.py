@@ -3,6 +3,8 @@
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from dpop_trainer.report.signed import minus
+
 # metric -> how it is called on the bar
 SHOWN = {
     "loss": "loss",
@@ -37,7 +39,7 @@ class RunProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._bar is not None:
-            self._shown |= {name: f"{logs[key]:.3g}" for key, name in SHOWN.items() if logs and key in logs}
+            self._shown |= {name: minus(f"{logs[key]:.3g}") for key, name in SHOWN.items() if logs and key in logs}
             self._bar.set_postfix(self._shown, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from dpop_kernels.losses.formulas import DEFAULT_LOSS
 from dpop_kernels.losses.weights import has_penalty
+from dpop_trainer.report.signed import minus
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,10 @@ class ChosenWatch(TrainerCallback):
                 f"(now {args.learning_rate:g})."
             )
         logger.warning(
-            "Step %d: your chosen answers are losing probability: %.3g nats per answer on average against %s, that is "
+            "Step %d: your chosen answers are losing probability: %s nats per answer on average against %s, that is "
             "a factor of %.2g. The model is unlearning the answers that it should prefer. %s",
             state.global_step,
-            -fall,
+            minus(f"{-fall:.3g}"),
             self._reference,
             math.exp(max(-fall, -700.0)),
             advice,

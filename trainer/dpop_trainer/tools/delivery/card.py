@@ -13,6 +13,7 @@ from dpop_trainer.data.mixture import DatasetSource, parse_sources
 from dpop_trainer.data.source_path import expanded, looks_local
 from dpop_trainer.models.trained import read_run_config, run_file
 from dpop_trainer.report.markdown import code, joined, plain, table
+from dpop_trainer.report.signed import minus, signed
 from dpop_trainer.run_folder.run_files import METRICS_FILE, read_metrics
 from dpop_trainer.run_folder.versions import versions
 
@@ -206,7 +207,7 @@ def _training(config: dict[str, Any], run: Path) -> str:
     if logged:
         first, last = logged[0], logged[-1]
         figures = [
-            (label, f"{first[key]:.4g}", f"{last[key]:.4g}")
+            (label, minus(f"{first[key]:.4g}"), minus(f"{last[key]:.4g}"))
             for key, label in FIGURES.items()
             if isinstance(first.get(key), (int, float)) and isinstance(last.get(key), (int, float))
         ]
@@ -222,8 +223,8 @@ def _evaluation(run: Path, evaluation: Path | None) -> str:
         record = json.loads(shift.read_text())
         parts.append(
             f"On {record['num_pairs']:,} preference pairs, against the model before (`dpop inspect`): chosen answers "
-            f"{record['chosen_logratio']:+.2f} nats, rejected {record['rejected_logratio']:+.2f} nats, reward accuracy "
-            f"{record['reward_accuracy']:.1%}."
+            f"{signed(record['chosen_logratio'])} nats, rejected {signed(record['rejected_logratio'])} nats, reward "
+            f"accuracy {record['reward_accuracy']:.1%}."
         )
     last = next((line for line in reversed(_metrics(run)) if "eval_loss" in line), None)
     if last is not None:

@@ -17,6 +17,7 @@ Both read the run's summary:
 Every sentence follows the numbers, also when they are not the expected ones.
 """
 
+import functools
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from dpop_trainer.data.edits import EditRegions, edit_regions
 from dpop_trainer.report import html_page
 from dpop_trainer.report.html_page import visible
+from dpop_trainer.report.signed import signed
 from dpop_trainer.report.svg import Panel
 from dpop_trainer.report.terminal import PLAIN
 
@@ -39,9 +41,9 @@ class _Column(NamedTuple):
 
 _METHOD_NAMES = {"sft": "SFT", "dpo": "DPO", "dpop": "DPOP"}
 _COLUMNS = (
-    _Column("chosen_logratio", "chosen Δ", "nats", "{:+.2f}".format),
-    _Column("rejected_logratio", "rejected Δ", "nats", "{:+.2f}".format),
-    _Column("after_edit_per_token", "after edit Δ", "nats/token", "{:+.3f}".format),
+    _Column("chosen_logratio", "chosen Δ", "nats", signed),
+    _Column("rejected_logratio", "rejected Δ", "nats", signed),
+    _Column("after_edit_per_token", "after edit Δ", "nats/token", functools.partial(signed, digits=3)),
     _Column("reward_accuracy", "reward accuracy", "", "{:.1%}".format),
     _Column("exact_match", "exact match", "", "{:.1%}".format),
 )
@@ -166,7 +168,7 @@ def _share(part: float) -> str:
 
 
 def _nats(value: float, digits: int) -> str:
-    return "not known" if math.isnan(value) else f"{value:+.{digits}f} nats"
+    return "not known" if math.isnan(value) else f"{signed(value, digits)} nats"
 
 
 def _rows(summary: Mapping[str, Any]) -> list[list[str]]:

@@ -216,7 +216,7 @@ def examine_pairs(
         assert tokenizer is not None
         assert tokenised is not None
         scores = _score(model, tokenizer, tokenised, measures, max_length, truncation_mode, max_scored, batch_size)
-    drop = rows_to_drop(findings, _outcome_as_told(measures, tokenised, truncation_mode))
+    drop = rows_to_drop(findings, _outcome_as_told(measures, tokenised, truncation_mode), pair_file.weights())
     return Examination(
         pair_file=pair_file,
         tokenised=tokenised,

@@ -93,16 +93,20 @@ def find_all(evidence: Evidence) -> list[Finding]:
     return sorted(found, key=lambda finding: (order[finding.level], -finding.share))
 
 
-def rows_to_drop(findings: Sequence[Finding], outcome: NDArray[np.int8]) -> dict[int, str]:
+def rows_to_drop(
+    findings: Sequence[Finding], outcome: NDArray[np.int8], weights: NDArray[np.float64]
+) -> dict[int, str]:
     """The rows that should not be trained on, each with why, the first reason of `DROPPED`. Of duplicates the first
     stays.
 
     Args:
         findings: all of them.
         outcome: [n] what becomes of each pair under the length that it is to be trained with, whatever was asked for.
+        weights: [n] of each pair in the loss.
     """
     rows = {finding.name: finding.rows for finding in findings}
     rows |= {"no_room": np.flatnonzero(outcome == NO_ROOM), "same_after_cut": np.flatnonzero(outcome == SAME_AFTER_CUT)}
+    rows["zero_weight"] = np.flatnonzero(weights == 0)
     reasons: dict[int, str] = {}
     for name in DROPPED:
         for row in map(int, rows.get(name, ())):
@@ -400,10 +404,10 @@ _OF_ONE = {
     "stand": "stands",
 }
 _NOTES = {"both_ways", "over_represented", "mended_seams", "plain_text"}
-DROPPED_BY_TRAIN = ("empty", "identical", "no_room", "same_after_cut")
-"""Findings whose pairs `dpop train` leaves out by itself."""
+DROPPED_BY_TRAIN = ("zero_weight", "empty", "identical", "no_room", "same_after_cut")
+"""What `dpop train` leaves out by itself."""
 DROPPED = (*DROPPED_BY_TRAIN, "contradictory", "duplicate", "near_duplicate", "leaked")
-"""Findings whose pairs `--write_clean` leaves out; the first that applies is a row's reason."""
+"""What `--write_clean` leaves out; the first that applies is a row's reason."""
 CHECKS: tuple[Callable[[Evidence], list[Finding]], ...] = (
     _empty,
     _identical,

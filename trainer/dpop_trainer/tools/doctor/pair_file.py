@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dpop_trainer.data import read_pairs
 from dpop_trainer.data.convert import bad_records, row_pair
-from dpop_trainer.data.pair_weights import WEIGHT_COLUMN
+from dpop_trainer.data.pair_weights import WEIGHT_COLUMN, weight_of
 from dpop_trainer.data.read import stream_items
 from dpop_trainer.data.records import TIE, BadRecord, raise_bad_records
 from dpop_trainer.data.tokenise import SKIP_REMEDY, OnBadRecord
@@ -51,6 +51,11 @@ class PairFile(NamedTuple):
         bad = bad_records(rows)
         kinds = np.array(rows["kind"][:], dtype=object)
         is_pair = np.array([kind is not None and kind != TIE for kind in kinds], np.bool_)
+        unweighable = _unweighable(rows, is_pair)
+        if unweighable:
+            is_pair[list(unweighable)] = False
+            places = rows.select(list(unweighable))["place"]
+            bad += [BadRecord(place, why) for place, why in zip(places, unweighable.values(), strict=True)]
         num_ties = int((kinds == TIE).sum())
         if on_bad_record == "error" or not is_pair.any():
             raise_bad_records("pairs", len(rows), bad, SKIP_REMEDY if is_pair.any() else "")
@@ -93,9 +98,8 @@ class PairFile(NamedTuple):
         return row_pair(values["kind"], values["pair"])
 
     def weights(self) -> NDArray[np.float64]:
-        """[n] each pair's own weight, 1 where its record has none; NaN for what is no number."""
-        column = self.dataset.select_columns(WEIGHT_COLUMN).with_format("arrow")[:][WEIGHT_COLUMN]
-        return pc.fill_null(column, 1.0).to_numpy()
+        """[n] each pair's own weight, 1 where its record has none."""
+        return _weights(self.dataset)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The records of the pairs as they were, all fields."""
@@ -106,6 +110,23 @@ class PairFile(NamedTuple):
                 assert not isinstance(item, BadRecord)  # else it would be among the bad ones
                 yield item.record
                 wanted = next(numbers, None)
+
+
+def _weights(dataset: Dataset) -> NDArray[np.float64]:
+    column = dataset.select_columns(WEIGHT_COLUMN).with_format("arrow")[:][WEIGHT_COLUMN]
+    return pc.fill_null(column, 1.0).to_numpy()
+
+
+def _unweighable(dataset: Dataset, is_pair: NDArray[np.bool_]) -> dict[int, str]:
+    """Pairs whose own weight is none that `dpop train` takes -> its sentence."""
+    weights = _weights(dataset)
+    problems = {}
+    for row in np.flatnonzero(is_pair & ~((weights >= 0) & (weights < np.inf))):
+        try:
+            weight_of("weight", float(weights[row]), None)
+        except ValueError as error:
+            problems[int(row)] = str(error)
+    return problems
 
 
 def rows_of(dataset: Dataset) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dpop_trainer.report import html_page
 from dpop_trainer.report.charts import histogram, scatter
 from dpop_trainer.report.scale import Axis
+from dpop_trainer.report.signed import signed
 from dpop_trainer.report.svg import Panel
 from dpop_trainer.tools.doctor.examine import Examination
 from dpop_trainer.tools.doctor.findings import SERIOUS_SHARE
@@ -194,7 +195,7 @@ def _model_section(examination: Examination) -> str:
     sentence = (
         f"On {summary['num_pairs']:,} pairs the model gives the chosen answer more log-prob in "
         f"{summary['prefers_chosen']:.1%}, more per token in {summary['prefers_chosen_per_token']:.1%}. CHES and edit "
-        f"distance rank these pairs with a correlation of {correlation:+.2f}. {EDIT_DISTANCE_IS_NOT_ALL} The pairs "
+        f"distance rank these pairs with a correlation of {signed(correlation)}. {EDIT_DISTANCE_IS_NOT_ALL} The pairs "
         "with the highest CHES are the first to look at, and to leave out if the chosen answers fall."
     )
     ches = scores.ches_normalised

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dpop_trainer.data.write import PairWriter
+from dpop_trainer.report.signed import minus, signed
 from dpop_trainer.report.terminal import PLAIN, Terminal
 from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.settings.wording import counted
@@ -112,7 +113,7 @@ def as_text(examination: Examination, terminal: Terminal = PLAIN) -> str:
                 "  ",
             ),
             terminal.filled(
-                f"Rank correlation of CHES and edit distance: {correlation:+.2f}. {EDIT_DISTANCE_IS_NOT_ALL}", "  "
+                f"Rank correlation of CHES and edit distance: {signed(correlation)}. {EDIT_DISTANCE_IS_NOT_ALL}", "  "
             ),
         ]
     lines += ["", "  Recommended:"]
@@ -185,8 +186,8 @@ def write_clean(examination: Examination, path: Path) -> int:
 def number(value: float) -> str:
     """Four significant digits, thousands grouped."""
     if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}" if value == int(value) else f"{value:.3g}"
+        return minus(f"{value:,.0f}")
+    return minus(f"{value:.4g}" if value == int(value) else f"{value:.3g}")
 
 
 def _without_nan(value: Any) -> Any:

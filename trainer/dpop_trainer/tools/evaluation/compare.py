@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpop_trainer.report.markdown import plain, table
+from dpop_trainer.report.signed import minus, signed
 from dpop_trainer.report.terminal import PLAIN, Terminal
 from dpop_trainer.tools.evaluation.held_out import TASK as PAIRS
 from dpop_trainer.tools.evaluation.held_out import compare_with_reference
@@ -120,7 +121,7 @@ def _table(comparison: dict[str, Any]) -> list[list[str]]:
     for row in comparison["rows"]:
         cells = [row["task"], row["metric"], _shown(row["num_fewshot"]), _shown(row["num_questions"])]
         cells += [_cell(row["metric"], row["figures"].get(model)) for model in models]
-        cells += [_cell(row["metric"], row["differences"].get(model), signed=True) for model in models[1:]]
+        cells += [_cell(row["metric"], row["differences"].get(model), is_change=True) for model in models[1:]]
         lines.append(cells)
     return lines
 
@@ -205,13 +206,14 @@ def _figure(metric: Metric) -> dict[str, Any]:
     return {"value": metric.value, "stderr": metric.stderr}
 
 
-def _cell(metric: str, figure: dict[str, Any] | None, *, signed: bool = False) -> str:
+def _cell(metric: str, figure: dict[str, Any] | None, *, is_change: bool = False) -> str:
     if figure is None:
         return "–"
     value, stderr = figure["value"], figure["stderr"]
     in_nats = metric in IN_NATS
     scale = 1.0 if in_nats else 100.0
-    text = f"{value * scale:{'+' if signed or in_nats else ''}.2f}"
+    told = value * scale
+    text = signed(told) if is_change or in_nats else minus(f"{told:.2f}")
     return text if stderr is None else f"{text} ± {stderr * scale:.2f}"
 
 

@@ -16,7 +16,7 @@ from dpop_trainer.measure.shares import share_interval, with_interval
 from dpop_trainer.measure.token_shift import TokenShift
 from dpop_trainer.report import html_page
 from dpop_trainer.report.graphemes import graphemes
-from dpop_trainer.report.signed import signed
+from dpop_trainer.report.signed import minus, signed
 from dpop_trainer.report.svg import Panel
 from dpop_trainer.report.terminal import PLAIN, Terminal
 from dpop_trainer.run_folder.versions import versions
@@ -338,5 +338,6 @@ def _span(stretch: _Stretch, full: float, is_marked: bool) -> str:
     names = " ".join(name for name, holds in kinds.items() if holds)
     attributes = (f' class="{names}"' if names else "") + (f' style="--much: {much:g}"' if much else "")
     tokens = f", {stretch.num_tokens} tokens" if stretch.num_tokens > 1 else ""
-    title = escape(f"{signed(stretch.change)} nats: {stretch.before:.2f} → {stretch.after:.2f}{tokens}")
+    before_and_after = minus(f"{stretch.before:.2f} → {stretch.after:.2f}")
+    title = escape(f"{signed(stretch.change)} nats: {before_and_after}{tokens}")
     return f'<span{attributes} title="{title}">{html_page.visible(stretch.text)}</span>'
