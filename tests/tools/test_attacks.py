@@ -9,6 +9,7 @@ def test_records_of_any_shape_stand():
     assert result.fallen == []
 
 
+@pytest.mark.forked
 @pytest.mark.slow
 def test_damaged_files_are_named():
     names = ["pairs.jsonl.gz", "pairs.parquet", "mt/model_judgment/j_single.jsonl"]
