@@ -91,6 +91,7 @@ NUMERIC = [
     "training/test_second_trainer.py",
     "training/test_sequence_parallel.py",
     "training/test_step_zero.py",
+    "training/test_tensor_parallel.py",
     "training/test_tiled_mlp.py",
     "training/test_token_tiles.py",
     "training/test_trainable.py",

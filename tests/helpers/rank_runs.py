@@ -12,20 +12,25 @@ import torch
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from ranks import launch, launcher_environment
 from rounding import sum_of
 from tiny import UNUSED_ID, tiny_llama, token_pairs, word_tokenizer
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
 IN_TWO = " in two"
+TENSOR_PARALLEL = "tp_8.yaml"
+RUN_SEED = 3
+SEEDS = {"policy": 0, "reference": 7}
+LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 SHAPE = {"num_attention_heads": 6, "hidden_size": 48}  # heads for two ranks and for three
 
 
 class Engine(NamedTuple):
-    """How ranks work together: how many, how many of them on each batch, under DDP or a recipe of accelerate, and
-    whether each writes its own part of a checkpoint."""
+    """How ranks work together: how many, how many of them on each batch (each some tokens, or under the recipe of
+    tensor parallelism some heads), under DDP or a recipe of accelerate, and whether each writes its own part of a
+    checkpoint."""
 
     num_ranks: int
     ranks_per_batch: int = 1
@@ -62,6 +67,7 @@ def build(
 ):
     """A trainer of ten steps; `num_ranks` batches are run at a time, by as many processes or groups of them."""
     is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    is_tensor_parallel = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1")) > 1
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": pairs_per_step // num_ranks,
@@ -80,7 +86,7 @@ def build(
         "use_cpu": not is_deepspeed,
         "ddp_backend": "gloo" if is_deepspeed else None,
         "dpop_lambda": 5.0,
-        "seed": 3,
+        "seed": RUN_SEED,
         # against one process without
         "tiled_mlp": 5 if tiled and (num_ranks > 1 or overrides.get("sequence_parallel_size", 1) > 1) else None,
         # in fp32 it would make steps of their full length of gradients that are rounding alone
@@ -88,26 +94,30 @@ def build(
         **overrides,
     }
     dtype = torch.float32 if in_fp32 else torch.float64
-    model, records = tiny_llama(**SHAPE).to(dtype), token_pairs(num_pairs)
+    model, reference = (tiny_llama(seed=seed, **SHAPE).to(dtype) for seed in SEEDS.values())
+    records = token_pairs(num_pairs)
     if weighted:  # the ranks' shares of a step then differ in weight
         records = [{**pair, "weight": 0.5 + i % 4} for i, pair in enumerate(records)]
     if bad_pair is not None:
         model.model.embed_tokens.weight.data[UNUSED_ID] = float("nan")
         records[bad_pair]["prompt_ids"][0] = UNUSED_ID
+    if is_tensor_parallel:
+        settings["model_init_kwargs"] = {"dtype": "float64"}
+        model, reference = (str(folder.parent / name) for name in ("adapter" if lora else "policy", "reference"))
     args = DPOPConfig(**settings)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate shards models on GPUs alone; FSDP2 itself runs on a CPU as well
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_tensor_parallel:
+        # accelerate shards models on GPUs alone; FSDP2 and DTensors themselves run on a CPU as well
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     pairs = Dataset.from_list(records)
     trainer = DPOPTrainer(
         model,
         # another model, so that no pair sits on the hinge, where rounding would decide the first gradient
-        ref_model=None if lora else tiny_llama(seed=7, **SHAPE).to(dtype),
+        ref_model=None if lora else reference,
         args=args,
         train_dataset=pairs.to_iterable_dataset() if streamed else pairs,
         eval_dataset=Dataset.from_list(token_pairs(5, seed=9)),
         processing_class=word_tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        peft_config=LoraConfig(**LORA) if lora and not is_tensor_parallel else None,
     )
     assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
     return trainer
@@ -139,17 +149,28 @@ def run_here(folder, cases):
 def run_on(engine, folder, cases):
     """The same on an engine's ranks; a case that is named "... in two" is stopped and resumed."""
     folder.mkdir(exist_ok=True)
-    env = launcher_environment(engine.recipe) if engine.recipe else {}
+    env = launcher_environment(engine.recipe, engine.num_ranks) if engine.recipe else {}
+    if engine.recipe == TENSOR_PARALLEL:
+        _save_models(folder)
     if engine.shards_checkpoints:
         env["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
     launch(_run_cases, folder, engine, cases, num_ranks=engine.num_ranks, env=env)
     return torch.load(folder / "results.pt")
 
 
+def _save_models(folder):
+    """The models that other runs make as they begin, for those that spread a model as they load it."""
+    for name, seed in SEEDS.items():
+        tiny_llama(seed=seed, **SHAPE).double().save_pretrained(folder / name)
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)
+    set_seed(RUN_SEED)
+    get_peft_model(policy, LoraConfig(**LORA)).save_pretrained(folder / "adapter")
+
+
 def _run_cases(rank, folder, engine, cases):
     shares = {
         "num_ranks": engine.num_ranks // engine.ranks_per_batch,
-        "sequence_parallel_size": engine.ranks_per_batch,
+        "sequence_parallel_size": 1 if engine.recipe == TENSOR_PARALLEL else engine.ranks_per_batch,
     }
     results = {}
     for name, case in cases.items():

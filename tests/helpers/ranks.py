@@ -28,10 +28,13 @@ def launcher_arguments(recipe):
     return arguments
 
 
-def launcher_environment(recipe):
-    """The variables by which `accelerate launch` tells its processes of a recipe with FSDP or DeepSpeed; in fp32."""
+def launcher_environment(recipe, num_ranks=2):
+    """The variables by which `accelerate launch` tells its processes of a recipe with FSDP, DeepSpeed or tensor
+    parallelism; in fp32."""
     arguments = launcher_arguments(recipe)
     arguments.mixed_precision = "no"
+    if arguments.parallelism_config_tp_size > 1:
+        arguments.parallelism_config_tp_size = num_ranks
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ""  # of which a file of DeepSpeed's own has other values
         _, env = prepare_deepspeed_cmd_env(arguments)
@@ -39,7 +42,7 @@ def launcher_environment(recipe):
         env |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     else:
         env = prepare_multi_gpu_env(arguments)
-    return {key: value for key, value in env.items() if key.startswith(("FSDP_", "ACCELERATE_", "DS_"))}
+    return {key: value for key, value in env.items() if key.startswith(("FSDP_", "ACCELERATE_", "DS_", "PARALLELISM_"))}
 
 
 def launch(function, *args, num_ranks=2, env=None):

@@ -11,6 +11,7 @@ EXPECTED = {
     "ddp_2x8.yaml": {"num_processes": 16, "num_machines": 2, "multi_gpu": True, "use_fsdp": False},
     "fsdp2_8.yaml": {"num_processes": 8, "num_machines": 1, "use_fsdp": True, "fsdp_version": 2},
     "fsdp2_2x8.yaml": {"num_processes": 16, "num_machines": 2, "use_fsdp": True, "fsdp_version": 2},
+    "tp_8.yaml": {"num_processes": 8, "multi_gpu": True, "use_fsdp": False, "parallelism_config_tp_size": 8},
     "zero2_8.yaml": {"num_processes": 8, "use_deepspeed": True, "zero_stage": 2},
     "zero3_8.yaml": {"num_processes": 8, "use_deepspeed": True, "zero_stage": 3, "zero3_save_16bit_model": True},
 }
@@ -32,7 +33,7 @@ def test_recipe_holds_only_fields_of_accelerate(name):
     values = yaml.safe_load((RECIPES / name).read_text())
     ClusterConfig.from_yaml_file(yaml_file=str(RECIPES / name))  # refuses a field that it does not know
     arguments = launcher_arguments(name)
-    for section in ("fsdp_config", "deepspeed_config"):
+    for section in ("fsdp_config", "deepspeed_config", "parallelism_config"):
         for key, value in values.get(section, {}).items():
             assert str(getattr(arguments, key)).lower() == str(value).lower(), key
 

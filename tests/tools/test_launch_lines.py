@@ -82,7 +82,7 @@ def test_a_line_of_the_docs_is_taken(page, words, monkeypatch, capsys):
 def test_there_are_lines_for_one_node_for_several_and_for_slurm():
     programs = [line[0] for page, line in LINES if page == "recipes"]
     assert programs.count("torchrun") == 2
-    assert programs.count("accelerate") == 4
+    assert programs.count("accelerate") == 5
     assert sum("sbatch" in line for _, line in LINES) == 3
 
 

@@ -24,6 +24,7 @@ USED = {
     "_track_num_input_tokens": ["inputs"],
     "_save_checkpoint": ["model", "trial"],
     "_get_output_dir": ["trial"],
+    "_save": ["output_dir", "state_dict"],
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_save_optimizer_and_scheduler": ["output_dir"],
     "_load_optimizer_and_scheduler": ["checkpoint"],

@@ -27,7 +27,8 @@ def tokenised(num_pairs=5, seed=1):
 
 
 def key_of(model, *, with_adapter=True, mixed_precision="no"):
-    return reference_key(describe_reference(model, with_adapter=with_adapter, mixed_precision=mixed_precision))
+    weights = weights_digest(model, with_adapter=with_adapter)
+    return reference_key(describe_reference(model, weights, with_adapter=with_adapter, mixed_precision=mixed_precision))
 
 
 def adapted(model=None, **overrides):

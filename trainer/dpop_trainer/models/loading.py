@@ -14,6 +14,13 @@ from dpop_trainer.models.auto_class import auto_class
 from dpop_trainer.models.dtypes import named_dtype
 from dpop_trainer.models.from_elsewhere import from_elsewhere
 from dpop_trainer.models.quantised import make_trainable, widened
+from dpop_trainer.models.tensor_parallel import (
+    check_adapters_beside,
+    check_family,
+    fit_adapter,
+    parallel_kwargs,
+    parallel_size,
+)
 from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokenizer
 from dpop_trainer.run_folder.contents import check_contents
 from dpop_trainer.settings.config import HeadConfig
@@ -64,6 +71,7 @@ def prepare_policy(
     if isinstance(model, str):
         kwargs.setdefault("dtype", torch.float32)
         kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        kwargs = {**parallel_kwargs(args.tensor_parallel_size), **kwargs}
         check_model_path(model)
         base = find_adapter_base(model, kwargs)
         if base is not None and peft_config is not None:
@@ -85,8 +93,13 @@ def prepare_policy(
     if peft_config is not None:
         if isinstance(loaded, PeftModel):
             raise ValueError("peft_config: expected None with a model that is a peft model already, got one.")
+        if parallel_size(loaded) > 1:
+            check_adapters_beside([peft_config], parallel_size(loaded), are_new=True)
         with without_renaming_warnings():
             loaded = get_peft_model(loaded, peft_config)
+    if isinstance(loaded, PeftModel) and parallel_size(loaded) > 1:
+        check_adapters_beside(loaded.peft_config.values(), parallel_size(loaded), are_new=False)
+        fit_adapter(loaded, is_new=peft_config is not None)
     if isinstance(loaded, PeftModel) and args.gradient_checkpointing:
         loaded.enable_input_require_grads()  # else no gradient reaches the checkpointed blocks' adapters
     return Policy(loaded, tokenizer, loaded.get_input_embeddings().weight.shape[0])
@@ -118,6 +131,9 @@ def load_model(name_or_path: str, init_kwargs: dict[str, Any] | None = None, qua
     found_by = {key: kwargs[key] for key in (*WHERE, "subfolder", "gguf_file", "trust_remote_code") if key in kwargs}
     with from_elsewhere("model: expected a hub id or a folder with a model", name_or_path):
         config = kwargs["config"] if "config" in kwargs else AutoConfig.from_pretrained(name_or_path, **found_by)
+    if "distributed_config" in kwargs:
+        check_family(config, kwargs["distributed_config"].tp_size)
+    with from_elsewhere("model: expected a hub id or a folder with a model", name_or_path):
         model, told = auto_class(config).from_pretrained(name_or_path, **kwargs, output_loading_info=True)
     _check_all_loaded(name_or_path, told, kwargs)
     make_trainable(model)
@@ -177,7 +193,10 @@ def load_adapter(
         from_elsewhere(f"model: expected an adapter that goes on its base {base!r}", name_or_path),
         without_renaming_warnings(),
     ):
-        return PeftModel.from_pretrained(model, name_or_path, is_trainable=is_trainable, **where)
+        adapted = PeftModel.from_pretrained(model, name_or_path, is_trainable=is_trainable, **where)
+    if parallel_size(adapted) > 1:
+        fit_adapter(adapted, is_new=False)
+    return adapted
 
 
 def _check_no_adapter_inside(model: Any) -> None:

@@ -26,8 +26,10 @@ from dpop_trainer.data.records import REF_COLUMNS
 from dpop_trainer.models.loading import Policy, disable_dropout
 from dpop_trainer.models.positions import check_positions
 from dpop_trainer.models.quantised import make_trainable
+from dpop_trainer.models.tensor_parallel import parallel_size
 from dpop_trainer.reference.adapters import adapter_changes_nothing
 from dpop_trainer.reference.moving import check_can_follow
+from dpop_trainer.reference.recall import Origin, fingerprint
 from dpop_trainer.reference.second_model import check_reference, load_reference
 from dpop_trainer.reference.source import frozen_copy
 from dpop_trainer.settings.config import DPOPConfig
@@ -129,7 +131,7 @@ def reference_model(plan: ReferencePlan, policy: Policy, ref_model: Any, args: D
         return None
     model = ref_model
     if plan.kind is Kind.COPY:
-        model = frozen_copy(policy.model)
+        model = frozen_copy(policy.model) if parallel_size(policy.model) == 1 else _loaded_again(policy.model, args)
     elif isinstance(ref_model, str):
         own: Any = args.ref_model_init_kwargs
         init_kwargs = {"trust_remote_code": True, **(own or {})} if args.trust_remote_code else own
@@ -146,6 +148,23 @@ def reference_model(plan: ReferencePlan, policy: Policy, ref_model: Any, args: D
     if args.disable_dropout:
         disable_dropout(model)
     return model
+
+
+def _loaded_again(policy: Any, args: DPOPConfig) -> Any:
+    """A copy of a model whose layers are spread over ranks, from where it came: one in memory would run the original's
+    layers, to which its forwards are bound.
+
+    Raises:
+        ValueError: where it came from is not known, or has other weights.
+    """
+    init_kwargs: Any = args.model_init_kwargs or {}
+    try:
+        return Origin.of(policy, fingerprint(policy, True)).load(policy, dict(init_kwargs)).requires_grad_(False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"ref_model: expected one, or a policy that can be loaded a second time, since tensor-parallel weights are "
+            f"not copied, and {error}. Pass the model by name, or set precompute_ref_log_probs=True."
+        ) from error
 
 
 def check_columns(args: DPOPConfig, parts: list[Any]) -> None:

@@ -19,6 +19,7 @@ import xxhash
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dpop_trainer.data.records import TOKEN_COLUMNS
 from dpop_trainer.models.adapters import base_model
@@ -35,6 +36,7 @@ _INERT = {
     "architectures",
     "attn_implementation",
     "chunk_size_feed_forward",
+    "distributed_config",
     "dtype",
     "id2label",
     "initializer_range",
@@ -64,11 +66,12 @@ def pair_keys(dataset: Dataset) -> list[bytes]:
     return keys
 
 
-def describe_reference(model: Any, *, with_adapter: bool, mixed_precision: str) -> dict[str, Any]:
+def describe_reference(model: Any, weights: str, *, with_adapter: bool, mixed_precision: str) -> dict[str, Any]:
     """All that a reference's log-probs depend on, as plain values; equal exactly where they are the same reference.
 
     Args:
         model: a causal LM, or a peft model around one.
+        weights: their `weights_digest`.
         with_adapter: False for a peft model whose adapter is off: the same as its base without peft.
         mixed_precision: accelerate's name of the autocast that it runs under.
     """
@@ -78,7 +81,7 @@ def describe_reference(model: Any, *, with_adapter: bool, mixed_precision: str) 
         adapters = {name: _plain(model.peft_config[name].to_dict(), _ADAPTER_INERT) for name in model.active_adapters}
     return {
         "numerics_version": NUMERICS_VERSION,
-        "weights": weights_digest(model, with_adapter=with_adapter),
+        "weights": weights,
         "config": plain_config(base),
         "adapters": adapters,
         "code": _code_digest(type(base)),
@@ -102,7 +105,8 @@ def weights_digest(model: nn.Module, *, with_adapter: bool) -> str:
     """XXH3 of a model's weights, persistent buffers included: names, dtypes, shapes, every byte, some gigabytes per
     second and core. It tells models apart; whoever wanted to could make two alike.
 
-    A base under an adapter that is off has the digest of the base alone.
+    A base under an adapter that is off has the digest of the base alone. Of a model that is spread over ranks they are
+    put together one by one: all ranks call together, and get what one process would.
 
     Args:
         model: a causal LM, or a peft model around one.
@@ -120,7 +124,10 @@ def weights_digest(model: nn.Module, *, with_adapter: bool) -> str:
         for _, tensor in named:
             identity = _identity(tensor)
             if identity not in seen:
-                seen[identity] = pool.submit(_tensor_digest, tensor)
+                is_spread = isinstance(tensor, DTensor)
+                seen[identity] = pool.submit(_tensor_digest, tensor.full_tensor() if is_spread else tensor)
+                if is_spread:  # one is whole at a time
+                    seen[identity].result()
         lines = [
             f"{name} {tensor.dtype} {list(tensor.shape)} {seen[_identity(tensor)].result()}" for name, tensor in named
         ]
@@ -166,13 +173,13 @@ def _state(model: nn.Module, with_adapter: bool) -> Iterator[tuple[str, Tensor]]
 
 
 def _identity(tensor: Tensor) -> tuple:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
+    storage = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.device, storage.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
 
 
 def _tensor_digest(tensor: Tensor) -> str:
-    values: Any = tensor.detach()
-    values = values.full_tensor() if hasattr(values, "full_tensor") else values  # a DTensor
-    return xxhash.xxh3_128_hexdigest(values.contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+    values: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+    return xxhash.xxh3_128_hexdigest(values)
 
 
 def _plain(config: dict[str, Any], inert: set[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from dpop_kernels import ScoringHead
 from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.scoring import ScoredModel, attention_of, forward_inputs
+from dpop_trainer.models.tensor_parallel import parallel_size
 from dpop_trainer.models.tiled_mlp import tile_mlps
 from dpop_trainer.reference.cache import ReferenceCache, cache_root
 from dpop_trainer.reference.choose import Kind, ReferencePlan, has_reference_columns
@@ -76,7 +77,7 @@ class PairReference:
             self._moving = self._follow(model)
             trainer.add_callback(self._moving)  # after the record, which puts a resumed run's start weights back
         if plan.is_precomputed and self._accelerator.is_main_process:
-            self._cache = self._open_cache(described, with_adapter)
+            self._cache = self._open_cache(described, weights, with_adapter)
         if model is not None:
             self._take(model)
         elif plan.kind is Kind.BEFORE_TRAINING and self._start_weights is None:
@@ -135,7 +136,7 @@ class PairReference:
             accelerator=self._accelerator,
             cache=self._cache if isinstance(collator, PairCollator) else None,
             show_progress=not trainer.args.disable_tqdm,
-            processes_per_batch=trainer.args.sequence_parallel_size,
+            processes_per_batch=trainer.ranks_per_batch,
         )
 
     @contextmanager
@@ -197,12 +198,12 @@ class PairReference:
         if self.plan.kind is Kind.ADAPTER_OFF and not self.plan.moves:
             state: Any = adapter_off
         elif self.plan.kind is Kind.BEFORE_TRAINING and not (
-            isinstance(trainer.model, PeftModel) and not _is_sharded(self._accelerator)
+            isinstance(trainer.model, PeftModel) and not _is_sharded(self._accelerator, trainer.model)
         ):
             state = eval_mode
         else:
             if self.plan.kind is not Kind.BEFORE_TRAINING:
-                _check_not_sharded(self._accelerator, self.plan)
+                _check_not_sharded(self._accelerator, trainer.model, self.plan)
             self._start_weights = StartWeights(trainer.model)  # type: ignore[arg-type]
             state = self._start_weights.switched_in
         return PolicyAsReference(
@@ -263,19 +264,21 @@ class PairReference:
         elif getattr(model, "hf_device_map", None) is None:
             model.to(self._accelerator.device)
 
-    def _open_cache(self, model: Any, with_adapter: bool) -> ReferenceCache | None:
+    def _open_cache(self, model: Any, weights: str | None, with_adapter: bool) -> ReferenceCache | None:
         root = cache_root(self._trainer.args.ref_cache_dir)
         if root is None:
             return None
-        try:
-            description = describe_reference(
-                model, with_adapter=with_adapter, mixed_precision=str(self._accelerator.mixed_precision)
+        if weights is None:
+            logger.warning(
+                "Reference log-probs are computed and not kept: weights that are sharded or on no device are not known "
+                "again."
             )
-            if self._trainer.args.ld_alpha not in (None, 1):  # what is kept are sums of weighted tokens
-                description["ld_alpha"] = self._trainer.args.ld_alpha
-        except ValueError as error:
-            logger.warning("Reference log-probs are computed and not kept: %s", error)
             return None
+        description = describe_reference(
+            model, weights, with_adapter=with_adapter, mixed_precision=str(self._accelerator.mixed_precision)
+        )
+        if self._trainer.args.ld_alpha not in (None, 1):  # what is kept are sums of weighted tokens
+            description["ld_alpha"] = self._trainer.args.ld_alpha
         notes = {
             "attn_implementation": attention_of(model),
             "layout": getattr(self._trainer.data_collator, "layout", None),
@@ -310,23 +313,24 @@ class _AtTrainBegin(TrainerCallback):
         self._call()
 
 
-def _is_sharded(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type == DistributedType.FSDP or is_deepspeed_zero3_enabled()
+def _is_sharded(accelerator: Accelerator, model: Any) -> bool:
+    is_gathered = accelerator.distributed_type == DistributedType.FSDP or is_deepspeed_zero3_enabled()
+    return is_gathered or parallel_size(model) > 1
 
 
-def _check_not_sharded(accelerator: Accelerator, plan: ReferencePlan) -> None:
-    if not _is_sharded(accelerator):
+def _check_not_sharded(accelerator: Accelerator, model: Any, plan: ReferencePlan) -> None:
+    if not _is_sharded(accelerator, model):
         return
     if plan.moves:
         raise ValueError(
             "sync_ref_model: expected an adapter on weights that every process has whole (DDP, ZeRO-2), got sharded "
-            "ones (FSDP, ZeRO-3), into which a second set of adapter weights cannot be switched. Use DDP or ZeRO-2, or "
-            "leave sync_ref_model out."
+            "ones (FSDP, ZeRO-3, tensor parallelism), into which a second set of adapter weights cannot be switched. "
+            "Use DDP or ZeRO-2, or leave sync_ref_model out."
         )
     raise ValueError(
-        "ref_model: expected one, or precompute_ref_log_probs, since weights are sharded (FSDP, ZeRO-3) and the policy "
-        "is an adapter that was trained before, whose start cannot be switched in there. Set "
-        "precompute_ref_log_probs=True."
+        "ref_model: expected one, or precompute_ref_log_probs, since weights are sharded (FSDP, ZeRO-3, tensor "
+        "parallelism) and the policy is an adapter that was trained before, whose start cannot be switched in there. "
+        "Set precompute_ref_log_probs=True."
     )
 
 

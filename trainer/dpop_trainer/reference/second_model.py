@@ -10,11 +10,12 @@ from dpop_trainer.batches.scoring import attention_of
 from dpop_trainer.models.adapters import base_model
 from dpop_trainer.models.loading import load_model
 from dpop_trainer.models.quantised import check_bitsandbytes
+from dpop_trainer.models.tensor_parallel import parallel_kwargs, parallel_size
 
 
 def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] | str | None = None) -> Any:
     """A frozen reference from a hub id or a local folder, in the policy's dtype and with its attention, which keeps
-    their rounding alike, where `init_kwargs` do not say otherwise.
+    their rounding alike, and over as many ranks, where `init_kwargs` do not say otherwise.
 
     Args:
         name_or_path: of a causal LM, or of an adapter, which is loaded on its base.
@@ -32,7 +33,8 @@ def load_reference(name_or_path: str, policy: Any, init_kwargs: dict[str, Any] |
         # nf4 is made for weights; bitsandbytes' own defaults are fp4 and products in fp32
         defaults = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": base.dtype}
         own["quantization_config"] = {"quant_method": "bitsandbytes", **defaults, **quantization}
-    kwargs = {"dtype": base.dtype, "attn_implementation": attention_of(policy), **own}
+    alike = {"dtype": base.dtype, "attn_implementation": attention_of(policy), **parallel_kwargs(parallel_size(policy))}
+    kwargs = {**alike, **own}
     return load_model(name_or_path, kwargs).eval().requires_grad_(False)
 
 

@@ -219,8 +219,8 @@ def _first_other_weight(policy: nn.Module, reference: nn.Module) -> str | None:
             return name
         if own.is_meta or theirs.is_meta:
             continue
-        if isinstance(own, DTensor):  # a part on each rank; all of them are here, having seen the same differences
-            own = own.full_tensor()
+        # a part on each rank; all of them are here, having seen the same differences
+        own, theirs = (value.full_tensor() if isinstance(value, DTensor) else value for value in (own, theirs))
         narrow = min(own.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
         if not torch.equal(own.to(narrow), theirs.to(device=own.device, dtype=narrow)):
             return name

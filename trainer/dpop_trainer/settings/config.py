@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 import transformers
+from accelerate.utils import ParallelismConfig
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
@@ -155,6 +156,13 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
         batch together."""
         multiple: Any = self.pad_to_multiple_of
         return multiple if self.sequence_parallel_size == 1 else math.lcm(multiple or 1, self.sequence_parallel_size)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """GPUs that hold every layer between them, by accelerate's ParallelismConfig: `parallelism_config`, or
+        `parallelism_config_tp_size` of the launcher's file."""
+        config: Any = self.parallelism_config or ParallelismConfig()
+        return config.tp_size
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', which trackers are given; without secrets at any depth, and with the padding token."""

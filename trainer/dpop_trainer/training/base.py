@@ -224,7 +224,7 @@ class HeadTrainer(ExactShares, WholeCheckpoints, NamedCard):
         if self.args.should_save and not keeps_readme:
             self._write_card(folder)
         is_sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if is_sharded or not self.args.should_save or not self.has_own_collator():
+        if is_sharded or self.tensor_parallel_size > 1 or not self.args.should_save or not self.has_own_collator():
             return
         policy: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
         is_autocast = self.accelerator.mixed_precision in ("bf16", "fp16")

@@ -70,6 +70,10 @@ class HfHooks(Trainer):
     def model_written(self, checkpoint: Path) -> None:
         """While a checkpoint is written: the files of the model are complete, the optimizer's state comes next."""
 
+    def state_to_save(self) -> dict[str, Any] | None:
+        """What the model's files are made of. None leaves it to the model."""
+        return None
+
     def push_checkpoint(self, folder: Path) -> None:
         """Upload a checkpoint as args.hub_strategy says. None is uploaded while it is written."""
         super()._push_from_checkpoint(str(folder))
@@ -144,6 +148,9 @@ class HfHooks(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return folder if self._aside is None else os.path.join(folder, self._aside)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, self.state_to_save() if state_dict is None else state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._aside is None:

@@ -7,6 +7,7 @@ from transformers import set_seed
 from dpop_kernels.model_head.layers import take_off_heads
 from dpop_trainer.models.loading import Policy, prepare_policy
 from dpop_trainer.training.sequence_parallel import check_sequence_parallel
+from dpop_trainer.training.tensor_parallel import check_tensor_parallel
 from dpop_trainer.training.trainable import check_trainable
 
 
@@ -28,9 +29,10 @@ def policy_to_train(
         trains: there is a data set to train on.
 
     Raises:
-        ValueError: as `check_sequence_parallel`, `prepare_policy` and `check_trainable`.
+        ValueError: as `check_sequence_parallel`, `check_tensor_parallel`, `prepare_policy` and `check_trainable`.
     """
     check_sequence_parallel(args)
+    check_tensor_parallel(args, model, is_quantised=quantization_config is not None)
     for given in (model, ref_model):
         take_off_heads(given)  # another trainer's, whose model this was
     set_seed(args.seed)

@@ -22,12 +22,12 @@ from dpop_trainer.models.adapters import base_model
 from dpop_trainer.reference.choose import data_parts
 from dpop_trainer.reference.source import eval_mode
 from dpop_trainer.settings.config import HeadConfig
-from dpop_trainer.training.hf_hooks import HfHooks
+from dpop_trainer.training.tensor_parallel import TensorParallel
 
 _NUM_LOOKED_AT, _NUM_PROBED = 64, 2  # of a data set's first pairs; the shortest of them are run
 
 
-class SequenceParallel(HfHooks):
+class SequenceParallel(TensorParallel):
     """transformers.Trainer, of which groups of `args.sequence_parallel_size` processes run each batch together."""
 
     args: HeadConfig  # type: ignore[assignment]
@@ -42,14 +42,19 @@ class SequenceParallel(HfHooks):
         self.sequence_group = join_group(self.args.sequence_parallel_size)
 
     @property
+    def ranks_per_batch(self) -> int:
+        """How many neighbouring processes run each batch, with the same results."""
+        return self.args.sequence_parallel_size * self.tensor_parallel_size
+
+    @property
     def num_data_ranks(self) -> int:
         """How many batches are run at a time: processes, or groups of them."""
-        return self.accelerator.num_processes // self.args.sequence_parallel_size
+        return self.accelerator.num_processes // self.ranks_per_batch
 
     @property
     def counts_batches(self) -> bool:
         """Whether this process is the one of its group that sums over processes count batches by."""
-        return self.sequence_group is None or self.sequence_group.rank == 0
+        return self.args.process_index % self.ranks_per_batch == 0
 
     def shared_out(self, collated: Any) -> Batch:
         """A collator's result, on the CPU, with the share of it that is this process's."""
@@ -112,7 +117,7 @@ class SequenceParallel(HfHooks):
             )
 
     def tokens_seen(self, batch):
-        if self.sequence_group is None:
+        if self.ranks_per_batch == 1:
             return None
         only_tokens = self.args.include_num_input_tokens_seen == "non_padding"
         counted = batch.attention_mask if only_tokens else torch.ones_like(batch.attention_mask)

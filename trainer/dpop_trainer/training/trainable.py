@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dpop_trainer.models.adapters import check_adapters
+from dpop_trainer.models.tensor_parallel import lora_state, parallel_size
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,19 @@ def _check_saved(model: PeftModel, trained: dict[str, nn.Parameter]) -> None:
     """peft saves what belongs to its adapters, and no other parameter, whoever made it trainable."""
     if any(config.is_prompt_learning for config in model.peft_config.values()):
         return
+    if parallel_size(model) > 1:  # peft would put the base together too, on every rank
+        lost = sorted(trained.keys() - lora_state(model).keys())
+    else:
+        lost = _lost_in_state_dict(model, trained)
+    if lost:
+        raise ValueError(
+            f"model: expected all trained parameters to be the adapter's, whose file is what is saved, got {len(lost)} "
+            f"others: {_listed(lost)}. Name their modules in the adapter's modules_to_save, or freeze them."
+        )
+
+
+def _lost_in_state_dict(model: PeftModel, trained: dict[str, nn.Parameter]) -> list[str]:
+    lost: list[str] = []
     saved: set[tuple[int, tuple[int, ...]]] = set()
     for save_embeddings in (False, "auto"):  # the second may look for the base's configuration
         for name in model.peft_config:
@@ -67,11 +81,8 @@ def _check_saved(model: PeftModel, trained: dict[str, nn.Parameter]) -> None:
             saved |= {_place(tensor) for tensor in kept.values() if isinstance(tensor, Tensor)}
         lost = [name for name, value in trained.items() if not value.is_meta and _place(value) not in saved]
         if not lost:
-            return
-    raise ValueError(
-        f"model: expected all trained parameters to be the adapter's, whose file is what is saved, got {len(lost)} "
-        f"others: {_listed(lost)}. Name their modules in the adapter's modules_to_save, or freeze them."
-    )
+            break
+    return lost
 
 
 def _check_optimizer(trained: dict[str, nn.Parameter], optimizer: Any, scheduler: Any) -> None:
