@@ -10,7 +10,8 @@ import datasets.config
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 from dpop_trainer.data import SourceStream, TokenisedStream, load_pairs, read_pairs, tokenise_pairs
-from dpop_trainer.data.mixture import mix_pairs, mix_streams, parse_sources
+from dpop_trainer.data.dataset_source import parse_sources
+from dpop_trainer.data.mixture import mix_pairs, mix_streams
 from words import character_tokenizer, text_of
 
 COLUMNS = ["tools", "tool_calls", "messages", "chat_template_kwargs"]

@@ -11,7 +11,8 @@ import pytest
 from datasets import Dataset
 from dpop_trainer.data import SourceStream, TokenisedStream, load_pairs, read_json, read_pairs, tokenise_pairs
 from dpop_trainer.data.convert import convert_pairs, row_pair
-from dpop_trainer.data.mixture import DatasetSource, mix_pairs, mix_streams, parse_sources
+from dpop_trainer.data.dataset_source import DatasetSource, parse_sources
+from dpop_trainer.data.mixture import mix_pairs, mix_streams
 from dpop_trainer.data.read_json import PlacedRecord, read_json_records
 from dpop_trainer.data.skipped import SkippedRecords
 from dpop_trainer.data.stream import MixedStream, Part, ShuffledStream

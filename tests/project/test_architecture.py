@@ -81,6 +81,7 @@ TRAINER_ROOMS = [
     "tools",
     "",
 ]
+PLAN = "dpop_trainer.tools.plan"
 # whose functions are given what calls them, and name its type
 CALLED_BY = {
     ("settings/config_checks.py", "settings/config.py"),
@@ -202,7 +203,6 @@ NAMED_ON_PURPOSE = {
     "trainer/dpop_trainer/tools/demo/run.py": "the demo shows DPO beside DPOP",
     "trainer/dpop_trainer/tools/demo/chat.py": "the demo shows DPO beside DPOP",
     "trainer/dpop_trainer/tools/demo/report.py": "the demo shows DPO beside DPOP",
-    "trainer/dpop_trainer/tools/doctor/verdict.py": "the doctor's advice is to train with DPOP, or not at all",
     "trainer/dpop_trainer/report/palette.py": "what is shown most has a colour of its own; other losses take the next",
 }
 OTHER_MEANINGS = {"sft", "reference"}  # a command, a column of a report: not to be told from the names by a test
@@ -347,6 +347,34 @@ def test_a_plan_is_made_without_training():
     """It reads the run's configuration, data and batches."""
     for path, imported in trainer_imports():
         assert path.parts[:2] != ("tools", "plan") or imported.parts[:1] != ("training",), (path, imported)
+
+
+def imported_at_once(module: str) -> set[str]:
+    """Every module that importing one of the trainer imports, but for what other packages import in turn."""
+    found, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        path = ROOT / "trainer" / Path(*name.split("."))
+        file = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+        if name in found or file is None:
+            found.add(name)
+            continue
+        found.add(name)
+        for node in ast.parse(file.read_text()).body:  # neither in functions nor under TYPE_CHECKING
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                waiting += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def test_a_plan_without_pairs_reads_no_data_sets():
+    """`datasets` and the pandas that it brings take a second and a half to import."""
+    planning = {
+        found for name in ("options", "report", "search", "setup") for found in imported_at_once(f"{PLAN}.{name}")
+    }
+    assert {"dpop_trainer.models.loading", "dpop_trainer.batches.budget", "peft"} <= planning
+    assert not [name for name in planning if name.partition(".")[0] in ("datasets", "pandas", "pyarrow")]
 
 
 def test_transformers_private_names_stand_in_one_file():

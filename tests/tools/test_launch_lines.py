@@ -12,7 +12,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from dpop_trainer.cli import main
-from dpop_trainer.data.mixture import parse_sources
+from dpop_trainer.data.dataset_source import parse_sources
 from dpop_trainer.settings.recipes import recipe_file
 from torch.distributed.run import get_args_parser
 from transformers import PreTrainedTokenizerFast

@@ -140,6 +140,7 @@ MISTAKES = [
     (["pairs", "inspect", "a/b", "--tokenizer", "./absent"], 1, "model: expected a folder with a tokenizer"),
 ]
 TRAIN = ["train", "--output_dir", "new", "--dataset_name", "chat.jsonl", "--model_name_or_path"]
+WHOLE_MODEL = ["--model_name_or_path", "./whole"]
 NO_TEMPLATE = "expected a tokenizer with a chat template, since the pairs are messages"
 MISTAKES += [
     ([*TRAIN, "./whole"], 1, NO_TEMPLATE),
@@ -151,6 +152,9 @@ MISTAKES += [
         1,
         NO_TEMPLATE,
     ),
+    (["train", *WHOLE_MODEL, "--dataset_mixture", "odd.jsonl", "chat.jsonl"], 1, "odd.jsonl: columns: expected prompt"),
+    (["train", *WHOLE_MODEL, "--dataset_mixture", "absent.jsonl"], 1, "source: expected an existing file or folder"),
+    (["train", *WHOLE_MODEL, "--dataset_name", "a/b", "--eval_datasets", "chat.jsonl"], 1, NO_TEMPLATE),
     (["pairs", "inspect", "chat.jsonl", "--tokenizer", "./whole"], 1, NO_TEMPLATE),
     (["inspect", "./whole", "--pairs", "chat.jsonl"], 1, NO_TEMPLATE),
     (["eval", "--models", "a/b", "./whole", "--pairs", "chat.jsonl"], 1, NO_TEMPLATE),
@@ -315,7 +319,8 @@ def test_losses_and_their_options_are_checked_by_the_source_as_by_the_configurat
 def test_what_is_hidden_is_found_again(tmp_path, monkeypatch):
     (tmp_path / "seldom_needed.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    with hidden("seldom_needed"):
+    with hidden("seldom_needed", "json"):
+        assert json.loads("1") == 1  # which is imported
         assert importlib.util.find_spec("seldom_needed") is None
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("seldom_needed")

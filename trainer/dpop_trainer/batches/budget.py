@@ -10,14 +10,16 @@ import bisect
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from datasets import Dataset
 from torch.utils.data import Sampler
 
 from dpop_trainer.batches.layouts import group_length, longest_sequence, tree_length
 from dpop_trainer.batches.lengths import read_trees
 from dpop_trainer.data.pair_tree import PairTree
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 WINDOW_BATCHES = 32
 """Batches per window. Dealing out leaves the last of a window half full; 32 make that under 2 % of all positions."""
@@ -57,7 +59,7 @@ class Budget(NamedTuple):
 
 
 def plan_batches(
-    dataset: Dataset,
+    dataset: "Dataset",
     budget: Budget,
     *,
     prefix_sharing: bool,

@@ -1,16 +1,19 @@
 """How long the pairs of a data set are, for batches of pairs of like length."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
 from tqdm.auto import tqdm
 
 from dpop_trainer.batches.layouts import tree_length
 from dpop_trainer.data.pair_tree import PairTree
 from dpop_trainer.data.records import TOKEN_COLUMNS
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def read_trees(dataset: Dataset, *, prefix_sharing: bool, desc: str) -> Iterator[PairTree]:
+
+def read_trees(dataset: "Dataset", *, prefix_sharing: bool, desc: str) -> Iterator[PairTree]:
     """The trees of a tokenised data set, in its order, with a progress bar named `desc`."""
     columns = dataset.select_columns(list(TOKEN_COLUMNS))
     for batch in tqdm(columns.iter(1000), desc=desc, total=-(-len(dataset) // 1000), leave=False):
@@ -18,7 +21,7 @@ def read_trees(dataset: Dataset, *, prefix_sharing: bool, desc: str) -> Iterator
             yield PairTree.from_ids(*ids, share_prefix=prefix_sharing)
 
 
-def with_lengths(dataset: Dataset, column: str, *, prefix_sharing: bool) -> Dataset:
+def with_lengths(dataset: "Dataset", column: str, *, prefix_sharing: bool) -> "Dataset":
     """The data set with the number of columns of each pair's tree, unless it has such a column already.
 
     Args:

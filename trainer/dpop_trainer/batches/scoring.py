@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -18,6 +17,9 @@ from dpop_trainer.batches.layouts import trie_mask
 from dpop_trainer.batches.sequence_shares import shared_token_logps
 from dpop_trainer.batches.shared_attention import inner_attention
 from dpop_trainer.models.adapters import base_model
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class ScoredModel(NamedTuple):
@@ -77,7 +79,7 @@ def scoring(model: Any) -> Iterator[ScoredModel]:
 
 
 def answer_batches(
-    dataset: Dataset, *, pad_token_id: int, batch_size: int, device: torch.device, desc: str | None
+    dataset: "Dataset", *, pad_token_id: int, batch_size: int, device: torch.device, desc: str | None
 ) -> Iterator[Batch]:
     """A data set's pairs in its order, each answer in a row of its own and scored whole: no segment is shared.
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpop_trainer.data import SourceStream, read_pairs
-from dpop_trainer.data.mixture import DatasetSource, mix_pairs, mix_streams, parse_sources
+from dpop_trainer.data.dataset_source import DatasetSource, parse_sources
+from dpop_trainer.data.mixture import mix_pairs, mix_streams
 from dpop_trainer.data.source_path import expanded
 from dpop_trainer.data.stream import RowStream, ShuffledStream
 from dpop_trainer.settings.arguments import DataArguments
@@ -42,13 +43,6 @@ def load_train_data(arguments: DataArguments, config: HeadConfig, *, completions
     if limit is not None:
         train_dataset = train_dataset.select(range(min(limit, len(train_dataset))))
     return train_dataset
-
-
-def train_paths(arguments: DataArguments) -> list[str]:
-    """Where the training data are read from: files, folders and hub ids."""
-    if not arguments.dataset_mixture:
-        return [arguments.dataset_name] if arguments.dataset_name else []
-    return [source.path for source in parse_sources(arguments.dataset_mixture, "dataset_mixture")]
 
 
 def load_eval_data(arguments: DataArguments, config: HeadConfig, *, completions: bool = False) -> Any:

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
-
-import pyarrow.compute as pc
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from dpop_trainer.data.pair_weights import WEIGHT_COLUMN
 from dpop_trainer.data.records import REF_COLUMNS, TOKEN_COLUMNS
 from dpop_trainer.run_folder.private import without_secrets
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Fields that change what a run writes, says or how fast it is, and none of its numbers.
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "dataloader_num", "dataloader_p", "ddp_", "trackio")
@@ -70,6 +70,8 @@ def identity_of(
         dataset: the tokenised training pairs; None leaves them out.
         model: what it begins with, as "config" (what decides its numbers) and "base" (a digest of what stays frozen).
     """
+    from datasets import Dataset
+
     digest = data_digest(dataset) if isinstance(dataset, Dataset) else None
     known = {"config": without_secrets(config), "num_processes": num_processes, "data": digest}
     return known if model is None else known | {"model": dict(model)}
@@ -126,9 +128,11 @@ def _as_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)  # one of the two has been through JSON
 
 
-def data_digest(dataset: Dataset) -> str:
+def data_digest(dataset: "Dataset") -> str:
     """Hex digest of the pairs' tokens, reference log-probs and weights, in order. Reads each column once, at memory
     speed."""
+    import pyarrow.compute as pc
+
     digest = hashlib.blake2b(digest_size=8)
     columns = [column for column in (*TOKEN_COLUMNS, *REF_COLUMNS, WEIGHT_COLUMN) if column in dataset.column_names]
     for batch in dataset.with_format("arrow").iter(batch_size=10_000):

@@ -13,16 +13,15 @@ def is_own_process() -> bool:
 
 
 @contextmanager
-def hidden(package: str) -> Iterator[None]:
-    """Inside, a package that is not imported yet cannot be found.
+def hidden(*packages: str) -> Iterator[None]:
+    """Inside, packages that are not imported yet cannot be found.
 
     What a library finds missing at its import stays missing for the whole process.
     """
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]  # which says that it cannot be imported
+    absent = [package for package in packages if package not in sys.modules]
+    sys.modules |= dict.fromkeys(absent)  # type: ignore[arg-type]  # None says that it cannot be imported
     try:
         yield
     finally:
-        del sys.modules[package]
+        for package in absent:
+            del sys.modules[package]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from dpop_trainer.data.dataset_source import parse_sources
 from dpop_trainer.data.source_path import check_source_path, expanded
 from dpop_trainer.run_folder.files import check_writable
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
@@ -21,7 +22,7 @@ def check_inputs(model: ModelArguments, data: DataArguments, config: Any, *, com
 
     Args:
         model: of which model and reference are looked for.
-        data: of which the data sets to train and evaluate on are looked for; of a mixture, when it is read.
+        data: of which the data sets to train and evaluate on are looked for.
         config: where the run writes, and the template it gives the tokenizer. Where that folder is there, only that is
             checked: a run that is finished needs nothing.
         completions: prompt and completion are a form of the data too.
@@ -37,9 +38,7 @@ def check_inputs(model: ModelArguments, data: DataArguments, config: Any, *, com
             return
     if data.dataset_name or data.dataset_mixture:
         check_data(data)
-    sources = [
-        source for source in (data.dataset_name, None if data.eval_datasets else data.eval_dataset_name) if source
-    ]
+    sources = [*train_paths(data), *eval_paths(data)]
     for source in sources:
         check_source_path(source)
     if model.ref_model_name_or_path:
@@ -69,6 +68,20 @@ def check_data(arguments: DataArguments) -> None:
     limit = arguments.max_train_pairs
     if limit is not None and limit < 1:
         raise ValueError(f"max_train_pairs: expected at least 1, got {limit}. Leave it out to train on all.")
+
+
+def train_paths(arguments: DataArguments) -> list[str]:
+    """Where the training data are read from: files, folders and hub ids."""
+    if not arguments.dataset_mixture:
+        return [arguments.dataset_name] if arguments.dataset_name else []
+    return [source.path for source in parse_sources(arguments.dataset_mixture, "dataset_mixture")]
+
+
+def eval_paths(arguments: DataArguments) -> list[str]:
+    """Where evaluation data of their own are read from, other than splits of the training data."""
+    if arguments.eval_datasets:
+        return [source.path for source in parse_sources(arguments.eval_datasets, "eval_datasets")]
+    return [arguments.eval_dataset_name] if arguments.eval_dataset_name else []
 
 
 def model_name(arguments: ModelArguments) -> str:

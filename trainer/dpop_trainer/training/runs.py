@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpop_trainer.data.encode import check_tokenizer
-from dpop_trainer.inputs.data_sets import first_pairs, load_eval_data, load_train_data, train_paths
+from dpop_trainer.inputs.data_sets import first_pairs, load_eval_data, load_train_data
 from dpop_trainer.inputs.model_setup import (
     init_kwargs,
     lora_config,
@@ -26,7 +26,7 @@ from dpop_trainer.run_folder.run_files import CONFIG_FILE, ENVIRONMENT_FILE, MET
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments, run_config
 from dpop_trainer.settings.config import DPOPConfig, HeadConfig, SFTConfig
 from dpop_trainer.settings.errors import doing
-from dpop_trainer.settings.run_inputs import model_name
+from dpop_trainer.settings.run_inputs import model_name, train_paths
 from dpop_trainer.settings.terminal import say
 from dpop_trainer.settings.under_way import under_way
 from dpop_trainer.training.base import HeadTrainer

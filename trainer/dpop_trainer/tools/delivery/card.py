@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dpop_kernels.losses.options import LossOptions
-from dpop_trainer.data.mixture import DatasetSource, parse_sources
+from dpop_trainer.data.dataset_source import DatasetSource, parse_sources
 from dpop_trainer.data.source_path import expanded, looks_local
 from dpop_trainer.models.trained import read_run_config, run_file
 from dpop_trainer.report.markdown import code, joined, plain, table

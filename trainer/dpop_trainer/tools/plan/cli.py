@@ -18,19 +18,20 @@ from dpop_trainer.tools.plan.devices import find_device
 
 CONFIG = ("dpop_trainer.tools.plan.options", "PlanConfig")
 DOES_NOT_FIT = 3
+# peft would import the first to train on packed weights, which have stand-ins here, and the compiler with it;
+# transformers the second, for losses of object detection
+NOT_NEEDED = ("bitsandbytes", "scipy")
 EXIT_CODES = "Exit codes: 0 the run fits; 3 it does not; 1 it cannot be planned, and says why; 2 wrong usage."
 
 
 def main(argv: list[str]) -> int:
     """-> 0 where the setting that was asked for fits, 3 where it does not."""
     _check(argv)
-    with under_way(LIBRARIES) as show:
-        # peft would import it, and the compiler with it; packed weights have stand-ins here
-        with hidden("bitsandbytes") if is_own_process() else nullcontext():
-            from dpop_trainer.tools.plan.options import parse_plan
-            from dpop_trainer.tools.plan.report import as_json, as_text
-            from dpop_trainer.tools.plan.search import longest_pair, search
-            from dpop_trainer.tools.plan.setup import make_planner
+    with hidden(*NOT_NEEDED) if is_own_process() else nullcontext(), under_way(LIBRARIES) as show:
+        from dpop_trainer.tools.plan.options import parse_plan
+        from dpop_trainer.tools.plan.report import as_json, as_text
+        from dpop_trainer.tools.plan.search import longest_pair, search
+        from dpop_trainer.tools.plan.setup import make_planner
 
         show("Building the model without its weights")
         model, data, config, plan = parse_plan(argv)

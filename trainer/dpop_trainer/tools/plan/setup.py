@@ -8,9 +8,7 @@ from peft import LoraConfig, PeftConfig
 
 from dpop_kernels import needs_reference
 from dpop_trainer.batches.sequence_obstacles import check_shared_model
-from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.data.source_path import expanded
-from dpop_trainer.inputs.data_sets import load_train_data, train_paths
 from dpop_trainer.inputs.model_setup import init_kwargs, lora_config
 from dpop_trainer.models.adapters import find_adapter_base
 from dpop_trainer.models.dtypes import autocast_dtype, named_dtype
@@ -19,7 +17,7 @@ from dpop_trainer.models.tokenizer_loading import load_tokenizer, prepare_tokeni
 from dpop_trainer.settings.arguments import DataArguments, ModelArguments
 from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.model_paths import adapter_on_adapter, is_adapter_folder
-from dpop_trainer.settings.run_inputs import check_bits
+from dpop_trainer.settings.run_inputs import check_bits, train_paths
 from dpop_trainer.tools.plan.arguments import PlanArguments
 from dpop_trainer.tools.plan.batches import Pairs, of_statistics, worst_case
 from dpop_trainer.tools.plan.devices import find_device
@@ -196,6 +194,10 @@ def _pairs(model: ModelArguments, data: DataArguments, config: PlanConfig, plan:
         )
     if not _is_at_hand(data) and plan.data is None:
         return worst_case(config.max_length or DEFAULT_LENGTH, num_pairs=plan.num_pairs)
+    # planning without pairs needs nothing of this
+    from dpop_trainer.data import tokenise_pairs
+    from dpop_trainer.inputs.data_sets import load_train_data
+
     with doing(f"reading the pairs {', '.join(train_paths(data))}"):
         dataset = load_train_data(replace(data, streaming=False), config)
     num_pairs = len(dataset)
