@@ -204,7 +204,7 @@ def test_mixture_and_evaluation_sets_by_name(tmp_path, model):
         ({"chat_template_path": "nowhere.jinja"}, "chat_template_path: expected an existing file"),
         (
             {"chat_template_path": "./nowhere"},
-            "chat_template_path: expected chatml, a .jinja file, a model to take it",
+            "chat_template_path: expected zephyr, chatml, a .jinja file, a model to take it",
         ),
     ],
 )

@@ -142,6 +142,12 @@ def test_a_run_ends_with_what_became_of_it():
         "Not trained on: 4 of 40 pairs (10.0%).",
         "Next: dpop inspect 'a run' --pairs 'held out.jsonl'",
     ]
+    unseen = last_words(Path("run"), history[1:2], {}, "held_out.jsonl")
+    assert unseen == [
+        "On the last training pairs: chosen Δ +9.00 nats an answer, reward accuracy 100.0%.",
+        "The held-out pairs were not looked at: set eval_strategy to steps or epoch.",
+        "Next: dpop inspect run --pairs held_out.jsonl",
+    ]
     assert last_words(Path("run"), [{"loss": 1.0}], {"train_data/num_pairs_in": 40}, None) == []  # of sft
 
 
@@ -160,9 +166,13 @@ def test_train_full_then_inspect(setting, capsys):
         not torch.equal(ours, start)
         for ours, start in zip(trained.parameters(), tiny_llama().parameters(), strict=True)
     )
+    with (setting / "pairs.jsonl").open("a") as file:  # such as HH-RLHF's held-out pairs have
+        file.write('{"prompt": "w1", "chosen": "", "rejected": "w2"}\n')
     capsys.readouterr()
     assert main(["inspect", str(run), "--pairs", str(setting / "pairs.jsonl")]) == 0  # the run names its reference
-    assert "Training " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert told.startswith("6 of 7 pairs kept; dropped: 1 that cannot be used.\n")
+    assert "Training " in told
     result = json.loads((run / "inspect.json").read_text())
     # six pairs, answers of three words and the end: one token before, one at, two after the edit
     assert [result[f"{region}_edit"]["num_tokens"] for region in ("before", "at", "after")] == [6, 6, 12]

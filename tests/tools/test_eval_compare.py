@@ -144,7 +144,14 @@ def test_pairs_that_occur_twice_are_counted_twice():
     assert len(scored.metrics["chosen_logps"].by_question) == 3
 
 
+def _written(path, text):
+    path.write_text(text)
+    return path
+
+
 def test_pairs_from_the_command_line_and_again(base_and_run, pairs_file, tmp_path, capsys, monkeypatch):
+    bad = '{"prompt": "w1", "chosen": "", "rejected": "w2"}\n'  # is left out
+    pairs_file = _written(tmp_path / "with a bad record.jsonl", pairs_file.read_text() + bad)
     argv = ["eval", "--models", *map(str, base_and_run), "--pairs", str(pairs_file), "--out", str(tmp_path / "out")]
     assert main(argv) == 0
     table = (tmp_path / "out" / "results.md").read_text()

@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from dpop_trainer.cli import main
+from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.models.tokenizer_loading import load_chat_template
 from dpop_trainer.settings.arguments import ComparisonArguments, parse_arguments, run_config
 from dpop_trainer.settings.config import DPOPConfig, SFTConfig
 from dpop_trainer.settings.recipes import FOLDER, STARTED_BY, list_recipes, recipe_file, recipe_files
+from tiny import word_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {"dpop train": (DPOPConfig,), "dpop sft": (SFTConfig,), "dpop compare": (DPOPConfig, ComparisonArguments)}
@@ -112,6 +115,20 @@ def test_a_recipes_chat_template_is_found_from_anywhere(tmp_path, monkeypatch):
     _, _, config = parse_arguments(DPOPConfig, ["--recipe", "qwen-72b", "--bf16", "false"], "dpop train")
     assert config.chat_template_path == "chatml"
     assert load_chat_template("chatml") == (FOLDER / "chatml.jinja").read_text()
+
+
+def test_a_base_model_s_template_ends_turns_with_its_own_end():
+    tokenizer = word_tokenizer()
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]
+    pairs = Dataset.from_list([{"prompt": turns[:1], "chosen": turns[1:], "rejected": [{**turns[1], "content": "w4"}]}])
+    for name, num_endless in (("zephyr", 0), ("chatml", 1)):
+        tokenizer.chat_template = load_chat_template(name)
+        _, counts = tokenise_pairs(pairs, tokenizer, stop_ids=[tokenizer.eos_token_id])
+        assert counts.endless_answers == num_endless
+    tokenizer.chat_template = load_chat_template("zephyr")
+    asked = "<|user|>\nw1<eos>\n<|assistant|>\n"
+    assert tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == asked
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == f"{asked}w2 w3<eos>\n"
 
 
 def test_it_needs_the_standard_library_alone():

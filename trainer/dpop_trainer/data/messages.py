@@ -52,8 +52,8 @@ def read_turns(value: Any, name: str) -> list[Message]:
 
 NO_CHAT_TEMPLATE = (
     "processing_class: expected a tokenizer with a chat template, since the pairs are messages, got one without. Give "
-    "one with chat_template_path (chatml, a .jinja file, a chat model to take it from, or the template itself), set "
-    "tokenizer.chat_template, take the chat model's tokenizer, or write the pairs as text."
+    "one with chat_template_path (zephyr for a base model, chatml, a .jinja file, a chat model to take it from, or the "
+    "template itself), set tokenizer.chat_template, take the chat model's tokenizer, or write the pairs as text."
 )
 
 # of transformers' apply_chat_template: what is no variable of a template, and how answers are told from prompts

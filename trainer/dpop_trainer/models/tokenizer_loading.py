@@ -98,7 +98,7 @@ def load_generation_config(name_or_path: str) -> "GenerationConfig | None":
 
 
 def load_chat_template(path_or_text: str) -> str:
-    """A chat template by name (chatml), from a .jinja file, from another model's tokenizer, or as it stands.
+    """A chat template by name (zephyr, chatml), from a .jinja file, from another model's tokenizer, or as it stands.
 
     Raises:
         ValueError: there is no such file or tokenizer, or the tokenizer has no template.
@@ -115,7 +115,7 @@ def load_chat_template(path_or_text: str) -> str:
         template = load_tokenizer(path_or_text).chat_template
     except ValueError as error:
         raise ValueError(
-            f"chat_template_path: expected chatml, a .jinja file, a model to take it from, or a template, "
+            f"chat_template_path: expected zephyr, chatml, a .jinja file, a model to take it from, or a template, "
             f"got {path_or_text!r}. {error}"
         ) from error
     if not isinstance(template, str):

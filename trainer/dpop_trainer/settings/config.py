@@ -128,8 +128,8 @@ class HeadConfig(SecretFreeRepr, TrainingArguments):
     chat_template_path: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template for a tokenizer that has none, or another: chatml, a .jinja file, a model's folder "
-            "or hub id to take it from, or the template itself."
+            "help": "Chat template for a tokenizer that has none, or another: zephyr (turns end with the model's own "
+            "EOS), chatml, a .jinja file, a model's folder or hub id to take it from, or the template itself."
         },
     )
     pad_to_multiple_of: int | str | None = field(

@@ -145,7 +145,8 @@ def _check_weights(folder: Path, names: tuple[str, ...]) -> None:
         raise ValueError(f"model: expected weights in {folder} ({', '.join(names)}), found none. Fetch the model anew.")
     shards = [found]
     if found.endswith(".index.json"):
-        shards = sorted({str(shard) for shard in json_object(folder / found).get("weight_map", {}).values()})
+        listed = json_object(folder / found).get("weight_map")
+        shards = sorted({*map(str, listed.values())} if isinstance(listed, dict) else ())
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise ValueError(

@@ -29,6 +29,8 @@ def last_words(
         if change is not None and accuracy is not None:
             lines = [f"On {which}: chosen Δ {signed(change)} nats an answer, reward accuracy {accuracy:.1%}."]
             pairs = shlex.quote(held_out) if held_out else "PAIRS"
+            if held_out and not prefix:
+                lines.append("The held-out pairs were not looked at: set eval_strategy to steps or epoch.")
             next_step = [f"Next: dpop inspect {shlex.quote(str(folder))} --pairs {pairs}"]
             break
     lost = sum(count for name, count in counts.items() if name.startswith(LEFT_OUT))

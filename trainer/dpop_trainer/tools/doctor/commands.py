@@ -42,7 +42,8 @@ def inspect_pairs(argv: list[str]) -> int:
     parser.add_argument("--num_proc", type=int, help="processes that tokenise")
     parser.add_argument(
         "--chat_template_path",
-        help="chat template for a tokenizer without one: chatml, a .jinja file, a model to take it from, or the text",
+        help="chat template for a tokenizer without one: zephyr (for a base model), chatml, a .jinja file, a model to "
+        "take it from, or the text",
     )
     parser.add_argument(
         "--on_bad_record",

@@ -388,8 +388,8 @@ _NOTED = {
     ),
     "endless": (
         "have an answer that ends in no token at which the model stops",
-        "End turns with the model's own EOS, or name the template's end in generation_config.eos_token_id: else the "
-        "trained model does not stop.",
+        "End turns with the model's own EOS, as --chat_template_path zephyr does, or name the template's end in "
+        "generation_config.eos_token_id: else the trained model does not stop.",
     ),
 }
 """Name -> what such pairs have, and the remedy."""

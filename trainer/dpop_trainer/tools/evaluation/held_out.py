@@ -56,7 +56,7 @@ def score_pairs(trained: TrainedModel, pairs: Dataset, *, batch_size: int, max_l
         ValueError: no pair is left.
     """
     started = time.monotonic()
-    dataset, counts = tokenise_pairs(pairs, trained.tokenizer, max_length=max_length)
+    dataset, counts = tokenise_pairs(pairs, trained.tokenizer, max_length=max_length, on_bad_record="skip")
     logps = pair_token_logps(
         trained.model,
         dataset,

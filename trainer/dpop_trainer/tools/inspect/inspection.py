@@ -113,6 +113,7 @@ def run_inspect(
             tokenizer,
             max_length=max_length or subject.max_length,
             truncation_mode=subject.truncation_mode,  # type: ignore[arg-type]
+            on_bad_record="skip",
         )
     say(counts.summary())
 
