@@ -10,7 +10,7 @@ from dpop_trainer.data.source_path import expanded
 from dpop_trainer.data.stream import RowStream, ShuffledStream
 from dpop_trainer.settings.arguments import DataArguments
 from dpop_trainer.settings.config import HeadConfig
-from dpop_trainer.settings.run_inputs import check_data
+from dpop_trainer.settings.run_inputs import check_data, check_eval_data
 
 
 def load_train_data(arguments: DataArguments, config: HeadConfig, *, completions: bool = False) -> Any:
@@ -57,12 +57,8 @@ def load_eval_data(arguments: DataArguments, config: HeadConfig, *, completions:
         "completions": completions,
         "num_proc": config.dataset_num_proc,
     }
+    check_eval_data(arguments)
     if arguments.eval_datasets:
-        if arguments.eval_dataset_name or arguments.dataset_test_split:
-            raise ValueError(
-                "eval_datasets: expected neither eval_dataset_name nor dataset_test_split beside it, got one. "
-                "Give that data set in the list too."
-            )
         sources = parse_sources(arguments.eval_datasets, "eval_datasets")
         names = [source.shown for source in sources]
         if len(set(names)) < len(names):

@@ -38,6 +38,7 @@ def check_inputs(model: ModelArguments, data: DataArguments, config: Any, *, com
             return
     if data.dataset_name or data.dataset_mixture:
         check_data(data)
+    check_eval_data(data)
     sources = [*train_paths(data), *eval_paths(data)]
     for source in sources:
         check_source_path(source)
@@ -68,6 +69,18 @@ def check_data(arguments: DataArguments) -> None:
     limit = arguments.max_train_pairs
     if limit is not None and limit < 1:
         raise ValueError(f"max_train_pairs: expected at least 1, got {limit}. Leave it out to train on all.")
+
+
+def check_eval_data(arguments: DataArguments) -> None:
+    """
+    Raises:
+        ValueError: what to evaluate on is given twice.
+    """
+    if arguments.eval_datasets and (arguments.eval_dataset_name or arguments.dataset_test_split):
+        raise ValueError(
+            "eval_datasets: expected neither eval_dataset_name nor dataset_test_split beside it, got one. "
+            "Give that data set in the list too."
+        )
 
 
 def train_paths(arguments: DataArguments) -> list[str]:
