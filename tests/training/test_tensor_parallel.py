@@ -17,6 +17,7 @@ from dpop_trainer.models.tensor_parallel import (
     check_adapters_beside,
     check_family,
     check_transformers,
+    join_whole_state,
     keep_whole_state,
     parallel_kwargs,
     take_whole_weights,
@@ -95,11 +96,20 @@ def check_files(folder, path):
         for i, parameter in enumerate(model.parameters()):
             parameter.grad = parameter.detach() * (i + 1)
         optimizer.step()
-    expected, state = optimizers[0].state_dict()["state"], optimizers[1].state_dict()
+    expected = optimizers[0].state_dict()["state"]
+    if dist.get_rank() == 1:  # as one writes a checkpoint, and the other does not
+        join_whole_state(optimizers[1])
+    state = optimizers[1].state_dict() if dist.get_rank() == 0 else None
+    sent = [state]
+    dist.broadcast_object_list(sent)
+    (state,) = sent
     for key, values in expected.items():
         for name, value in values.items():
             assert torch.equal(state["state"][key][name], value), name
     optimizers[2].load_state_dict(copy.deepcopy(state))  # a file's are its own
+    moments = optimizers[2].state[later.lm_head.weight]["exp_avg"].to_local()
+    assert moments.untyped_storage().nbytes() == moments.nbytes  # of the rest nothing stays
+    assert len(moments) < later.lm_head.out_features
     take_whole_weights(later)
     later.load_state_dict(alone.state_dict())
     for (name, value), parameter in zip(later.named_parameters(), spread.parameters(), strict=True):

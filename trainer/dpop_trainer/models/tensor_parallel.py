@@ -140,9 +140,9 @@ def lora_state(model: nn.Module) -> dict[str, Any]:
 
 
 def distributed(value: Tensor, like: Any) -> Any:
-    """A whole tensor, equal on all ranks, as this rank's part of it, spread as `like` is."""
+    """A whole tensor, equal on all ranks, as this rank's part of it, spread as `like` is. Nothing of the rest stays."""
     value = value.to(like.device)
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
 def take_whole_weights(model: nn.Module) -> None:
@@ -158,8 +158,8 @@ def take_whole_weights(model: nn.Module) -> None:
 
 
 def keep_whole_state(optimizer: Optimizer) -> None:
-    """Have an optimizer's state dict hold whole tensors in the host's memory, and take such. All ranks ask for it
-    together."""
+    """Have an optimizer's state dict hold whole tensors in the host's memory, and take such. Whoever asks for it, all
+    others ask too, or `join_whole_state`."""
 
     def gather(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state = state_dict["state"].items()
@@ -182,6 +182,14 @@ def keep_whole_state(optimizer: Optimizer) -> None:
 
     optimizer.register_state_dict_post_hook(gather)
     optimizer.register_load_state_dict_pre_hook(spread)
+
+
+def join_whole_state(optimizer: Any) -> None:
+    """Take part in a state dict of `keep_whole_state` that another rank writes, one tensor at a time."""
+    for values in optimizer.state.values():
+        for value in values.values():
+            if isinstance(value, DTensor):
+                value.full_tensor()
 
 
 def _whole(value: Any) -> Any:

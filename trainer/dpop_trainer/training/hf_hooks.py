@@ -36,6 +36,9 @@ class HfHooks(Trainer):
     last_grad_norm: Tensor | float | None = None
     """Of the step under way, before clipping."""
 
+    reads_on_host: bool = False
+    """Read an optimizer's state into the host's memory, not the device's."""
+
     _aside: str | None = None  # a folder of the output folder, while a checkpoint is written there
 
     # ---- for subclasses
@@ -165,9 +168,15 @@ class HfHooks(Trainer):
             torch.save(_as_numbers(self.lr_scheduler.state_dict()), path)  # type: ignore[union-attr]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.args.device.type == "cpu":  # torch.load knows a place "cpu", and none "cpu:0", which ranks are given
+        device = self.args.device
+        if device.type == "cpu" or self.reads_on_host:
+            # torch.load knows a place "cpu", and none "cpu:0", which ranks are given
             self.args.__dict__["_setup_devices"] = torch.device("cpu")
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            if device.type != "cpu":
+                self.args.__dict__["_setup_devices"] = device
 
 
 def _as_numbers(value: Any) -> Any:

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from dpop_trainer.models.tensor_parallel import (
     check_transformers,
+    join_whole_state,
     keep_whole_state,
     lora_state,
     parallel_size,
@@ -42,6 +43,7 @@ class TensorParallel(HfHooks):
             args.save_only_model = saves_model_alone
         if self.tensor_parallel_size > 1:
             take_whole_weights(model)
+            self.reads_on_host = True  # an optimizer's state is whole there, and a device has its part
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -58,7 +60,7 @@ class TensorParallel(HfHooks):
     def model_written(self, checkpoint: Path) -> None:
         super().model_written(checkpoint)
         if self.tensor_parallel_size > 1 and not self.args.should_save:
-            self.optimizer.state_dict()  # type: ignore[union-attr]  # put together on all, for the one that writes it
+            join_whole_state(self.optimizer)
 
 
 def check_tensor_parallel(args: HeadConfig, model: Any, *, is_quantised: bool) -> None:
