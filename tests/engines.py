@@ -10,7 +10,9 @@ computes in fp32, and so does what it is held against.
 from importlib.util import find_spec
 
 import pytest
+import torch
 from rank_runs import CASES, IN_TWO, TENSOR_PARALLEL, Engine, check_equal, check_saved, run_here, run_on
+from rounding import sum_of
 
 ENGINES = {
     "ddp": Engine(2),
@@ -70,12 +72,41 @@ def test_every_kind_of_case_is_one_process(engine, kinds_alone, tmp_path):
 
 def test_checkpoints_in_shards_resume_and_the_model_is_saved_whole(tmp_path):
     stopped = "rows" + IN_TWO
-    engine = Engine(2, recipe="fsdp2_8.yaml", shards_checkpoints=True)
+    engine = Engine(2, recipe="fsdp2_8.yaml", env=(("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT"),))
     found = run_on(engine, tmp_path, {stopped: CASES["rows"]})[stopped]
     expected = run_here(tmp_path / "alone", {"rows": CASES["rows"]})
     check_equal(found, expected["rows"])
     check_saved(tmp_path / stopped, found)
     assert (tmp_path / stopped / "checkpoint-10" / "pytorch_model_fsdp_0").is_dir()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_bf16_over_ranks_is_fp32_to_its_rounding(engine, tmp_path):
+    """And so is bf16 in one process: DDP rounds where it does, FSDP2 elsewhere, as its layers hand on bf16."""
+    case = {"layout": "rows", "in_fp32": True}
+    (expected, *_) = run_here(tmp_path / "alone", {"fp32": case})["fp32"]["lines"]
+    (found, *_) = run_on(ENGINES[engine], tmp_path / "ranks", {"bf16": {**case, "bf16": True}})["bf16"]["lines"]
+    # an estimate: sixteen tokens, each behind some sixteen roundings of numbers of about 2
+    nats = sum_of(16 * 16, 2, torch.bfloat16)
+    for key in ("logps/chosen", "logps/rejected"):
+        assert 0 < abs(found[key] - expected[key]) <= nats, key
+    # a nat of a chosen answer is β (1 + λ) of the loss, one of a rejected answer β
+    assert abs(found["loss"] - expected["loss"]) <= 0.3 * (1 + 5 + 1) * nats
+
+
+def test_a_base_in_four_bits_under_fsdp2_is_one_process(tmp_path):
+    cases = {"four bits": {"layout": "rows", "lora": True, "four_bit": True, "in_fp32": True}}
+    expected = run_here(tmp_path / "alone", cases)
+    results = run_on(ENGINES["fsdp2"], tmp_path / "ranks", cases)
+    check_equal(results["four bits"], expected["four bits"])
+
+
+def test_loading_that_spares_the_hosts_memory_is_one_process(tmp_path):
+    stopped = "rows" + IN_TWO
+    engine = Engine(2, recipe="fsdp2_8.yaml", env=(("FSDP_CPU_RAM_EFFICIENT_LOADING", "true"),))
+    found = run_on(engine, tmp_path, {stopped: CASES["rows"]})[stopped]
+    check_equal(found, run_here(tmp_path / "alone", {"rows": CASES["rows"]})["rows"])
+    check_saved(tmp_path / stopped, found)
 
 
 @pytest.mark.parametrize("case", ["rows", "lora"])

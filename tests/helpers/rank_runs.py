@@ -12,6 +12,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
+from dpop_trainer.models.quantised import four_bit_config
 from peft import LoraConfig, get_peft_model
 from ranks import launch, launcher_environment
 from rounding import sum_of
@@ -29,13 +30,12 @@ SHAPE = {"num_attention_heads": 6, "hidden_size": 48}  # heads for two ranks and
 
 class Engine(NamedTuple):
     """How ranks work together: how many, how many of them on each batch (each some tokens, or under the recipe of
-    tensor parallelism some heads), under DDP or a recipe of accelerate, and whether each writes its own part of a
-    checkpoint."""
+    tensor parallelism some heads), under DDP or a recipe of accelerate, and what its launcher is told beside that."""
 
     num_ranks: int
     ranks_per_batch: int = 1
     recipe: str | None = None
-    shards_checkpoints: bool = False
+    env: tuple[tuple[str, str], ...] = ()
 
 
 CASES = {
@@ -63,6 +63,7 @@ def build(
     pairs_per_step=4,
     streamed=False,
     in_fp32=False,
+    four_bit=False,
     **overrides,
 ):
     """A trainer of ten steps; `num_ranks` batches are run at a time, by as many processes or groups of them."""
@@ -101,9 +102,10 @@ def build(
     if bad_pair is not None:
         model.model.embed_tokens.weight.data[UNUSED_ID] = float("nan")
         records[bad_pair]["prompt_ids"][0] = UNUSED_ID
-    if is_tensor_parallel:
-        settings["model_init_kwargs"] = {"dtype": "float64"}
-        model, reference = (str(folder.parent / name) for name in ("adapter" if lora else "policy", "reference"))
+    if is_tensor_parallel or four_bit:  # as it is loaded
+        settings["model_init_kwargs"] = {"dtype": str(dtype).removeprefix("torch.")}
+        name = "adapter" if lora and is_tensor_parallel else "policy"
+        model, reference = (str(folder.parent / one) for one in (name, "reference"))
     args = DPOPConfig(**settings)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_tensor_parallel:
         # accelerate shards models on GPUs alone; FSDP2 and DTensors themselves run on a CPU as well
@@ -118,8 +120,11 @@ def build(
         eval_dataset=Dataset.from_list(token_pairs(5, seed=9)),
         processing_class=word_tokenizer(),
         peft_config=LoraConfig(**LORA) if lora and not is_tensor_parallel else None,
+        quantization_config=four_bit_config(torch.float32, storage="float32") if four_bit else None,
     )
     assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true":
+        assert trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
     return trainer
 
 
@@ -143,6 +148,8 @@ def train_in_two(folder, **options):
 
 def run_here(folder, cases):
     """Cases by name in this process -> of each what is to agree."""
+    if any(case.get("four_bit") for case in cases.values()):
+        _save_models(folder)
     return {name: summary(train(folder / name, **case)) for name, case in cases.items()}
 
 
@@ -150,11 +157,9 @@ def run_on(engine, folder, cases):
     """The same on an engine's ranks; a case that is named "... in two" is stopped and resumed."""
     folder.mkdir(exist_ok=True)
     env = launcher_environment(engine.recipe, engine.num_ranks) if engine.recipe else {}
-    if engine.recipe == TENSOR_PARALLEL:
+    if engine.recipe == TENSOR_PARALLEL or any(case.get("four_bit") for case in cases.values()):
         _save_models(folder)
-    if engine.shards_checkpoints:
-        env["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
-    launch(_run_cases, folder, engine, cases, num_ranks=engine.num_ranks, env=env)
+    launch(_run_cases, folder, engine, cases, num_ranks=engine.num_ranks, env={**env, **dict(engine.env)})
     return torch.load(folder / "results.pt")
 
 
