@@ -37,6 +37,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from dpop_kernels import ScoringHead
 
+knows_them = pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"),
+    reason="transformers' Trainer knows tensor-parallel models from 5.19 on",
+)
 # transformers spreads a model over the accelerators that there are
 on_a_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="two ranks of gloo are on the CPU")
 
@@ -178,6 +182,7 @@ def check_all(rank, folder):
     check_copies(folder, path)
 
 
+@knows_them
 @on_a_cpu
 @pytest.mark.forked
 def test_two_ranks_are_one(tmp_path):
@@ -234,6 +239,7 @@ def test_it_is_asked_for_by_accelerates_configuration(tmp_path, monkeypatch):
     assert config(tmp_path).tensor_parallel_size == 2
 
 
+@knows_them
 def test_a_run_on_other_processes_is_refused_before_anything(tmp_path):
     with pytest.raises(ValueError, match=r"parallelism_config_tp_size: .* got 2 and 1 processes. Start 2 processes"):
         trainer(tmp_path, word_tokenizer(), "no-such-model", parallelism_config=ParallelismConfig(tp_size=2))
@@ -252,6 +258,7 @@ PLAIN = {
 }
 
 
+@knows_them
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -276,6 +283,7 @@ def test_what_does_not_go_beside_it_is_named(settings, message):
         check_tensor_parallel(SimpleNamespace(**{**PLAIN, **settings}), "a-name", is_quantised=False)
 
 
+@knows_them
 def test_models_that_are_not_spread_or_rounded_are_refused():
     with pytest.raises(ValueError, match=r"1 with a base in 4 or 8 bits, .* got 4"):
         check_tensor_parallel(SimpleNamespace(**PLAIN), "a-name", is_quantised=True)
@@ -283,6 +291,7 @@ def test_models_that_are_not_spread_or_rounded_are_refused():
         check_tensor_parallel(SimpleNamespace(**PLAIN), tiny_llama(), is_quantised=False)
 
 
+@knows_them
 def test_an_older_transformers_is_named(monkeypatch):
     check_transformers()
     owner = next(kind for kind in PreTrainedModel.__mro__ if "is_distributed_loading_by_transformers" in vars(kind))
