@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from dpop_trainer import KTOConfig, KTOTrainer
+from dpop_trainer.models.tensor_parallel import knows_tensor_parallelism
 from dpop_trainer.run_folder.checkpoints import CheckpointError
 from dpop_trainer.training.non_finite import NonFiniteError
 from rank_runs import (
@@ -26,7 +27,6 @@ from rank_runs import (
 from ranks import launch, launcher_environment
 from rounding import sum_of
 from tiny import text_pairs, tiny_llama, word_tokenizer
-from transformers import PreTrainedModel
 
 # The grid of engines and cases is `tests/engines.py`; here is each engine with some, and each kind of case under one.
 ON_TWO_RANKS = {
@@ -45,8 +45,8 @@ ON_MORE_RANKS = {
     Engine(4, 2): ["spread"],
     Engine(2, 2, TENSOR_PARALLEL): ["rows in two"],
 }
-# transformers spreads a model over the accelerators that there are, which gloo does not know, and trains it from 5.19
-if torch.accelerator.is_available() or not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"):
+# transformers spreads a model over the accelerators that there are, which gloo does not know; an older one is refused
+if torch.accelerator.is_available() or not knows_tensor_parallelism():
     del ON_MORE_RANKS[Engine(2, 2, TENSOR_PARALLEL)]
 
 

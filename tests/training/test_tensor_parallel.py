@@ -19,6 +19,7 @@ from dpop_trainer.models.tensor_parallel import (
     check_transformers,
     join_whole_state,
     keep_whole_state,
+    knows_tensor_parallelism,
     parallel_kwargs,
     take_whole_weights,
 )
@@ -33,14 +34,11 @@ from tiny import tiny_llama, word_tokenizer
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from trainers import config, trainer
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dpop_kernels import ScoringHead
 
-knows_them = pytest.mark.skipif(
-    not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"),
-    reason="transformers' Trainer knows tensor-parallel models from 5.19 on",
-)
+knows_them = pytest.mark.skipif(not knows_tensor_parallelism(), reason="refused with an older transformers")
 # transformers spreads a model over the accelerators that there are
 on_a_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="two ranks of gloo are on the CPU")
 
@@ -294,7 +292,7 @@ def test_models_that_are_not_spread_or_rounded_are_refused():
 @knows_them
 def test_an_older_transformers_is_named(monkeypatch):
     check_transformers()
-    owner = next(kind for kind in PreTrainedModel.__mro__ if "is_distributed_loading_by_transformers" in vars(kind))
-    monkeypatch.delattr(owner, "is_distributed_loading_by_transformers")
-    with pytest.raises(ValueError, match=r"expected transformers 5\.19 or newer"):
+    older = SimpleNamespace(__version__="5.20.2")
+    monkeypatch.setattr("dpop_trainer.models.tensor_parallel.transformers", older)
+    with pytest.raises(ValueError, match=r"expected transformers 5\.21 or newer, got 5\.20\.2"):
         check_transformers()

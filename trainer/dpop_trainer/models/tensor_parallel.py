@@ -10,14 +10,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.distributed import DistributedConfig
 
 from dpop_trainer.models.adapters import base_model
+
+
+def knows_tensor_parallelism() -> bool:
+    """Whether this transformers does: its Trainer from 5.19 on, and widths that do not go round from 5.21 on."""
+    return tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 21)
 
 
 def parallel_size(model: Any) -> int:
@@ -33,12 +39,12 @@ def parallel_kwargs(size: int) -> dict[str, Any]:
 def check_transformers() -> None:
     """
     Raises:
-        ValueError: transformers is older than the support for it in its own Trainer.
+        ValueError: transformers is older than its support for it.
     """
-    if not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"):
+    if not knows_tensor_parallelism():
         raise ValueError(
-            "parallelism_config_tp_size: expected transformers 5.19 or newer, whose Trainer knows tensor-parallel "
-            "models, got an older one. Install it (pip install 'transformers>=5.19'), or use accelerate/fsdp2_8."
+            f"parallelism_config_tp_size: expected transformers 5.21 or newer, got {transformers.__version__}. Upgrade "
+            "it (pip install 'transformers>=5.21'), or use accelerate/fsdp2_8."
         )
 
 
