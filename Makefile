@@ -22,7 +22,7 @@ BIN    := $(VENV)/bin
 DOCS_VENV := .venv-docs
 DEEPSPEED_VENV := .venv-deepspeed
 READY  := $(VENV)/.ready
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 
 .PHONY: demo demo-chat test lint portability test-newest test-oldest test-device dist-check bench docs \
 	hub-kernel test-survival test-attacks test-distributed clean

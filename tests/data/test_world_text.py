@@ -189,10 +189,10 @@ def test_tokens_that_are_bytes_of_a_character_are_one_stretch():
     )
     spans = re.findall(r'<span(.*?) title="(.*?)">(.*?)</span>', _coloured(answer, 5.0, True))
     assert spans == [
-        (' class="edit lost far" style="--much: 0.5"', "-2.50 nats: -3.00 → -5.50, 3 tokens", "苹"),
-        ("", "+0.00 nats: -1.00 → -1.00", "a"),
-        (' class="gained" style="--much: 0.2"', "+1.00 nats: -2.00 → -1.00, 2 tokens", "🇫🇷"),
-        ("", "+0.00 nats: -1.00 → -1.00", ""),
+        (' class="edit lost far" style="--much: 0.5"', "−2.50 nats: −3.00 → −5.50, 3 tokens", "苹"),
+        ("", "+0.00 nats: −1.00 → −1.00", "a"),
+        (' class="gained" style="--much: 0.2"', "+1.00 nats: −2.00 → −1.00, 2 tokens", "🇫🇷"),
+        ("", "+0.00 nats: −1.00 → −1.00", ""),
     ]
 
 

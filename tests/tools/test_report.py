@@ -49,7 +49,7 @@ def record(chosen, seconds, solved=0.5, before=0.25):
 def test_the_table_is_the_median_of_the_records(monkeypatch):
     monkeypatch.setattr(report, "_records", lambda _: [record(-9.0, 60.0), record(-30.0, 120.0), record(-20.0, 180.0)])
     table = report.demo()
-    assert "| DPO | **-20.0** (-30.0 … -9.0) | **+0.5** (+0.5 … +0.5) |" in table
+    assert "| DPO | **−20.0** (−30.0 … −9.0) | **+0.5** (+0.5 … +0.5) |" in table
     assert "| before (SFT) | – | – | – | – | **25%** (25% … 25%) | – |" in table
     assert "of 3 seeds, 7 held-out pairs" in table
     assert "2.0 minutes (CPU, 2 threads, torch 1)" in table
@@ -59,10 +59,10 @@ def test_the_table_is_the_median_of_the_records(monkeypatch):
     ("solved", "points", "told"),
     [
         ((0.3, 0.5), "+5.0, +12.5", "DPOP solves more in every seed."),
-        ((0.2, 0.25), "-5.0, -12.5", "DPOP solves fewer in every seed."),
+        ((0.2, 0.25), "−5.0, −12.5", "DPOP solves fewer in every seed."),
         (
             (0.3, 0.25),
-            "+5.0, -12.5",
+            "+5.0, −12.5",
             "Of DPOP the seeds disagree: no gain and no loss over the model before is claimed.",
         ),
     ],

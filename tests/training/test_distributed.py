@@ -28,11 +28,12 @@ from ranks import launch, launcher_environment
 from rounding import sum_of
 from tiny import text_pairs, tiny_llama, word_tokenizer
 
-# The grid of engines and cases is `tests/engines.py`; here is each engine with some, and each kind of case under one.
+# The grid of engines and cases is `tests/engines.py`; here is each engine with some, and each kind of case under one:
+# pairs of unequal weight on four ranks, FSDP2 with checkpointing on two that run their batches together.
 ON_TWO_RANKS = {
-    "ddp": (None, ["accumulated", "lora", "weighted"]),
+    "ddp": (None, ["accumulated", "lora"]),
     # which needs a rank that has no pair at every forward
-    "fsdp2": ("fsdp2_8.yaml", ["checkpointed", "moving", "precomputed", "idle_rank"]),
+    "fsdp2": ("fsdp2_8.yaml", ["moving", "precomputed", "idle_rank"]),
 }
 # three ranks have one, two and two of an epoch's last five pairs
 THIRDS = {"layout": "rows", "pairs_per_step": 6}

@@ -184,7 +184,7 @@ def test_references_that_cannot_follow(tmp_path, tokenizer, monkeypatch):
     run = trainer(tmp_path, tokenizer, adapted(), **MOVING)
     monkeypatch.setattr("dpop_trainer.reference.pair_reference.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="sync_ref_model: expected an adapter on weights that every process has whole"):
-        _check_not_sharded(run.accelerator, run.reference.plan)
+        _check_not_sharded(run.accelerator, run.model, run.reference.plan)
 
 
 def test_a_second_model_follows(tmp_path, tokenizer):
