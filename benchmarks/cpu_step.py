@@ -2,13 +2,15 @@
 
     python -m benchmarks.cpu_step OUT.jsonl --pairs pairs.jsonl --tokenizer gpt2
     python -m benchmarks.cpu_step OUT.jsonl                 MetaMath-like pairs of random words, nothing to bring along
+    python -m benchmarks.cpu_step OUT.jsonl --pairs pairs.jsonl --model FOLDER     a pretrained model and its tokenizer
 
 A Llama of hidden size 256, 4 layers, intermediate 768 with the tokenizer's vocabulary and random weights, LoRA r = 16
 on all linear layers, 4 pairs per step, fp32, no gradient checkpointing, reference by switching the adapter off. Both
 trainers get the same pairs in the same order and plain DPO's loss, whose values must agree before a time is reported.
 `--pairs` is what `dpop pairs build metamath` writes from GSM8K. TRL takes part where it is installed. A step's time is
 the minimum over the steps after the first; memory is the peak of the resident set, of which "base" was there before
-training. `bench_step.py` runs the same processes, in turns.
+training. `bench_step.py` runs the same processes, in turns. With a pretrained model there are 8 pairs per step, and
+each trainer's matrix products are run again by themselves: what its step would take if it did nothing else.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from datasets import Dataset
@@ -29,10 +31,12 @@ from transformers import TrainerCallback
 
 from benchmarks.cpu_head import machine
 from benchmarks.measure import peak_resident_bytes
+from benchmarks.products_alone import Products
 from benchmarks.shapes import METAMATH, make_pairs
 
 NUM_STEPS = 4
 PAIRS_PER_STEP = 4
+PAIRS_PER_STEP_OF_A_MODEL = 8
 BETA = 0.1
 # fp32 sums of log-probs over a few hundred tokens, times β
 LARGEST_LOSS_DIFFERENCE = 1e-4
@@ -45,26 +49,54 @@ CANDIDATES = (*(name for name in get_args(Layout) if name != "auto"), TRL, TRL_O
 """Our layouts that train on a CPU, and TRL."""
 
 
+class Source(NamedTuple):
+    """Of what a step is measured; by itself, random words and weights."""
+
+    pairs: str | None = None
+    tokenizer: str | None = None
+    model: str | None = None
+    """A pretrained one, with its own tokenizer."""
+
+    @property
+    def pairs_per_step(self) -> int:
+        return PAIRS_PER_STEP if self.model is None else PAIRS_PER_STEP_OF_A_MODEL
+
+    @property
+    def num_steps(self) -> int:
+        """One more where products are written down, which is not timed."""
+        return NUM_STEPS + (self.model is not None)
+
+    def argv(self) -> list[str]:
+        given = {f"--{name}": value for name, value in self._asdict().items() if value is not None}
+        return [word for pair in given.items() for word in pair]
+
+
 class _StepTimes(TrainerCallback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.losses: list[float] = []
+        self.products = Products()
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= NUM_STEPS:
+            self.products.__enter__()
         self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self._start)
+        if state.global_step <= NUM_STEPS:
+            self.seconds.append(time.perf_counter() - self._start)
+        else:
+            self.products.__exit__(None, None, None)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             self.losses.append(logs["loss"])
 
 
-def workload(pairs_path: str | None, tokenizer_path: str | None) -> tuple[list[dict[str, str]], Any]:
+def workload(source: Source) -> tuple[list[dict[str, Any]], Any]:
     """Enough pairs for all steps, and the tokenizer; without a path, MetaMath-like pairs of random words."""
-    num_pairs = NUM_STEPS * PAIRS_PER_STEP
-    if pairs_path is None:
+    num_pairs = source.num_steps * source.pairs_per_step
+    if source.pairs is None:
         tokenizer = word_tokenizer(VOCAB_SIZE)
 
         def text(ids: list[int]) -> str:
@@ -75,10 +107,30 @@ def workload(pairs_path: str | None, tokenizer_path: str | None) -> tuple[list[d
         return [dict(zip(("prompt", "chosen", "rejected"), map(text, pair), strict=True)) for pair in pairs], tokenizer
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    with open(pairs_path) as file:
+    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer or source.model)
+    with open(source.pairs) as file:
         lines = [json.loads(next(file)) for _ in range(num_pairs)]
     return [{key: line[key] for key in ("prompt", "chosen", "rejected")} for line in lines], tokenizer
+
+
+def model_of(source: Source, vocab_size: int) -> Any:
+    """Pretrained, or with random weights."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if source.model is not None:
+        return AutoModelForCausalLM.from_pretrained(source.model, dtype=torch.float32)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=2048,
+        )
+    )
 
 
 def word_tokenizer(vocab_size: int) -> Any:
@@ -92,32 +144,20 @@ def word_tokenizer(vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
 
 
-def measure(candidate: str, pairs_path: str | None, tokenizer_path: str | None) -> dict[str, Any]:
+def measure(candidate: str, source: Source) -> dict[str, Any]:
     """One trainer in this process -> step time, memory, losses."""
     from peft import LoraConfig
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    records, tokenizer = workload(pairs_path, tokenizer_path)
+    records, tokenizer = workload(source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=2048,
-        )
-    )
+    model = model_of(source, len(tokenizer))
     times = _StepTimes()
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {
             "output_dir": folder,
-            "per_device_train_batch_size": PAIRS_PER_STEP,
-            "max_steps": NUM_STEPS,
+            "per_device_train_batch_size": source.pairs_per_step,
+            "max_steps": source.num_steps,
             "learning_rate": 1e-4,
             "beta": BETA,
             "max_length": 1024,
@@ -151,7 +191,7 @@ def measure(candidate: str, pairs_path: str | None, tokenizer_path: str | None) 
             trainer = DPOPTrainer(args=DPOPConfig(**settings, loss_type="dpo", **layout), **arguments)
         base = peak_resident_bytes() / 2**20
         trainer.train()
-    return {
+    found = {
         "candidate": candidate,
         "seconds_per_step": min(times.seconds[1:]),
         "all_seconds": times.seconds,
@@ -159,17 +199,18 @@ def measure(candidate: str, pairs_path: str | None, tokenizer_path: str | None) 
         "peak_mib": peak_resident_bytes() / 2**20,
         "base_mib": base,
     }
+    if source.model is not None:
+        found["products_seconds"] = times.products.seconds_alone()
+    return found
 
 
-def run_process(candidate: str, pairs_path: str | None = None, tokenizer_path: str | None = None) -> dict[str, Any]:
+def run_process(candidate: str, source: Source | None = None) -> dict[str, Any]:
     """`measure` in a process of its own.
 
     Raises:
         subprocess.CalledProcessError: it failed; its messages are on stderr.
     """
-    command = [sys.executable, "-m", "benchmarks.cpu_step", "-", "--one", candidate]
-    if pairs_path is not None and tokenizer_path is not None:
-        command += ["--pairs", pairs_path, "--tokenizer", tokenizer_path]
+    command = [sys.executable, "-m", "benchmarks.cpu_step", "-", "--one", candidate, *(source or Source()).argv()]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -187,32 +228,40 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="JSON lines; records are appended")
     parser.add_argument("--pairs", help="JSONL of prompt, chosen, rejected; without it, random words")
     parser.add_argument("--tokenizer", help="folder or hub id, with --pairs")
+    parser.add_argument("--model", help="folder or hub id of a pretrained model with its tokenizer, with --pairs")
+    parser.add_argument(
+        "--candidates", nargs="+", default=CANDIDATES, choices=CANDIDATES, metavar="NAME", help=f"of {CANDIDATES}"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if (options.pairs is None) != (options.tokenizer is None):
-        parser.error("expected --pairs and --tokenizer together, got one of them.")
+    source = Source(options.pairs, options.tokenizer, options.model)
+    if (source.pairs is None) != (source.tokenizer is None and source.model is None):
+        parser.error("expected --pairs with --tokenizer or --model, got one of them.")
     if options.one:
-        print(json.dumps(measure(options.one, options.pairs, options.tokenizer)))
+        print(json.dumps(measure(options.one, source)))
         return 0
     records = []
-    for candidate in CANDIDATES:
+    for candidate in options.candidates:
         if candidate in (TRL, TRL_ON_GPU) and importlib.util.find_spec("trl") is None:
             print(f"{candidate:20} skipped: TRL is not installed")
             continue
-        records.append(run_process(candidate, options.pairs, options.tokenizer))
+        record = run_process(candidate, source)
+        alone = f", {record['products_seconds']:.2f} of products" if "products_seconds" in record else ""
+        seconds, memory = record["seconds_per_step"], record["peak_mib"]
+        print(f"{candidate:20} {seconds:6.2f} s/step{alone}  {memory:6.0f} MiB peak", flush=True)
+        records.append(record)
     difference = loss_difference(records)
     if not difference <= LARGEST_LOSS_DIFFERENCE:
-        print(f"The trainers' losses differ by {difference:.1e}: no time is reported.", file=sys.stderr)
+        print(f"The trainers' losses differ by {difference:.1e}: nothing is recorded.", file=sys.stderr)
         return 1
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    source = "GSM8K low-edit" if options.pairs else METAMATH.name
-    common = {"benchmark": "cpu_step", "pairs": source, "largest_loss_difference": difference, **machine()}
+    pairs = "GSM8K low-edit" if source.pairs else METAMATH.name
+    common = {"benchmark": "cpu_step", "pairs": pairs, "largest_loss_difference": difference, **machine()}
+    if source.model is not None:
+        common["model"] = Path(source.model).name
     with options.out.open("a") as file:
         for record in records:
             file.write(json.dumps({**common, **record}) + "\n")
-            print(
-                f"{record['candidate']:20} {record['seconds_per_step']:6.2f} s/step  {record['peak_mib']:6.0f} MiB peak"
-            )
     return 0
 
 

@@ -8,6 +8,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/gsm8k/*.json    inspect.json of `dpop inspect`, one per loss (docs/gsm8k.md)
     benchmarks/results/eval/*.json     results.json of `dpop eval` (docs/evaluation.md)
     benchmarks/results/cpu_step.jsonl  what `python -m benchmarks.cpu_step` appends
+    benchmarks/results/chat_step.jsonl what it appends with a pretrained model (docs/benchmarks.md)
     benchmarks/results/cpu_head.jsonl  what `python -m benchmarks.cpu_head` appends
     benchmarks/results/cpu_layouts/*.json    records of benchmarks.cpu_layouts, one per model
     benchmarks/results/cpu_tie/*.json        a record of benchmarks.cpu_tie
@@ -42,7 +43,7 @@ from dpop_trainer.report.svg import Panel, write_svg
 from dpop_trainer.run_folder.run_files import read_metrics
 from dpop_trainer.tools.evaluation.compare import as_markdown
 
-from benchmarks import levels, long_pairs, paper, plots, published, records, scale
+from benchmarks import levels, long_pairs, paper, plots, published, records, scale, steps
 from benchmarks.ahead import table as ahead
 from benchmarks.counted import table as counted
 from benchmarks.gpu import large as gpu_large
@@ -135,24 +136,11 @@ def pictures_of_pages() -> list[Panel]:
 
 def step() -> str:
     """README's section: a training step of ours against TRL's on one CPU, and the head against every peer."""
-    last, *others = reversed(_steps_by_device().values())
-    ours, theirs = _fastest(last), last["trl"]
-    faster = theirs["seconds_per_step"] / ours["seconds_per_step"]
-    leaner = theirs["peak_mib"] / ours["peak_mib"]
     device = levels.device_of_levels()
     on_gpu = device is not None and not device.startswith("CPU")
     no_gpu = "" if on_gpu else " No GPU has been measured yet; `python -m benchmarks.gpu` is ready."
-    elsewhere = "".join(_elsewhere(steps) for steps in others)
-    sentence = (
-        f"A LoRA step on GSM8K pairs (Llama of hidden size 256, GPT-2's vocabulary, fp32, {ours['device']}) takes "
-        f"**{ours['seconds_per_step']:.2f} s** and {ours['peak_mib'] / 1024:.1f} GiB, TRL {ours['versions']['trl']}'s "
-        f"{theirs['seconds_per_step']:.2f} s and {theirs['peak_mib'] / 1024:.1f} GiB: {faster:.1f} times faster in "
-        f"{1 / leaner:.0%} of the memory, with the same losses to {ours['largest_loss_difference']:.0e} "
-        f"(`python -m benchmarks.cpu_step`).{_as_on_gpu(ours, last)}{elsewhere}{no_gpu}"
-    )
-    if device is None:
-        return sentence
-    return f"{sentence}\n\n{_head_pictures('docs/')}"
+    sentence = f"{steps.sentence()}{no_gpu}"
+    return sentence if device is None else f"{sentence}\n\n{_head_pictures('docs/')}"
 
 
 def _head_pictures(folder: str = "") -> str:
@@ -162,43 +150,6 @@ def _head_pictures(folder: str = "") -> str:
         "head_floors": "Fraction of the floor, by model",
     }
     return "\n".join(picture(alt, name, folder) for name, alt in shown.items())
-
-
-def _steps_by_device() -> dict[str, dict[str, dict[str, Any]]]:
-    """By device, the one that was last measured last, and by candidate: the last record of a step on GSM8K pairs."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for record in records.read(RESULTS / "cpu_step.jsonl"):
-        if "GSM8K" in record.get("pairs", "GSM8K"):
-            steps = found.pop(record["device"], {})
-            found[record["device"]] = steps | {record["candidate"]: record}
-    return found
-
-
-def _fastest(steps: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Of our layouts."""
-    ours = [record for candidate, record in steps.items() if not candidate.startswith("trl")]
-    return min(ours, key=lambda record: record["seconds_per_step"])
-
-
-def _as_on_gpu(ours: dict[str, Any], steps: dict[str, dict[str, Any]]) -> str:
-    """On a CPU TRL scores every position; what is left of the difference where it does not."""
-    theirs = steps.get("trl, answers alone")
-    if theirs is None:
-        return ""
-    return (
-        f" On a CPU TRL scores every position. Made to score the answers alone, as it does on a GPU, it takes "
-        f"{theirs['seconds_per_step']:.2f} s and {theirs['peak_mib'] / 1024:.1f} GiB: "
-        f"{theirs['seconds_per_step'] / ours['seconds_per_step']:.1f} times ours."
-    )
-
-
-def _elsewhere(steps: dict[str, dict[str, Any]]) -> str:
-    """The same step on another machine."""
-    ours, theirs = _fastest(steps), steps["trl"]
-    return (
-        f" Elsewhere ({ours['device']}): {ours['seconds_per_step']:.2f} s and TRL {theirs['versions']['trl']}'s "
-        f"{theirs['seconds_per_step']:.2f} s, {theirs['seconds_per_step'] / ours['seconds_per_step']:.1f} times."
-    )
 
 
 def pictures() -> str:
@@ -461,6 +412,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "benchmarks.md": {
         "pictures": pictures,
         "counted": lambda: f"{counted.whole()}\n\n{counted.note()}",
+        "chat_step": steps.of_a_chat_model,
         "longest": longest,
         "published_heads": published.heads,
         "published_steps": published.steps,

@@ -296,7 +296,7 @@ def test_trainers_are_compared_at_every_step():
 
 
 def test_random_words_are_as_many_tokens_as_the_pairs_have():
-    pairs, tokenizer = cpu_step.workload(None, None)
+    pairs, tokenizer = cpu_step.workload(cpu_step.Source())
     ids = shapes.make_pairs(shapes.METAMATH, len(pairs), cpu_step.VOCAB_SIZE - 2)
     assert len(pairs) == cpu_step.NUM_STEPS * cpu_step.PAIRS_PER_STEP
     assert len(tokenizer) == 50257

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import levels, published, records, report
+from benchmarks import levels, published, records, steps
 
 
 def cells(text):
@@ -62,7 +62,7 @@ def test_what_is_not_here_keeps_what_was_written_of_it(installed, monkeypatch):
 
 def test_each_machine_keeps_its_own_ratio(tmp_path, monkeypatch):
     """Ours of one machine is never set against TRL's of another; the machine that was measured last comes first."""
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(steps, "RESULTS", tmp_path)
     versions = {"trl": "1.16.0"}
     common = {"peak_mib": 512.0, "versions": versions, "largest_loss_difference": 1e-6}
     for device, candidate, seconds in (
@@ -74,6 +74,25 @@ def test_each_machine_keeps_its_own_ratio(tmp_path, monkeypatch):
     ):
         record = {"device": device, "candidate": candidate, "seconds_per_step": seconds, **common}
         records.append(tmp_path / "cpu_step.jsonl", record)
-    text = report.step()
+    text = steps.sentence()
     assert "CPU, AVX2) takes **1.00 s** and 0.5 GiB, TRL 1.16.0's 7.00 s and 0.5 GiB: 7.0 times faster" in text
     assert "Elsewhere (CPU, AVX512): 0.50 s and TRL 1.16.0's 3.00 s, 6.0 times." in text
+
+
+def test_a_step_stands_beside_its_own_products(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "RESULTS", tmp_path)
+    common = {"model": "Chat", "device": "CPU, AVX2", "date": "2026-01-01", "largest_loss_difference": 1e-6}
+    common |= {"versions": {"trl": "1.16.0", "torch": "2.13.0"}, "pairs": "GSM8K low-edit"}
+    for candidate, seconds, alone in (("flat", 6.0, 5.0), ("trl", 24.0, 12.0), ("trl, answers alone", 15.0, 10.0)):
+        record = {"candidate": candidate, "seconds_per_step": seconds, "products_seconds": alone, "peak_mib": 2048.0}
+        records.append(tmp_path / "chat_step.jsonl", common | record)
+    for candidate, seconds in (("flat", 0.5), ("trl", 1.0)):
+        record = {"candidate": candidate, "seconds_per_step": seconds, "peak_mib": 512.0}
+        records.append(tmp_path / "cpu_step.jsonl", common | record)
+    assert steps.sentence().endswith(
+        " A step of Chat (CPU, AVX2): 6.0 s and 2.0 GiB; TRL's 24.0 s and 2.0 GiB, or 15.0 s and 2.0 GiB with the "
+        "answers alone ([benchmarks](docs/benchmarks.md))."
+    )
+    text = steps.of_a_chat_model()
+    assert "| ours, flat | 6.00 | 5.00 | 1.20 | 2.0 GiB |" in text
+    assert "| TRL 1.16.0, answers alone | 15.00 | 10.00 | 1.50 | 2.0 GiB |" in text
