@@ -65,6 +65,14 @@ def test_forms_and_shared_storages_are_those_of_real_tensors(program):
         assert sharing(found) == sharing(expected)
 
 
-def test_no_value_is_read():
-    with pytest.raises(RuntimeError, match="meta"):
-        paper((1,), torch.float32).item()
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.nonzero, lambda x: bool((x > 0).all())])
+def test_what_reads_data_is_named(read):
+    with pytest.raises(
+        ValueError, match=r"model: expected one .* got one that calls aten\.\w+\.default. dpop plan does"
+    ):
+        read(paper((1,), torch.float32))
+
+
+def test_a_wrong_shape_stays_an_error_of_its_own():
+    with pytest.raises(RuntimeError, match=r"\b4\b"):
+        paper((2, 3), torch.float32) + paper((2, 4), torch.float32)

@@ -65,8 +65,20 @@ def on_meta(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What an operator makes of tensors without data.
 
     Raises:
-        NotImplementedError: torch has no kernel of the meta device for it, or it reads data.
+        ValueError: it reads data, or torch does not know what it makes without.
     """
+    try:
+        return _made_on_meta(func, args, kwargs)
+    except RuntimeError as error:
+        if not isinstance(error, NotImplementedError) and func is not torch.ops.aten._local_scalar_dense.default:
+            raise
+        raise ValueError(
+            f"model: expected one whose operators can be followed without data, got one that calls {func}. dpop plan "
+            "does not know this architecture."
+        ) from error
+
+
+def _made_on_meta(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if _makes_one_tensor(func):
         form = _form_made(func, *map(_form, args), **{name: _form(value) for name, value in kwargs.items()})
         if form is not None:
