@@ -25,6 +25,7 @@ from dpop_trainer.settings.arguments import (
     check_arguments,
     parse_arguments,
 )
+from dpop_trainer.settings.model_folder import check_model_folder
 from dpop_trainer.settings.own_process import hidden
 from dpop_trainer.settings.run_parser import RunParser
 from dpop_trainer.settings.source_classes import class_from_source, function_from_source
@@ -222,6 +223,14 @@ def test_a_mistake_is_answered_before_anything_heavy_is_imported(tmp_path):
         assert message in err, words
         assert not out
         assert len(err.strip().splitlines()) == 1 or words[0] in ("trian", "pairs"), err  # or with all commands below
+
+
+@pytest.mark.parametrize("named", [5, {"a": 1}, [], [None], "T5Model"])
+def test_architectures_of_any_kind_are_told_of(tmp_path, named):
+    config = {"is_encoder_decoder": True, "architectures": named, "model_type": "t5"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model: expected a causal LM, .* \(model type t5\)"):
+        check_model_folder(str(tmp_path))
 
 
 def test_packages_import_their_names_when_they_are_asked_for():

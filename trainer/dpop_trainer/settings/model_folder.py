@@ -44,7 +44,9 @@ def check_model_folder(name_or_path: str) -> None:
     elif (folder / "config.json").is_file():
         config = json_object(folder / "config.json")
         if config.get("is_encoder_decoder") is True:
-            raise ValueError(not_a_decoder((config.get("architectures") or [""])[0], config.get("model_type")))
+            named = config.get("architectures")
+            saved_by = str(named[0]) if isinstance(named, list) and named else ""
+            raise ValueError(not_a_decoder(saved_by, config.get("model_type")))
         if any(name in config for name in _OTHER_WAYS):
             return
         _check_weights(folder, _MODEL_WEIGHTS)
