@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -37,25 +38,29 @@ _INNOCENT_BEFORE = _set_of(
 )
 _PLURALS = {"keys", "tokens"}  # innocent on their own, as in a count of tokens
 
-_PATTERNS = [
-    re.compile(pattern)
-    for pattern in (
-        r"\bhf_[A-Za-z0-9]{16,}",  # Hugging Face
-        r"\bapi_org_[A-Za-z0-9]{16,}",
-        r"\bsk-(?=[\w-]*\d)[\w-]{16,}",  # OpenAI and its kin
-        r"\bgh[opsur]_[A-Za-z0-9]{16,}",  # GitHub
-        r"\bgithub_pat_[A-Za-z0-9_]{16,}",
-        r"\bglpat-[A-Za-z0-9_-]{16,}",  # GitLab
-        r"\bxox[abeprs]-[A-Za-z0-9-]{10,}",  # Slack
-        r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",  # AWS
-        r"\bAIza[A-Za-z0-9_-]{30,}",  # Google
-        r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",  # a JSON web token
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
-        r"(?i)(?<=\bbearer )[A-Za-z0-9._~+/=-]{6,}",
-        r"(?i)(?<=\bbasic )[A-Za-z0-9+/=]{12,}",
-        r"(?<=://)[^\s/@]+(?=@)",  # user and password of a URL
+# in one pass over the text: a run's records have hundreds of texts
+_SECRET_IN_TEXT = re.compile(
+    "|".join(
+        (
+            r"\b(?:"
+            r"hf_[A-Za-z0-9]{16,}"  # Hugging Face
+            r"|api_org_[A-Za-z0-9]{16,}"
+            r"|sk-(?=[\w-]*\d)[\w-]{16,}"  # OpenAI and its kin
+            r"|gh[opsur]_[A-Za-z0-9]{16,}"  # GitHub
+            r"|github_pat_[A-Za-z0-9_]{16,}"
+            r"|glpat-[A-Za-z0-9_-]{16,}"  # GitLab
+            r"|xox[abeprs]-[A-Za-z0-9-]{10,}"  # Slack
+            r"|(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS
+            r"|AIza[A-Za-z0-9_-]{30,}"  # Google
+            r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"  # a JSON web token
+            r")",
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
+            r"(?<=\b[Bb][Ee][Aa][Rr][Ee][Rr] )[A-Za-z0-9._~+/=-]{6,}",
+            r"(?<=\b[Bb][Aa][Ss][Ii][Cc] )[A-Za-z0-9+/=]{12,}",
+            r"(?<=://)[^\s/@]+(?=@)",  # user and password of a URL
+        )
     )
-]
+)
 # "name": value, 'name': value or name=value in a text; `is_secret_key` says of which the value is a secret. A bare
 # "name: " is left alone: so begin sentences.
 _NAMED = re.compile(
@@ -71,6 +76,7 @@ _FILE_URL = re.compile(r"\bfile://[^\s\"'<>]*")
 _SHORTEST_OF_ENVIRONMENT = 8
 
 
+@lru_cache(maxsize=4096)
 def is_secret_key(key: str) -> bool:
     """Whether a field, an environment variable or a header of this name holds a secret."""
     words = _words(key)
@@ -175,9 +181,8 @@ def _hiding() -> Callable[[str], str]:
     def hide(text: str) -> str:
         if known:
             text = of_environment.sub(HIDDEN, text)
-        for pattern in _PATTERNS:
-            text = pattern.sub(HIDDEN, text)
-        return _NAMED.sub(_hide_named, text)
+        text = _SECRET_IN_TEXT.sub(HIDDEN, text)
+        return _NAMED.sub(_hide_named, text) if "=" in text or ":" in text else text
 
     return hide
 

@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 GIB = 1 << 30
@@ -112,6 +113,7 @@ def find_device(
     )
 
 
+@cache
 def _this_cpu() -> tuple[float, float, float]:
     """-> GiB, TFLOP/s of an fp32 product, GB/s of a copy; a quarter of a second."""
     import torch
