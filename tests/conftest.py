@@ -53,9 +53,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     if "triton.runtime.interpreter" in sys.modules:
-        from interpreter import patch_language_once
+        import interpreter
 
-        patch_language_once()
+        interpreter.save_time()
     _keep_what_is_imported()
 
 

@@ -4,14 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+from ranks import run_alone
 
-nbformat = pytest.importorskip("nbformat", reason="notebooks are run with nbclient, of the development environment")
-from jupyter_client.manager import AsyncKernelManager  # noqa: E402
-from nbclient import NotebookClient  # noqa: E402
+nbformat = pytest.importorskip("nbformat", reason="notebooks are run with IPython, of the development environment")
+from IPython.core.interactiveshell import InteractiveShell  # noqa: E402
+from IPython.utils.capture import capture_output  # noqa: E402
 
 NOTEBOOKS = Path(__file__).parents[2] / "examples" / "notebooks"
 
-# what each must have shown, checked in its own kernel after its last cell
+# what each must have shown, checked in its own namespace after its last cell
 CHECKS = {
     # The first loss is log 2 to the precision of the log-probs: ten tokens to 1e-5 nats in either pass, times the
     # steepest slope, σ(0) · β · (1 + λ). Both losses part the answers. Under DPO the chosen ones pay; for DPOP a
@@ -51,27 +52,31 @@ def test_notebooks_are_kept_without_outputs(name):
     assert notebook.metadata.kernelspec.name == "python3"
 
 
+@pytest.mark.forked
 @pytest.mark.slow
-def test_notebooks_run(tmp_path, monkeypatch):
-    """Each from a clean namespace; in one process, which imports the libraries once."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), *_package_folders()]))
-    code_cell = nbformat.v4.new_code_cell
-    cells = {
-        name: [code_cell("%reset -f"), *nbformat.read(NOTEBOOKS / name, as_version=4).cells, code_cell(check)]
-        for name, check in CHECKS.items()
-    }
-    notebook = nbformat.v4.new_notebook(cells=[cell for of_one in cells.values() for cell in of_one])
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(tmp_path / "kernel"))
-    client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute(cleanup_kc=True)
-    for name, of_one in cells.items():
-        shown = {kind for cell in of_one for output in cell.get("outputs", []) for kind in output.get("data", {})}
+def test_notebooks_run(tmp_path):
+    """In the shell that a kernel gives cells to, each in a clean namespace; in a process that has the libraries."""
+    code, output = run_alone(run_notebooks, tmp_path)
+    assert code == 0, output
+
+
+class Shell(InteractiveShell):
+    def enable_gui(self, gui=None):
+        """There is none."""
+
+
+def run_notebooks(folder):
+    os.chdir(folder)
+    shell = Shell.instance()  # the one that `display` asks
+    shell.run_line_magic("matplotlib", "inline")
+    for name, check in CHECKS.items():
+        shell.reset(new_session=False)
+        shown = set()
+        cells = nbformat.read(NOTEBOOKS / name, as_version=4).cells
+        for source in (*(cell.source for cell in cells if cell.cell_type == "code"), check):
+            with capture_output() as captured:
+                result = shell.run_cell(source)
+            print(captured.stdout, captured.stderr)
+            result.raise_error()
+            shown |= {kind for output in captured.outputs for kind in output.data}
         assert shown & {"image/png", "image/svg+xml"}, name
-
-
-def _package_folders():
-    import dpop_trainer
-
-    import dpop_kernels
-
-    return [str(Path(module.__file__).parents[1]) for module in (dpop_kernels, dpop_trainer)]
