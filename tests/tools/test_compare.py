@@ -9,6 +9,7 @@ import yaml
 from datasets import Dataset
 from dpop_trainer.cli import main
 from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.measure.generation import Completion, Writing
 from dpop_trainer.measure.pairs_under_model import PairTokenLogps, Ranking, evaluate_pairs
 from dpop_trainer.measure.shares import share_interval
 from dpop_trainer.measure.token_shift import mean_token_shift, token_shift_as_dict, token_shift_from_dict
@@ -17,10 +18,11 @@ from dpop_trainer.settings.arguments import ComparisonArguments, parse_arguments
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.tools.compare import answers as compare_answers
 from dpop_trainer.tools.compare.answers import (
+    Answered,
     Answers,
     Grading,
     Problem,
-    grade_answers,
+    answer_problems,
     problems_of,
     right_gain,
 )
@@ -28,8 +30,11 @@ from dpop_trainer.tools.compare.methods import parse_method, parse_methods
 from dpop_trainer.tools.compare.page import headline, result_sections
 from dpop_trainer.tools.compare.report import (
     COLUMNS,
+    WRITING,
     Comparison,
     RunResult,
+    format_comparison,
+    has_writing,
     interval,
     read_comparison,
     table_rows,
@@ -240,6 +245,22 @@ def test_right_answers_stand_in_table_and_verdict():
     assert solved in verdict(runs)
 
 
+def test_how_answers_are_written_is_a_table_of_its_own():
+    runs = comparison(DPO=[-1.0, -3.0])
+    assert not has_writing(runs)
+    before, after = Writing(40, 1, 0.05, math.nan), [Writing(50, 1, 0.2, 0.5), Writing(60, 0.5, 0.4, 0.25)]
+    results = [run._replace(writing=after[run.seed], ref_writing=before) for run in runs.results]
+    runs = runs._replace(results=[RunResult.from_dict(json.loads(json.dumps(run.as_dict()))) for run in results])
+    assert has_writing(runs)
+    # of two numbers the standard deviation is their difference / √2
+    assert table_rows(runs, WRITING) == [
+        ["before training", "40", "100.0 %", "5.0 %", "—"],
+        ["DPO", "55 ± 7", "75.0 % ± 35.4 %", "30.0 % ± 14.1 %", "37.5 % ± 17.7 %"],
+    ]
+    assert "repeated 4-grams" in format_comparison(runs)
+    assert table_titles(runs)[-1] == "ranking accuracy"
+
+
 def test_a_gain_is_paired_by_problem():
     """Two seeds: problem 1 is lost by one of them, 2 by both, 3 gained by one: -1/2, -1, 1/2, 0, whose mean is -1/4 and
     whose variance (1/16 + 9/16 + 9/16 + 1/16) / 3 = 5/12."""
@@ -271,12 +292,17 @@ def test_every_prompt_is_a_problem_once():
 def test_answers_are_counted_by_verdict(monkeypatch):
     texts = {3: "I add. #### 7", 4: "#### 8", 5: "I add, and then I", 6: "the answer is 1,000"}
     monkeypatch.setattr(
-        compare_answers, "generate_completions", lambda model, tokenizer, prompts, **_: [texts[p[0]] for p in prompts]
+        compare_answers,
+        "generate_completions",
+        lambda model, tokenizer, prompts, **_: [Completion(texts[p[0]], [1, 2, 3, 4], True) for p in prompts],
     )
     problems = [Problem([3], "#### 7"), Problem([4], "#### 7"), Problem([5], "#### 7"), Problem([6], "#### 1000")]
-    graded = grade_answers(TrainedModel(None, None), problems, Grading("numeric"), desc="")  # type: ignore[arg-type]
+    model = TrainedModel(None, None)  # type: ignore[arg-type]
+    graded, writing = answer_problems(model, problems, Grading("numeric"), desc="")
     assert graded == Answers(num_right=2, num_without_answer=1, num_prompts=4, verdicts="rwnr")
     assert graded.right_share == 0.5
+    assert answer_problems(model, problems, Grading("none"), desc="") == Answered(None, writing)
+    assert writing == Writing(4, 1, 0, 3 / 12)
 
 
 @pytest.fixture
@@ -363,9 +389,24 @@ def test_models_answer_the_held_out_prompts(setting, capsys):
     assert run.ref_answers is not None
     assert run.num_pairs == 1
     assert run.answers.num_prompts == run.ref_answers.num_prompts == 2
+    assert run.writing is not None
+    assert 0 < run.writing.num_tokens <= 5
     assert "answers right" in (setting / "out" / "compare.html").read_text()
     assert main(argv) == 1  # the same runs without answers would be another comparison
     assert "other values of matcher, max_answers, max_new_tokens" in capsys.readouterr().err
+
+
+def test_answers_that_nobody_grades_are_described(setting, capsys):
+    argv = ["compare", "--config", str(setting / "compare.yaml"), "--methods", "dpop", "--max_steps", "2"]
+    assert main([*argv, "--seeds", "0", "--matcher", "none", "--max_new_tokens", "5"]) == 0
+    (run,) = read_comparison(setting / "out" / "compare.json").results
+    assert run.answers is run.ref_answers is None
+    assert run.writing is not None
+    assert run.ref_writing is not None
+    assert "repeated 4-grams" in capsys.readouterr().out
+    page = (setting / "out" / "compare.html").read_text()
+    assert "How it writes" in page
+    assert "answers right" not in page
 
 
 def test_runs_that_cut_differently_have_their_own_reference(setting):

@@ -5,12 +5,8 @@ import pytest
 import torch
 from datasets import Dataset
 from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.measure.pairs_under_model import (
-    PairTokenLogps,
-    evaluate_pairs,
-    generate_completions,
-    pair_token_logps,
-)
+from dpop_trainer.measure.generation import Completion, Writing, generate_completions
+from dpop_trainer.measure.pairs_under_model import PairTokenLogps, evaluate_pairs, pair_token_logps
 from dpop_trainer.measure.stop_tokens import stop_token_ids
 from tiny import text_pairs, tiny_llama, token_pairs, word_tokenizer
 
@@ -60,12 +56,14 @@ def test_greedy_completions_do_not_depend_on_the_batch():
     alone = [generate_completions(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
     assert together == alone
     ids = tokenizer(prompts[0])["input_ids"]
-    expected = []
+    expected: list[int] = []
     for _ in range(6):
         expected.append(int(model(input_ids=torch.tensor([ids + expected])).logits[0, -1].argmax()))
         if expected[-1] == tokenizer.eos_token_id:
             break
-    assert together[0] == tokenizer.decode(expected, skip_special_tokens=True)
+    ended = expected[-1] == tokenizer.eos_token_id
+    expected = expected[:-1] if ended else expected
+    assert together[0] == Completion(tokenizer.decode(expected, skip_special_tokens=True), expected, ended)
 
 
 @pytest.mark.parametrize("named", ["list", "one", "none"])
@@ -86,7 +84,17 @@ def test_completions_end_before_the_models_own_stop_tokens(named):
     expected = []
     for tokens in written:
         end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
-        expected.append(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        expected.append(Completion(text, tokens[:end], end < len(tokens)))
     assert generate_completions(model, tokenizer, prompts, max_new_tokens=8) == expected
-    assert (f"w{own - 3}" in expected[0]) == (named == "none")
+    assert (f"w{own - 3}" in expected[0].text) == (named == "none")
     assert stop_token_ids(model, tokenizer) == sorted(stops)
+
+
+def test_writing_by_hand():
+    # 4-grams: 1 2 1 2, 2 1 2 1, 1 2 1 2 (again); none in the others. 2-grams: 12 21 12 21 12, 12, of which 12 and 21
+    answers = [Completion("", [1, 2, 1, 2, 1, 2], True), Completion("", [1, 2], False), Completion("", [], True)]
+    assert Writing.of(answers) == Writing(8 / 3, 2 / 3, pytest.approx(1 / 3), 2 / 6)
+    nothing = Writing.of([Completion("", [], True)])
+    assert nothing[:2] == (0, 1)
+    assert np.isnan(nothing[2:]).all()

@@ -1,18 +1,14 @@
-"""Measure a model on preference pairs: per-token log-probs, shifts against the reference, exact match of answers."""
+"""Measure a model on preference pairs: per-token log-probs, shifts against the reference."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpop_trainer.batches.scoring import answer_batches, scoring
 from dpop_trainer.data.edits import edit_regions
-from dpop_trainer.measure.stop_tokens import stop_token_ids, until_stop
 from dpop_trainer.measure.token_shift import TokenShift, token_shift
 from dpop_trainer.models.positions import check_positions
 
@@ -139,49 +135,3 @@ def _ranking(logps: Sequence[PairTokenLogps]) -> Ranking:
         accuracy=float(np.mean([pair.chosen.sum() > pair.rejected.sum() for pair in logps])),
         normalised_accuracy=float(np.mean([pair.chosen.mean() > pair.rejected.mean() for pair in logps])),
     )
-
-
-@torch.no_grad()
-def generate_completions(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str] | Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 64,
-    desc: str | None = None,
-) -> list[str]:
-    """Greedy completions of the prompts by a Hugging Face causal LM, in order; each ends before its first stop token.
-
-    Args:
-        model: the model.
-        tokenizer: text prompts are tokenised as in training.
-        prompts: texts, or token ids; padded on the left, those of like length together.
-        max_new_tokens: longest completion.
-        batch_size: prompts that are continued together.
-        desc: label of the progress bar; None shows none.
-    """
-    device = next(model.parameters()).device
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    stops = stop_token_ids(model, tokenizer)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stops or None,
-        pad_token_id=pad_token_id,
-    )
-    rows: list[list[int]] = [
-        list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)  # type: ignore[arg-type]
-        for prompt in prompts
-    ]
-    completions = [""] * len(rows)
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in tqdm(range(0, len(rows), batch_size), desc=desc, disable=desc is None, leave=False):
-        chunk = by_length[start : start + batch_size]
-        length = len(rows[chunk[-1]])
-        input_ids = torch.tensor([[pad_token_id] * (length - len(rows[i])) + rows[i] for i in chunk], device=device)
-        mask = torch.tensor([[0] * (length - len(rows[i])) + [1] * len(rows[i]) for i in chunk], device=device)
-        output = model.generate(input_ids, attention_mask=mask, generation_config=config)
-        for i, ids in zip(chunk, output[:, length:].tolist(), strict=True):
-            completions[i] = str(tokenizer.decode(until_stop(ids, stops), skip_special_tokens=True))
-    return completions

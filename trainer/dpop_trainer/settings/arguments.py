@@ -141,7 +141,8 @@ class ComparisonArguments(SecretFreeRepr):
         default=None,
         metadata={
             "help": "Let every model answer held-out prompts, and grade the answers against the chosen ones: numeric "
-            "(the number after the last '####' or the like), choice, exact, regex."
+            "(the number after the last '####' or the like), choice, exact, regex. With none they are not graded; how "
+            "they are written is told with each."
         },
     )
     answer_regex: str | None = field(

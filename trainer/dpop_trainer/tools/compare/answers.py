@@ -1,4 +1,5 @@
-"""How many held-out problems a model solves: one greedy answer per prompt, graded against the chosen answer."""
+"""What a model answers to held-out prompts, greedily: how many it solves, graded against the chosen answers, and how
+it writes."""
 
 import math
 import statistics
@@ -8,8 +9,8 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
+from dpop_trainer.measure.generation import Writing, generate_completions
 from dpop_trainer.measure.matchers import Verdict, find_matcher
-from dpop_trainer.measure.pairs_under_model import generate_completions
 from dpop_trainer.models.trained import TrainedModel
 
 
@@ -52,26 +53,40 @@ def right_gain(after: Sequence[Answers], before: Answers) -> Gain | None:
     return Gain(statistics.fmean(gained), statistics.stdev(gained) / math.sqrt(len(gained)))
 
 
+class Answered(NamedTuple):
+    """A model's answers to all held-out prompts that it was asked."""
+
+    graded: Answers | None
+    """None where nobody graded them."""
+    writing: Writing
+
+
+NOT_GRADED = "none"
+"""The matcher of answers that nothing can be held against, as in a conversation."""
+
+
 @dataclass(frozen=True)
 class Grading:
     """How answers are made and graded."""
 
     matcher: str
-    """A name of `MATCHERS`, or "regex"."""
+    """A name of `MATCHERS`, "regex" or `NOT_GRADED`."""
     answer_regex: str | None = None
     max_answers: int = 128
     max_new_tokens: int = 256
     answer_batch_size: int = 32
 
     def __post_init__(self) -> None:
+        if self.matcher == NOT_GRADED and self.answer_regex:
+            raise ValueError(f"answer_regex: expected none with matcher {NOT_GRADED!r}, got {self.answer_regex!r}.")
         self.matches()
         for name in ("max_answers", "max_new_tokens", "answer_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
 
-    def matches(self) -> Callable[[str, str], Verdict]:
-        """Sample, label -> verdict."""
-        return find_matcher(self.matcher, self.answer_regex)
+    def matches(self) -> Callable[[str, str], Verdict] | None:
+        """Sample, label -> verdict; None where answers are not graded."""
+        return None if self.matcher == NOT_GRADED else find_matcher(self.matcher, self.answer_regex)
 
 
 class Problem(NamedTuple):
@@ -100,7 +115,7 @@ def problems_of(dataset: Dataset, tokenizer: Any, grading: Grading) -> list[Prob
             continue
         label = tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True)  # type: ignore[call-overload]
         try:
-            if matches(label, label) is None:
+            if matches is not None and matches(label, label) is None:
                 raise ValueError("it announces no answer")
         except ValueError as error:
             raise ValueError(
@@ -113,7 +128,7 @@ def problems_of(dataset: Dataset, tokenizer: Any, grading: Grading) -> list[Prob
     return list(problems.values())
 
 
-def grade_answers(trained: TrainedModel, problems: Sequence[Problem], grading: Grading, *, desc: str) -> Answers:
+def answer_problems(trained: TrainedModel, problems: Sequence[Problem], grading: Grading, *, desc: str) -> Answered:
     """Let the model answer every problem, and count.
 
     Args:
@@ -130,5 +145,8 @@ def grade_answers(trained: TrainedModel, problems: Sequence[Problem], grading: G
         batch_size=grading.answer_batch_size,
         desc=desc,
     )
-    matches = grading.matches()
-    return Answers.of([matches(text, problem.label) for text, problem in zip(completions, problems, strict=True)])
+    matches, graded = grading.matches(), None
+    if matches is not None:
+        pairs = zip(completions, problems, strict=True)
+        graded = Answers.of([matches(completion.text, problem.label) for completion, problem in pairs])
+    return Answered(graded, Writing.of(completions))

@@ -14,7 +14,7 @@ from dpop_trainer.models.trained import TrainedModel, load_trained, load_trained
 from dpop_trainer.reference.of_run import reference_name
 from dpop_trainer.settings.arguments import arguments_of
 from dpop_trainer.settings.config import DPOPConfig
-from dpop_trainer.tools.compare.answers import Answers, Grading, Problem, grade_answers, problems_of
+from dpop_trainer.tools.compare.answers import Answered, Grading, Problem, answer_problems, problems_of
 
 
 class Measured(NamedTuple):
@@ -22,9 +22,9 @@ class Measured(NamedTuple):
 
     num_pairs: int
     evaluation: PairEvaluation
-    answers: Answers | None
-    """Its graded answers; None where none were asked for."""
-    ref_answers: Answers | None
+    answered: Answered | None
+    """What it answers to held-out prompts; None where it was not asked."""
+    ref_answered: Answered | None
 
 
 class HeldOut:
@@ -38,7 +38,7 @@ class HeldOut:
     def __init__(self, max_pairs: int, grading: Grading | None) -> None:
         self._max_pairs, self._grading = max_pairs, grading
         self._ref_logps: dict[tuple[Any, ...], list[PairTokenLogps]] = {}
-        self._ref_answers: dict[str, Answers] = {}
+        self._ref_answered: dict[str, Answered] = {}
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Whether the held-out answers can be graded, before anything is trained.
@@ -60,10 +60,10 @@ class HeldOut:
         dataset = _tokenised(first_pairs(pairs, self._max_pairs), trained.tokenizer, config.max_length, config)
         score = {"pad_token_id": trained.tokenizer.pad_token_id, "batch_size": config.per_device_eval_batch_size}
         logps = pair_token_logps(trained.model, dataset, desc="Scoring", **score)
-        answers = None
+        answered = None
         if self._grading is not None:
             problems = self._problems(values, trained.tokenizer)
-            answers = grade_answers(trained, problems, self._grading, desc="Answering")
+            answered = answer_problems(trained, problems, self._grading, desc="Answering")
         name = _reference_name(values)
         cut = (name, config.max_length, config.truncation_mode)
         if cut not in self._ref_logps:
@@ -71,13 +71,13 @@ class HeldOut:
             rounding = None if values["ref_model_name_or_path"] else as_trained(values)
             reference = load_trained(name, quantization_config=rounding)
             self._ref_logps[cut] = pair_token_logps(reference.model, dataset, desc="Scoring the reference", **score)
-            if self._grading is not None and name not in self._ref_answers:
+            if self._grading is not None and name not in self._ref_answered:
                 problems = self._problems(values, reference.tokenizer)
-                self._ref_answers[name] = grade_answers(
+                self._ref_answered[name] = answer_problems(
                     reference, problems, self._grading, desc="Answers of the reference"
                 )
         evaluation = evaluate_pairs(logps, self._ref_logps[cut], dataset)
-        return Measured(len(dataset), evaluation, answers, self._ref_answers.get(name))
+        return Measured(len(dataset), evaluation, answered, self._ref_answered.get(name))
 
     def _problems(self, values: Mapping[str, Any], tokenizer: Any) -> list[Problem]:
         """As many as are to be answered, from as many pairs as that takes: some share a prompt."""

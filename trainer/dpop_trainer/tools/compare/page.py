@@ -16,11 +16,14 @@ from dpop_trainer.tools.compare.report import (
     LEGEND,
     RIGHT,
     RIGHT_LEGEND,
+    WRITING,
+    WRITING_LEGEND,
     Column,
     Comparison,
     RunResult,
     cell,
     curves,
+    has_writing,
     held_out,
     interval,
     listed,
@@ -87,13 +90,7 @@ def _apart(method: str) -> str:
 def result_sections(comparison: Comparison) -> list[str]:
     """Chart and table of the outcomes, then the curves, then the tokens."""
     shown = shown_columns(comparison)
-    titles = [("", ""), *((column.title, column.unit) for column in shown)]
     start = comparison.results[0]
-    before = ["—" if column.before is None else cell(column, [column.before(start)]) for column in shown]
-    rows = [["before training", *before]]
-    for method in comparison.methods:
-        runs = comparison.of(method)
-        rows.append([method, *(_with_interval(column, runs) for column in shown)])
     num_seeds = len(comparison.of(comparison.methods[0]))
     what = (
         "two standard errors around the mean over seeds" if num_seeds > 1 else "what the pairs of one seed leave open"
@@ -102,8 +99,9 @@ def result_sections(comparison: Comparison) -> list[str]:
     return [
         html_page.heading("Outcome"),
         html_page.charts(_outcome_panels(comparison), large=True),
-        html_page.table(titles, rows),
+        _table(comparison, shown),
         html_page.paragraph(basis + LEGEND + (RIGHT_LEGEND if RIGHT in shown else ""), "note"),
+        *_writing_sections(comparison),
         html_page.heading("Over training"),
         html_page.paragraph(
             "Log-ratio to the model before, on held-out pairs: mean over seeds, and their range as a band.", "note"
@@ -113,6 +111,28 @@ def result_sections(comparison: Comparison) -> list[str]:
         html_page.paragraph("Change per token of the chosen answers, mean over seeds.", "note"),
         html_page.charts(_token_panels(comparison), large=True),
     ]
+
+
+def _writing_sections(comparison: Comparison) -> list[str]:
+    if not has_writing(comparison):
+        return []
+    return [
+        html_page.heading("How it writes"),
+        _table(comparison, WRITING),
+        html_page.paragraph(WRITING_LEGEND, "note"),
+    ]
+
+
+def _table(comparison: Comparison, columns: Sequence[Column]) -> str:
+    """The model before, then every method."""
+    titles = [("", ""), *((column.title, column.unit) for column in columns)]
+    start = comparison.results[0]
+    before = ["—" if column.before is None else cell(column, [column.before(start)]) for column in columns]
+    rows = [["before training", *before]]
+    for method in comparison.methods:
+        runs = comparison.of(method)
+        rows.append([method, *(_with_interval(column, runs) for column in columns)])
+    return html_page.table(titles, rows)
 
 
 def setting_sections(comparison: Comparison) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpop_trainer.measure.generation import Writing
 from dpop_trainer.measure.pairs_under_model import LOST_NATS, PairEvaluation, Ranking
 from dpop_trainer.measure.shares import Interval, share_interval, with_interval
 from dpop_trainer.measure.token_shift import TokenShift, mean_token_shift, token_shift_as_dict, token_shift_from_dict
@@ -37,35 +38,50 @@ class RunResult(NamedTuple):
     answers: Answers | None = None
     """Held-out problems that the trained model solves; None where none were graded."""
     ref_answers: Answers | None = None
+    writing: Writing | None = None
+    """How it writes its answers; None where it wrote none. Older records have none."""
+    ref_writing: Writing | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: NaN becomes None."""
-        values: dict[str, Any] = self.evaluation._asdict()
-        evaluation: dict[str, Any] = {key: None if value != value else value for key, value in values.items()}
+        evaluation = _with_none(self.evaluation._asdict())
         for shift in ("shift", "rejected_shift"):
             evaluation[shift] = token_shift_as_dict(evaluation[shift])
         for ranking in ("ranking", "ref_ranking"):
             evaluation[ranking] = evaluation[ranking]._asdict()
-        graded = {name: answers and answers._asdict() for name, answers in self._answers().items()}
-        return {**self._asdict(), "evaluation": evaluation, **graded}
-
-    def _answers(self) -> dict[str, Answers | None]:
-        return {"answers": self.answers, "ref_answers": self.ref_answers}
+        answered = {
+            name: found and _with_none(found._asdict())
+            for name in (*_GRADED, *_WRITTEN)
+            if (found := getattr(self, name)) is not None or name in _GRADED
+        }
+        return {**{name: getattr(self, name) for name in _MEASURED}, "evaluation": evaluation, **answered}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunResult":
         """Undo `as_dict`."""
-        evaluation: dict[str, Any] = {
-            key: math.nan if value is None else value for key, value in values["evaluation"].items()
-        }
+        evaluation = _with_nan(values["evaluation"])
         for shift in ("shift", "rejected_shift"):
             evaluation[shift] = token_shift_from_dict(evaluation[shift])
         for ranking in ("ranking", "ref_ranking"):
             evaluation[ranking] = Ranking(**evaluation[ranking])
         read: dict[str, Any] = {**values, "evaluation": PairEvaluation(**evaluation)}
-        for name in ("answers", "ref_answers"):
-            read[name] = Answers(**values[name]) if values[name] else None
+        for names, kind in ((_GRADED, Answers), (_WRITTEN, Writing)):
+            read |= {name: kind(**_with_nan(values[name])) if values.get(name) else None for name in names}
         return cls(**read)
+
+
+_GRADED, _WRITTEN = ("answers", "ref_answers"), ("writing", "ref_writing")
+_MEASURED = [name for name in RunResult._fields if name not in (*_GRADED, *_WRITTEN)]
+
+
+def _with_none(values: dict[str, Any]) -> dict[str, Any]:
+    """NaN, which JSON does not have, as None."""
+    return {key: None if value != value else value for key, value in values.items()}
+
+
+def _with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """Undo `_with_none`."""
+    return {key: math.nan if value is None else value for key, value in values.items()}
 
 
 class Comparison(NamedTuple):
@@ -156,6 +172,21 @@ RIGHT = Column(
     *_SHARE,
     lambda run: share_interval(_share_right(run.answers), run.answers.num_prompts if run.answers else 1),
 )
+WRITING = tuple(
+    Column(
+        title,
+        unit,
+        lambda run, name=name: getattr(run.writing, name, math.nan),
+        lambda run, name=name: getattr(run.ref_writing, name, math.nan),
+        *texts,
+    )
+    for name, title, unit, texts in (
+        ("num_tokens", "length", "tokens", ("{:.0f}".format, "{:.0f}".format)),
+        ("ended_share", "came to an end", "", _SHARE),
+        ("repeated_share", "repeated 4-grams", "", _SHARE),
+        ("distinct_share", "distinct 2-grams", "", _SHARE),
+    )
+)
 LEGEND = (
     "Δ is the log-prob under the trained model minus the log-prob under the model before, on held-out pairs: a mean "
     "per answer, or per token of the chosen answers after the edit. Tokens that lost: share of the chosen answers' "
@@ -164,6 +195,11 @@ LEGEND = (
     "over seeds."
 )
 RIGHT_LEGEND = " Answers right: held-out problems that the model itself answers rightly, one greedy answer each."
+
+WRITING_LEGEND = (
+    "One greedy answer to each held-out prompt. Repeated: 4-grams of tokens that stood in the same answer before. "
+    "Distinct: 2-grams of tokens in all answers together that are not the same. Mean ± standard deviation over seeds."
+)
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -186,14 +222,20 @@ def token_shifts(comparison: Comparison) -> dict[str, TokenShift]:
     }
 
 
-def table_titles(comparison: Comparison) -> list[str]:
+def table_titles(comparison: Comparison, columns: Sequence[Column] | None = None) -> list[str]:
     """One title per column of `table_rows`, with its unit."""
-    return ["", *(f"{column.title}, {column.unit}".removesuffix(", ") for column in shown_columns(comparison))]
+    shown = shown_columns(comparison) if columns is None else columns
+    return ["", *(f"{column.title}, {column.unit}".removesuffix(", ") for column in shown)]
 
 
-def table_rows(comparison: Comparison) -> list[list[str]]:
-    """Rows of text: the model before training, then every method: mean ± standard deviation over seeds."""
-    shown = shown_columns(comparison)
+def table_rows(comparison: Comparison, columns: Sequence[Column] | None = None) -> list[list[str]]:
+    """Rows of text: the model before training, then every method: mean ± standard deviation over seeds.
+
+    Args:
+        comparison: what was measured.
+        columns: which figures; None: `shown_columns`.
+    """
+    shown = shown_columns(comparison) if columns is None else columns
     start = comparison.results[0]
     before = ["—" if column.before is None else cell(column, [column.before(start)]) for column in shown]
     rows = [["before training", *before]]
@@ -204,9 +246,10 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
 
 
 def format_comparison(comparison: Comparison, terminal: Terminal = PLAIN) -> str:
-    """For the terminal: the table, then the verdict."""
-    table = terminal.table([table_titles(comparison), *table_rows(comparison)])
-    return f"{table}\n\n{terminal.filled(verdict(comparison))}"
+    """For the terminal: the tables, then the verdict."""
+    columns = [shown_columns(comparison), *([WRITING] if has_writing(comparison) else [])]
+    tables = [terminal.table([table_titles(comparison, shown), *table_rows(comparison, shown)]) for shown in columns]
+    return "\n\n".join([*tables, terminal.filled(verdict(comparison))])
 
 
 def outcomes(comparison: Comparison) -> dict[str, list[str]]:
@@ -329,6 +372,11 @@ def _ranked(comparison: Comparison) -> str:
 def shown_columns(comparison: Comparison) -> tuple[Column, ...]:
     graded = all(run.answers is not None for run in comparison.results)
     return (*COLUMNS, RIGHT) if graded else COLUMNS
+
+
+def has_writing(comparison: Comparison) -> bool:
+    """Whether every run was let write."""
+    return all(run.writing is not None for run in comparison.results)
 
 
 def interval(column: Column, runs: Sequence[RunResult]) -> Interval | None:

@@ -153,9 +153,14 @@ def _train_and_measure(run: PlannedRun, held_out: HeldOut, comparison: Compariso
         history=history,
         seconds=runtime,
         gradients={key: [line[key] for line in logged] for key in ("step", "grad_norm")},
-        answers=measured.answers,
-        ref_answers=measured.ref_answers,
     )
+    if measured.answered is not None and measured.ref_answered is not None:
+        result = result._replace(
+            answers=measured.answered.graded,
+            ref_answers=measured.ref_answered.graded,
+            writing=measured.answered.writing,
+            ref_writing=measured.ref_answered.writing,
+        )
     record = {"config": _identity(run, comparison), **result.as_dict()}
     write_atomically(run.folder / RESULT_FILE, json.dumps(record, indent=2))
     if not comparison.keep_models:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpop_trainer.measure.pairs_under_model import generate_completions
+from dpop_trainer.measure.generation import Completion, generate_completions
 from dpop_trainer.models.gguf import folder_of_gguf
 from dpop_trainer.models.trained import load_trained
 from dpop_trainer.report import html_page
@@ -129,7 +129,7 @@ def _config(folder: Path, seed: int, settings: ChatDemoSettings) -> DPOPConfig:
 
 
 def _answers(models: dict[str, str], problems: list[Problem], settings: ChatDemoSettings) -> list[Shown]:
-    written: dict[str, list[str]] = {}
+    written: dict[str, list[Completion]] = {}
     for name, path in models.items():
         trained = load_trained(path)
         template: Any = trained.tokenizer.apply_chat_template
@@ -139,7 +139,7 @@ def _answers(models: dict[str, str], problems: list[Problem], settings: ChatDemo
             trained.model, trained.tokenizer, prompts, max_new_tokens=settings.max_new_tokens, desc=f"Answers, {name}"
         )
     return [
-        Shown(problem.question, problem.answer, {name: texts[i].strip() for name, texts in written.items()})
+        Shown(problem.question, problem.answer, {name: answers[i].text.strip() for name, answers in written.items()})
         for i, problem in enumerate(problems)
     ]
 

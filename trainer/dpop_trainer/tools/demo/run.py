@@ -20,12 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.data import tokenise_pairs
-from dpop_trainer.measure.pairs_under_model import (
-    PairEvaluation,
-    evaluate_pairs,
-    generate_completions,
-    pair_token_logps,
-)
+from dpop_trainer.measure.generation import generate_completions
+from dpop_trainer.measure.pairs_under_model import PairEvaluation, evaluate_pairs, pair_token_logps
 from dpop_trainer.report.plots import logratio_panels, token_shift_panels
 from dpop_trainer.report.svg import write_svg
 from dpop_trainer.run_folder.files import write_atomically
@@ -240,7 +236,8 @@ def _common(folder: Path, seed: int) -> dict[str, Any]:
 
 def _answers(model: Any, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> list[str]:
     prompts = [problem.prompt for problem in problems]
-    return generate_completions(model, tokenizer, prompts, max_new_tokens=128, batch_size=128, desc="Answering")
+    written = generate_completions(model, tokenizer, prompts, max_new_tokens=128, batch_size=128, desc="Answering")
+    return [completion.text for completion in written]
 
 
 def _is_right(text: str, problem: Problem) -> bool:
