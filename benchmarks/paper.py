@@ -11,9 +11,12 @@ from dpop_trainer.report.signed import minus, signed
 from dpop_trainer.report.svg import Panel
 from dpop_trainer.tools.compare.answers import Answers
 from dpop_trainer.tools.compare.report import (
+    WRITING,
     Comparison,
     RunResult,
+    has_writing,
     read_comparison,
+    seeds,
     table_rows,
     table_titles,
     token_shifts,
@@ -38,6 +41,11 @@ _FIRST_STEPS = range(2, 11)
 def chat_model() -> str:
     """The table and the verdict of the comparison on a chat model, which answers problems too."""
     return _results("smollm2", _SHOWN["smollm2"])
+
+
+def conversations() -> str:
+    """The tables and the verdict of the comparison on a chat model's conversations, and how it then writes."""
+    return _results("conversations", _SHOWN["conversations"])
 
 
 def low_edit() -> str:
@@ -161,15 +169,18 @@ def _named(panel: Panel, name: str) -> Panel:
 
 def _results(name: str, methods: list[str]) -> str:
     comparison = _comparison(name, methods)
-    titles, rows = table_titles(comparison), table_rows(comparison)
-    return f"{table(titles, rows)}\n\n{_setting(comparison)}.\n\n> {verdict(comparison)}"
+    parts = [table(table_titles(comparison), table_rows(comparison)), f"{_setting(comparison)}."]
+    if has_writing(comparison):
+        parts.append(table(table_titles(comparison, WRITING), table_rows(comparison, WRITING)))
+    return "\n\n".join([*parts, f"> {verdict(comparison)}"])
 
 
 def _setting(comparison: Comparison) -> str:
     first, config = comparison.results[0], comparison.config
     num_seeds = len(comparison.of(first.method))
+    spread = f"mean ± standard deviation of {num_seeds} seeds" if num_seeds > 1 else seeds(num_seeds)
     return (
-        f"{first.num_pairs} held-out pairs, mean ± standard deviation of {num_seeds} seeds; "
+        f"{first.num_pairs} held-out pairs, {spread}; "
         f"{config['max_steps']} steps of {config['per_device_train_batch_size']} pairs, "
         f"lr {config['learning_rate']:g}, β {config['beta']:g}, λ {config['dpop_lambda']:g} where nothing else is said "
         f"(torch {comparison.versions['torch']})"

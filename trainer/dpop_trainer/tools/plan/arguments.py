@@ -99,6 +99,11 @@ def _engines(sharding: str) -> tuple[str, int]:
     names = [name.strip() for name in sharding.split(",")]
     sizes = [int(found[1]) for name in names if (found := re.fullmatch(r"sp([1-9][0-9]*)", name))]
     engines = [name for name in names if name in ("auto", *SHARDINGS)]
+    if any(re.fullmatch(r"tp[0-9]*", name) for name in names):
+        raise ValueError(
+            f"sharding: expected an engine whose memory can be counted, got {sharding!r}. Tensor parallelism is not "
+            "planned: its weights take what those of fsdp2 take, its activations nearly what those of one device do."
+        )
     if len(sizes) + len(engines) < len(names):
         raise ValueError(
             f"sharding: expected one of auto, {', '.join(SHARDINGS)}, or devices to a batch such as sp8, or both with "
