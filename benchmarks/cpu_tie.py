@@ -3,8 +3,9 @@
     python -m benchmarks.cpu_tie GSM8K/train.jsonl MODEL OUT.json
 
 Policy and reference are the same weights, so Δw is 0 but for rounding, and every pair sits on DPOP's hinge. One
-optimizer step over all pairs, without clipping, for a reference that is computed online and for ones computed once, in
-batches of the same size, of one pair, and in another layout; each in fp32 and under bf16 autocast.
+optimizer step over all pairs, without clipping, for a reference that is computed online, for one that the trainer
+computes once before training, and for columns that the data bring, computed in batches of the same size, of one pair,
+and in another layout; each in fp32 and under bf16 autocast.
 """
 
 import argparse
@@ -15,32 +16,40 @@ import platform
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from dpop_trainer import DPOPConfig, DPOPTrainer
 from dpop_trainer.tools.pairs.metamath import build_pairs
 
-# name -> how the reference is computed, and how it is trained; None computes it online
-SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
-    "online": (None, {}),
-    "computed once, same batch size and layout": ({}, {}),
-    "computed once, one pair at a time": ({"precompute_ref_batch_size": 1}, {}),
-    "computed once in rows, trained in trees": ({"layout": "rows"}, {"layout": "tree"}),
-    "computed once and trained one pair at a time": (
-        {"layout": "tree"},
-        {"layout": "tree", "per_device_train_batch_size": 1},
-    ),
+
+class Setting(NamedTuple):
+    """How a reference is had."""
+
+    computed: dict[str, Any] | None
+    """Options of the pass before training; None computes it online."""
+    trained: dict[str, Any]
+    are_columns: bool = True
+    """The data bring it, as if it were anyone's; else the trainer knows that it is the policy's own."""
+
+
+ONE_BY_ONE = {"precompute_ref_batch_size": 1}
+SETTINGS = {
+    "online": Setting(None, {}),
+    "computed before training, one pair at a time": Setting(ONE_BY_ONE, {}, are_columns=False),
+    "columns, computed with the same batch size and layout": Setting({}, {}),
+    "columns, computed one pair at a time": Setting(ONE_BY_ONE, {}),
+    "columns, computed in rows, trained in trees": Setting({"layout": "rows"}, {"layout": "tree"}),
 }
 
 
 def first_step(model: str, data: Dataset, batch_size: int, *, bf16: bool, setting: str) -> dict[str, float]:
     """Figures of the first step."""
-    caching, training = SETTINGS[setting]
+    computed, trained, are_columns = SETTINGS[setting]
     with tempfile.TemporaryDirectory() as folder:
 
-        def trainer(overrides: dict[str, Any]) -> DPOPTrainer:
+        def trainer(overrides: dict[str, Any], pairs: Dataset, *, precompute: bool) -> DPOPTrainer:
             options: dict[str, Any] = {"per_device_train_batch_size": batch_size, **overrides}
             config = DPOPConfig(
                 output_dir=f"{folder}/run",
@@ -55,15 +64,17 @@ def first_step(model: str, data: Dataset, batch_size: int, *, bf16: bool, settin
                 use_cpu=True,
                 bf16=bf16,
                 model_init_kwargs={"dtype": "float32"},
-                precompute_ref_log_probs=caching is not None,
+                precompute_ref_log_probs=precompute,
                 ref_cache_dir=f"{folder}/cache",
                 **options,
             )
-            return DPOPTrainer(model, args=config, train_dataset=data)
+            return DPOPTrainer(model, args=config, train_dataset=pairs)
 
-        if caching is not None:
-            trainer({**training, **caching})  # into the cache, which the second trainer reads
-        run = trainer(training)
+        pairs, precompute = data, False
+        if computed is not None:  # into the cache, and into columns
+            with_columns = trainer({**trained, **computed}, data, precompute=True).train_dataset
+            pairs, precompute = (with_columns, False) if are_columns else (data, True)
+        run = trainer(trained, pairs, precompute=precompute)
         run.train()
     line = next(line for line in run.state.log_history if "loss" in line)
     return {

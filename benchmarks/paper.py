@@ -32,7 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "paper"
 LOSSES = ["DPO", "IPO", "SLIC", "DPOP"]
 LAMBDAS = ["DPOP, λ = 5", "DPOP, λ = 500"]
 BETAS = ["DPO, β = 0.1", "DPO", "DPO, β = 1.0", "DPOP, β = 0.1", "DPOP", "DPOP, β = 1.0"]
-_SHOWN = {"smollm2": ["DPO", "DPOP"]}
+_SHOWN = {"smollm2": ["DPO", "DPO + SFT", "IPO", "DPOP"], "conversations": ["DPO", "DPO + SFT", "DPOP"]}
 """In the pictures; of the other comparisons `LOSSES`, since the values of λ would lie on each other."""
 _FIRST_STEPS = range(2, 11)
 """Without the first: the policy still is the reference, and no method's hinge is active."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.measure.generation import Writing
 from dpop_trainer.measure.pairs_under_model import PairTokenLogps, evaluate_pairs
 from dpop_trainer.tools.compare.answers import Answers
 from dpop_trainer.tools.compare.page import write_comparison
@@ -80,3 +81,14 @@ def test_a_part_of_the_methods_has_a_verdict_of_its_own(record):
     text = paper.low_edit()
     assert "β = 1.0" not in text
     assert "12 steps of 4 pairs, lr 0.001, β 0.3, λ 50 where nothing else is said (torch 2.13.0)" in text
+
+
+def test_conversations_of_one_seed_and_how_they_are_written(record):
+    before, after = Writing(40, 1, 0.05, 0.5), Writing(50, 0.5, 0.25, 0.25)
+    runs = [run(method, 0, -1.0, -2.0) for method in paper._SHOWN["conversations"]]
+    record("conversations", [one._replace(writing=after, ref_writing=before, answers=None) for one in runs])
+    text = paper.conversations()
+    assert "1 held-out pairs, one seed; 12 steps of 4 pairs" in text
+    table = text[text.index("length, tokens") :]
+    assert rows(table)["DPOP"] == ["50", "50.0 %", "25.0 %", "25.0 %"]
+    assert rows(table)["before training"] == ["40", "100.0 %", "5.0 %", "50.0 %"]

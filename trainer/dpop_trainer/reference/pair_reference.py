@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpop_kernels import ScoringHead
-from dpop_kernels.losses.weights import has_penalty
 from dpop_trainer.batches import Batch, PairCollator
 from dpop_trainer.batches.scoring import ScoredModel, attention_of, forward_inputs
 from dpop_trainer.models.tensor_parallel import parallel_size
@@ -31,9 +30,17 @@ from dpop_trainer.reference.moving import MovingReference
 from dpop_trainer.reference.precompute import precompute_reference
 from dpop_trainer.reference.recall import Origin, fingerprint
 from dpop_trainer.reference.second_model import offload_reference
-from dpop_trainer.reference.source import FrozenModel, PolicyAsReference, Reference, adapter_off, eval_mode
+from dpop_trainer.reference.source import (
+    FrozenModel,
+    PolicyAsReference,
+    Reference,
+    adapter_off,
+    eval_mode,
+    segments_of,
+)
 from dpop_trainer.reference.start_weights import ReferenceRecord, StartWeights
 from dpop_trainer.reference.step_zero import Columns, Setting, StepZero
+from dpop_trainer.reference.tie import Tie
 from dpop_trainer.run_folder.versions import versions
 
 if TYPE_CHECKING:
@@ -63,6 +70,10 @@ class PairReference:
         self._origin: Origin | None = None
         self.step_zero = StepZero(self._accelerator, self._setting)
         trainer.add_callback(self.step_zero)
+        self.tie: Tie | None = None
+        if plan.is_precomputed and plan.is_start_of_policy and not plan.trains_on_given_columns:
+            self.tie = Tie(lambda: self._accelerator.unwrap_model(trainer.model))  # type: ignore[arg-type]
+            trainer.add_callback(self.tie)
         if not plan.is_a_model:
             return
         described: Any = trainer.model if model is None else model.model
@@ -104,6 +115,18 @@ class PairReference:
                 "is kept: this run takes its reference from columns. Give these pairs to the trainer's constructor."
             )
         return self._source.segment_logps(batch, model_inputs)
+
+    def as_policy(self, logps: Tensor, batch: Batch) -> Tensor | None:
+        """The policy's own sums of a batch's segments [B, 3], where it still is the model that its reference was
+        computed from; else None.
+
+        Args:
+            logps: [N] the policy's.
+            batch: of which they are.
+        """
+        if self.tie is None or not self.tie.holds(self._trainer.state.global_step):
+            return None
+        return segments_of(logps.detach(), batch, self._trainer.args.kernel_backend, ld_alpha=self._ld_alpha)
 
     def precompute(self, dataset: Any, name: str, batch_size: int) -> Dataset:
         """The data set with reference columns; its own if it has them.
@@ -300,7 +323,6 @@ class PairReference:
             is_start_of_policy=self.plan.is_start_of_policy,
             columns=columns,
             mixed_precision=str(self._accelerator.mixed_precision),
-            has_hinge=has_penalty(self._trainer.args.loss_type) and not self._trainer.args.dpop_dead_zone,
             cached_attention=self._cache.notes().get("attn_implementation") if self._cache is not None else None,
         )
 

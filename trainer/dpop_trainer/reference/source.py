@@ -127,5 +127,10 @@ def reference_segment_logps(
 ) -> Tensor:
     """A model's log-prob sums of a batch's segments, as the model is -> [B, 3] or [B, 1], see `Reference`."""
     logps = ScoredModel(model, head).token_logps(batch, model_inputs)
+    return segments_of(logps, batch, backend, ld_alpha=ld_alpha)
+
+
+def segments_of(logps: Tensor, batch: Batch, backend: str, *, ld_alpha: float | None = None) -> Tensor:
+    """[N] -> [B, 3] or [B, 1], as a reference has them."""
     logps = length_desensitised(logps, batch.cu_seqlens, ld_alpha)
     return segment_sums(logps, batch.cu_seqlens, backend=backend).view(batch.pair_ids.shape[0], -1)

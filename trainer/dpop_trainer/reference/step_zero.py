@@ -41,13 +41,6 @@ class Setting(NamedTuple):
     """accelerate's name of the policy's autocast."""
     cached_attention: str | None = None
     """The attention implementation that a cache was computed with."""
-    has_hinge: bool = True
-    """DPOP is among the losses."""
-
-    @property
-    def is_rounding_at_the_hinge(self) -> bool:
-        """A difference of nothing but rounding would decide which pairs are penalised."""
-        return self.columns == "computed" and self.is_start_of_policy and self.has_hinge
 
 
 class StepZero(TrainerCallback):
@@ -101,14 +94,6 @@ class StepZero(TrainerCallback):
             "dpop/step_0_max_rejected_logratio": rejected,
             "dpop/step_0_mean_rejected_logratio": rejected_sum / num_pairs,
         }
-        if 0 < max(chosen, rejected) <= TOLERANCE and self._setting().is_rounding_at_the_hinge:
-            logger.warning(
-                "Reference log-probs were computed in other batches than these: rounding moves them by up to %.2g nats "
-                "per answer. At the start every pair is at DPOP's hinge, and there rounding decides which pairs are "
-                "penalised (λ + 1 times the gradient). dpop_dead_zone=%.0e keeps it from doing so.",
-                max(chosen, rejected),
-                2 * max(chosen, rejected),
-            )
         if max(chosen, rejected) > TOLERANCE:
             logger.warning(
                 "Policy and reference differ before the first update: |Δ| of chosen answers up to %.3g nats (mean "
@@ -135,7 +120,7 @@ def probable_causes(setting: Setting) -> Iterator[str]:
     dropout = active_dropout(setting.policy)
     if dropout is not None:
         yield f"dropout is on in the policy ({dropout}); set disable_dropout"
-    noise = getattr(setting.policy.get_input_embeddings(), "neftune_noise_alpha", None)  # type: ignore[operator]
+    noise = embedding_noise(setting.policy)
     if noise:
         yield (
             f"NEFTune's noise is on the policy's embeddings (neftune_noise_alpha={noise:g}) and not on the "
@@ -163,8 +148,9 @@ def probable_causes(setting: Setting) -> Iterator[str]:
             )
         if setting.mixed_precision in ("bf16", "fp16") or policy.dtype in (torch.bfloat16, torch.float16):
             yield (
-                "16-bit rounding, which depends on the batch that a pair is in, and at the start decides which pairs "
-                "DPOP penalises; leave precompute_ref_log_probs out, so that both are computed in the same batch"
+                "16-bit rounding, which depends on the batch that a pair is in, and after the first update decides "
+                "which pairs DPOP penalises; leave precompute_ref_log_probs out, so that both are computed in the same "
+                "batch"
             )
 
 
@@ -179,6 +165,11 @@ def active_dropout(model: nn.Module) -> str | None:
             if "dropout" in name and isinstance(value, float) and value > 0:
                 return f"{path}.{name} = {value:g}"
     return None
+
+
+def embedding_noise(model: Any) -> float:
+    """NEFTune's alpha, 0 without."""
+    return getattr(model.get_input_embeddings(), "neftune_noise_alpha", None) or 0.0
 
 
 def _differences(policy: Any, reference: Any) -> Iterator[str]:

@@ -379,7 +379,7 @@ class DPOPConfig(TRLFields, HeadConfig):
         default=0.0,
         metadata={
             "help": "τ >= 0, in nats: how far a chosen answer may fall before DPOP's penalty begins. 0 is the paper's "
-            "loss; in fp32, 0.01 keeps the rounding of a precomputed reference from deciding the first gradients."
+            "loss; 0.01 keeps the rounding of log-probs that the data bring from deciding the first gradients."
         },
     )
     label_smoothing: float = field(

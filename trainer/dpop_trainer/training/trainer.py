@@ -213,6 +213,9 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
         with self._router_loss.recording() if self._router_loss is not None else nullcontext():
             logps, stats = ScoredModel(model, self.head).token_logps(batch, model_inputs, return_stats=True)
         wpo = self._wpo_weights(logps, stats, batch) if self.args.use_weighting else None
+        cached = ref_logps
+        if mode == "train" and (own := self.reference.as_policy(logps, batch)) is not None:
+            ref_logps = own
         pairs, terms = pair_loss_terms(
             logps,
             batch.cu_seqlens,
@@ -224,7 +227,12 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
             backend=self.args.kernel_backend,
         )
         if mode == "train" and self.state.global_step == 0 and self.reference.plan.is_needed:
-            self.reference.step_zero.add(pairs.chosen_logratios, pairs.rejected_logratios, is_filler=batch.is_filler)
+            shared, chosen, rejected = (ref_logps - cached).unbind(-1)  # 0, or what rounding makes of other batches
+            self.reference.step_zero.add(
+                pairs.chosen_logratios + shared + chosen,
+                pairs.rejected_logratios + shared + rejected,
+                is_filler=batch.is_filler,
+            )
         self._pair_values = {
             "loss": pairs.losses.detach(),
             "chosen_logps": pairs.chosen_logps,
@@ -260,10 +268,12 @@ class DPOPTrainer(TRLNames, BudgetTrainer):
             self.reference.save_place(folder)
 
     def carried_state(self):
-        return self.reference.step_zero.state()
+        tie = self.reference.tie
+        return {**self.reference.step_zero.state(), **(tie.state() if tie is not None else {})}
 
     def restore_carried_state(self, state):
-        self.reference.step_zero.restore(state)
+        tie = self.reference.tie
+        self.reference.step_zero.restore(tie.restore(state) if tie is not None else state)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:  # type: ignore[union-attr]

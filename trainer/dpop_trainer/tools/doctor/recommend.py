@@ -62,8 +62,7 @@ def _loss(measures: Measures) -> Recommendation:
             "loss_type",
             "dpop with dpop_lambda 50",
             f"{median}: the kind on which plain DPO lowers the chosen answer. 50 is the paper's λ (its range: 5 to "
-            "500). If dpop/chosen_deficit grows in training, raise λ. With precomputed reference log-probs set "
-            "dpop_dead_zone to 0.01: else rounding alone decides whether the first gradients are multiplied by 1 + λ.",
+            "500). If dpop/chosen_deficit grows in training, raise λ.",
         )
     return Recommendation(
         "loss_type",
