@@ -58,6 +58,14 @@ from tiny import text_pairs, tiny_llama, word_tokenizer
             {"loss_type": "dpo", "beta": 0.1, "learning_rate": 1e-4},
         ),
         (
+            "dpop:learning_rate=8e-4,gradient_checkpointing=no",  # YAML takes the first for text, the second for False
+            "DPOP, lr = 0.0008, gradient_checkpointing = False",
+            "dpop-learning_rate=8e-4-gradient_checkpointing=no",
+            {"loss_type": "dpop", "learning_rate": 8e-4, "gradient_checkpointing": False},
+        ),
+        ("dpop:dpop_lambda=much", None, None, "methods: dpop_lambda in .* expected a value that .*, got 'much'"),
+        ("dpop:max_length=true", None, None, "methods: max_length in .* expected a number, got True"),
+        (
             "dpo+sft:loss_type_is_not=1",
             None,
             None,
@@ -90,9 +98,9 @@ def test_a_shared_option_goes_to_the_methods_whose_losses_read_it():
 
 
 def test_a_list_is_one_value():
-    assert parse_method("dpop+ipo:max_length=[1,2],beta=0.1").overrides == {
+    assert parse_method("dpop+ipo:loss_weights=[1,0.5],beta=0.1").overrides == {
         "loss_type": ["dpop", "ipo"],
-        "max_length": [1, 2],
+        "loss_weights": [1, 0.5],
         "beta": 0.1,
     }
 

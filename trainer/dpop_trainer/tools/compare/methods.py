@@ -6,9 +6,11 @@ dpo:beta=0.1,learning_rate=1e-4       with any field of DPOPConfig
 dpo+sft:loss_weights=[1,0.1]          a weighted sum of losses
 """
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from typing import Any, NamedTuple
 
 import yaml
@@ -18,6 +20,7 @@ from dpop_kernels.losses.weights import has_penalty, reads_option
 from dpop_trainer.settings.command_parser import did_you_mean
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.loss_fields import field_of
+from dpop_trainer.settings.run_parser import RunParser, check_yaml_value
 
 _SYMBOLS = {"dpop_lambda": "λ", "beta": "β", "simpo_gamma": "γ", "learning_rate": "lr", "loss_weights": "weights"}
 
@@ -74,7 +77,7 @@ def parse_method(text: str) -> Method:
         if not equals:
             raise ValueError(f"methods: expected FIELD=VALUE after the colon, got {setting!r} in {text!r}.")
         _check_field(field.strip(), text)
-        overrides[field.strip()] = yaml.safe_load(value)
+        overrides[field.strip()] = _value_of(field.strip(), value, text)
     changed = [(field, value) for field, value in overrides.items() if field != "loss_type"]
     title = " + ".join(name.upper() for name in names)
     return Method(
@@ -82,6 +85,24 @@ def parse_method(text: str) -> Method:
         slug=re.sub(r"[^\w.=+-]+", "-", text.strip()).strip("-"),
         overrides=overrides,
     )
+
+
+def _value_of(field: str, value: str, text: str) -> Any:
+    """As the field would be read from a YAML file: 1e-4, which YAML takes for text, is a number."""
+    action, place = _actions()[field], f"methods: {field} in {text!r}"
+    read = check_yaml_value(place, action, yaml.safe_load(value))
+    kind: Any = action.type
+    if not isinstance(read, str) or kind in (None, str):
+        return read
+    try:
+        return kind(read)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{place}: expected a value that the field can take, got {read!r} ({error}).") from error
+
+
+@cache
+def _actions() -> dict[str, argparse.Action]:
+    return RunParser((DPOPConfig,), "dpop compare").field_actions()
 
 
 def _check_field(name: str, text: str) -> None:
