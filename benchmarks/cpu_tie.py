@@ -92,6 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--num_pairs", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument(
+        "--precisions", nargs="+", default=["fp32", "bf16"], help="bf16 is slow where the processor has none"
+    )
     options = parser.parse_args(argv)
     with options.source.open() as lines:
         problems = [json.loads(line) for line in lines]
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {
         name: {
             precision: first_step(options.model, data, options.batch_size, bf16=precision == "bf16", setting=name)
-            for precision in ("fp32", "bf16")
+            for precision in options.precisions
         }
         for name in SETTINGS
     }

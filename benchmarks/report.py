@@ -288,18 +288,21 @@ def layouts() -> str:
 
 
 def tie() -> str:
-    """docs/reference.md's table: what rounding of a cached reference does at DPOP's hinge."""
-    record = _records("cpu_tie")[-1]
-    precisions = {"fp32": "fp32", "bf16": "bf16 autocast"}
+    """docs/reference.md's tables, one a model: what rounding of a reference does at DPOP's hinge."""
+    return "\n\n".join(map(_tie_of, _records("cpu_tie")))
+
+
+def _tie_of(record: dict[str, Any]) -> str:
+    named = {"fp32": "fp32", "bf16": "bf16 autocast"}
+    precisions = [precision for precision in named if precision in record["settings"]["online"]]
     titles = ["reference"]
-    titles += [
-        f"{what}, {name}" for name in precisions.values() for what in ("max \\|Δw\\|", "penalised", "gradient norm")
-    ]
+    for precision in precisions:
+        titles += [f"{what}, {named[precision]}" for what in ("max \\|Δw\\|", "penalised", "gradient norm")]
     rows = []
-    for setting in record["settings"]:
+    for setting, found in record["settings"].items():
         row = [setting]
         for precision in precisions:
-            first = record["settings"][setting][precision]
+            first = found[precision]
             row += [
                 f"{first['max_chosen_logratio']:.1g}",
                 f"{first['active_fraction']:.0%}",
@@ -308,7 +311,8 @@ def tie() -> str:
         rows.append(row)
     note = (
         f"First step on {record['num_pairs']} GSM8K pairs in micro-batches of {record['batch_size']}, λ "
-        f"{record['dpop_lambda']:g}, no clipping; {record['model']}, on a CPU (torch {record['torch']}). Δw in nats."
+        f"{record['dpop_lambda']:g}, no clipping; {record['model']}, on a CPU, {record['num_threads']} threads (torch "
+        f"{record['torch']}). Δw in nats."
     )
     return f"{table(titles, rows)}\n\n{note}"
 

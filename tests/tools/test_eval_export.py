@@ -84,7 +84,31 @@ def test_merged_model_is_the_run(trained_run, tmp_path, capsys):
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == TEMPLATE
+    run_what_the_card_shows(tmp_path / "out", max_new_tokens=3)
     assert "The adapter is merged into `base`, in float32. Reloaded, it gives" in capsys.readouterr().out
+
+
+def run_what_the_card_shows(folder, max_new_tokens):
+    shown = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert '"role": "user"' in shown
+    shown = shown.replace(json.dumps(folder.name), json.dumps(str(folder)))
+    exec(shown.replace("max_new_tokens=256", f"max_new_tokens={max_new_tokens}"), {})
+
+
+def test_card_of_a_run_that_was_evaluated_tells_that_and_no_single_batch(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"loss_type": "dpop", "beta": 0.1}))
+    lines = [
+        {"step": 0, "train_data/num_pairs": 9, "train_data/skipped_bad": 0, "train_data/truncated_chosen": 2},
+        {"step": 1, "loss": 0.7},
+        {"step": 2, "loss": 21.7},
+        {"step": 2, "eval_loss": 0.5, "eval_dpop/rejected_logratio": -1.25},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card = model_card(tmp_path, name="x", base=None, license_id=None, merge_note="")
+    assert "| loss | 0.5 |\n| rejected Δ, nats per answer | −1.25 |" in card
+    assert "21.7" not in card
+    assert "| train: num pairs | 9 |\n| train: truncated chosen | 2 |\n\n" in card
+    assert 'pipeline("text-generation", model="x")\nprint(write("How many?", max_new_tokens=256)' in card
 
 
 def test_card_is_the_runs_records(trained_run, tmp_path):

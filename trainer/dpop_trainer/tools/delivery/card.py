@@ -67,6 +67,7 @@ def model_card(
     license_id: str | None,
     merge_note: str,
     evaluation: Path | None = None,
+    is_chat: bool = False,
 ) -> str:
     """The text of README.md.
 
@@ -77,6 +78,7 @@ def model_card(
         license_id: the hub's id of its licence; None: the base's, where it says one.
         merge_note: how the weights came about.
         evaluation: results.json of `dpop eval`.
+        is_chat: its tokenizer has a chat template.
     """
     config = read_run_config(run)
     trained_from = base or config.get("model_name_or_path")
@@ -93,6 +95,8 @@ def model_card(
     sections = [
         f"# {plain(name)}",
         _opening(config, trained_from, merge_note),
+        "## Use",
+        _use(name, is_chat=is_chat),
         "## Data",
         _data(config, run),
         "## Training",
@@ -146,16 +150,32 @@ def _opening(config: dict[str, Any], base: str | None, merge_note: str) -> str:
     )
 
 
+def _use(name: str, *, is_chat: bool) -> str:
+    asked, told = (
+        ('[{"role": "user", "content": "How many?"}]', '[0]["generated_text"][-1]["content"]')
+        if is_chat
+        else ('"How many?"', '[0]["generated_text"]')
+    )
+    return (
+        "```python\nfrom transformers import pipeline\n\n"
+        f'write = pipeline("text-generation", model={json.dumps(name)})\n'
+        f"print(write({asked}, max_new_tokens=256){told})\n```"
+    )
+
+
 def _data(config: dict[str, Any], run: Path) -> str:
     lines = [_named("Trained on", _sources(config)) or "The run's records do not name the data."]
     lines += filter(None, [_named("Evaluated in training on", _eval_sources(config))])
     first = next((line for line in _metrics(run) if line.get("step") == 0), {})
     # "train_data/num_pairs": 6 -> "train: num pairs"
     rows = [
-        (key.replace("_data/", ": ").replace("_", " "), f"{value:,}") for key, value in first.items() if "data/" in key
+        (key.replace("_data/", ": ").replace("_", " "), f"{value:,}")
+        for key, value in first.items()
+        if "data/" in key and value
     ]
     if rows:
-        lines.append("What tokenising kept, dropped and cut:\n\n" + table(("count", "value"), rows))
+        told = "What tokenising kept, dropped and cut; of all that is not listed there was none:"
+        lines.append(f"{told}\n\n{table(('count', 'value'), rows)}")
     return "\n\n".join(lines)
 
 
@@ -202,9 +222,13 @@ def _training(config: dict[str, Any], run: Path) -> str:
     idle = "num_train_epochs" if (config.get("max_steps") or -1) > 0 else "max_steps"
     names = [*SETTINGS, *(name for name, usual in _OTHER_OPTIONS.items() if config.get(name, usual) != usual)]
     rows = [(name, joined(config[name])) for name in names if config.get(name) is not None and name != idle]
-    text = "Every setting is in `training_config.yaml`. The main ones:\n\n" + table(("setting", "value"), rows)
-    logged = [line for line in _metrics(run) if "loss" in line]
-    if logged:
+    text = (
+        "Every setting is in `training_config.yaml`, which `dpop train --config` takes once local files in it have "
+        f"their paths. The main ones:\n\n{table(('setting', 'value'), rows)}"
+    )
+    lines = _metrics(run)
+    logged = [line for line in lines if "loss" in line]
+    if logged and not any("eval_loss" in line for line in lines):  # which tells more than the last batch
         first, last = logged[0], logged[-1]
         figures = [
             (label, minus(f"{first[key]:.4g}"), minus(f"{last[key]:.4g}"))
@@ -229,7 +253,7 @@ def _evaluation(run: Path, evaluation: Path | None) -> str:
     last = next((line for line in reversed(_metrics(run)) if "eval_loss" in line), None)
     if last is not None:
         figures = [
-            (label, f"{last[f'eval_{key}']:.4g}")
+            (label, minus(f"{last[f'eval_{key}']:.4g}"))
             for key, label in FIGURES.items()
             if isinstance(last.get(f"eval_{key}"), (int, float))
         ]

@@ -105,7 +105,7 @@ def run_export(
         merged.model.save_pretrained(part, max_shard_size=max_shard_size)
         merged.tokenizer.save_pretrained(part)
         saved_dtype = next(merged.model.parameters()).dtype
-        logps = merged.probe_logps
+        logps, is_chat = merged.probe_logps, bool(merged.tokenizer.chat_template)
         note = _merge_note(merged, run_config, saved_dtype, is_rounded=rounding is not None)
         del merged
         gc.collect()
@@ -118,7 +118,7 @@ def run_export(
             note += f", and the log-probs that the policy had when it was saved to {difference:.1e} nats."
         else:
             note += "; of the policy as it trained, on these weights, nothing is recorded to hold it against."
-        (part / "README.md").write_text(card(merge_note=note), encoding="utf-8")
+        (part / "README.md").write_text(card(merge_note=note, is_chat=is_chat), encoding="utf-8")
         if run_config:
             (part / "training_config.yaml").write_text(yaml.safe_dump(shareable(run_config)), encoding="utf-8")
         if results is not None:
