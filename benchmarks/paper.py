@@ -34,6 +34,7 @@ LAMBDAS = ["DPOP, λ = 5", "DPOP, λ = 500"]
 BETAS = ["DPO, β = 0.1", "DPO", "DPO, β = 1.0", "DPOP, β = 0.1", "DPOP", "DPOP, β = 1.0"]
 _SHOWN = {"smollm2": ["DPO", "DPO + SFT", "IPO", "DPOP"], "conversations": ["DPO", "DPO + SFT", "DPOP"]}
 """In the pictures; of the other comparisons `LOSSES`, since the values of λ would lie on each other."""
+_FAST = ["DPO, lr = 0.0008", "DPOP, lr = 0.0008"]
 _FIRST_STEPS = range(2, 11)
 """Without the first: the policy still is the reference, and no method's hinge is active."""
 
@@ -43,9 +44,14 @@ def chat_model() -> str:
     return _results("smollm2", _SHOWN["smollm2"])
 
 
+def fast() -> str:
+    """The same at four times the learning rate."""
+    return _results("smollm2_fast", _FAST)
+
+
 def conversations() -> str:
     """The tables and the verdict of the comparison on a chat model's conversations, and how it then writes."""
-    return _results("conversations", _SHOWN["conversations"])
+    return _results("conversations", [*_SHOWN["conversations"], *_FAST])
 
 
 def low_edit() -> str:
@@ -156,7 +162,7 @@ def gradient() -> str:
 def pictures() -> list[Panel]:
     """The page's."""
     found = []
-    for name in ("smollm2", "gsm8k", *_HIGH_EDIT.values()):
+    for name in ("smollm2", "conversations", "gsm8k", *_HIGH_EDIT.values()):
         comparison = _comparison(name, _SHOWN.get(name, LOSSES))
         found += [_named(panel, name) for panel in logratio_panels(curves_of(comparison))]
     shifts = token_shift_panels(token_shifts(_comparison("gsm8k", LOSSES)))

@@ -406,6 +406,8 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "runs.md": {"tiled_mlp": tiled_mlp, "long_pairs": long_pairs.as_table},
     ROOT / "docs" / "paper.md": {
         "chat_model": paper.chat_model,
+        "fast": paper.fast,
+        "conversations": paper.conversations,
         "low_edit": paper.low_edit,
         "after_edit": paper.after_edit,
         "beta": paper.beta,

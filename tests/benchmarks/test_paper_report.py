@@ -85,7 +85,7 @@ def test_a_part_of_the_methods_has_a_verdict_of_its_own(record):
 
 def test_conversations_of_one_seed_and_how_they_are_written(record):
     before, after = Writing(40, 1, 0.05, 0.5), Writing(50, 0.5, 0.25, 0.25)
-    runs = [run(method, 0, -1.0, -2.0) for method in paper._SHOWN["conversations"]]
+    runs = [run(method, 0, -1.0, -2.0) for method in (*paper._SHOWN["conversations"], *paper._FAST)]
     record("conversations", [one._replace(writing=after, ref_writing=before, answers=None) for one in runs])
     text = paper.conversations()
     assert "1 held-out pairs, one seed; 12 steps of 4 pairs" in text

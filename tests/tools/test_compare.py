@@ -450,6 +450,7 @@ def test_nothing_is_trained_before_all_is_checked(setting, capsys, flags, messag
         ("high_edit/compare", 6, {5, 50, 500}, ["--model_name_or_path", "m", "--dataset_name", "d"]),
         ("demo/guidance", 10, {0.5, 5, 50, 500}, []),
         ("smollm2/compare", 4, {50}, []),
+        ("smollm2/conversations", 5, {50}, ["--seeds", "0", "1", "2"]),
     ],
 )
 def test_recipes_of_the_paper_are_sound(name, num_methods, lambdas, flags):
