@@ -25,12 +25,13 @@ class Tie(TrainerCallback):
 
     def __init__(self, policy: Callable[[], nn.Module]) -> None:
         self._policy = policy
-        self._is_moved = self._is_known = False
+        self._is_moved = False
+        self._is_followed = False  # from its start, here or by what a checkpoint told
         self._is_random: bool | None = None
 
     def holds(self, global_step: int) -> bool:
         """Not where the policy's forward draws random numbers, which the reference's did not."""
-        if self._is_moved or (global_step > 0 and not self._is_known):
+        if self._is_moved or (global_step > 0 and not self._is_followed):
             return False
         if self._is_random is None:
             policy = self._policy()
@@ -39,7 +40,7 @@ class Tie(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         # a warm-up's first step has a learning rate of 0
-        self._is_known = True
+        self._is_followed = True
         self._is_moved = self._is_moved or optimizer is None or any(group["lr"] for group in optimizer.param_groups)
 
     def state(self) -> dict[str, Tensor]:
@@ -49,5 +50,5 @@ class Tie(TrainerCallback):
     def restore(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The counterpart of `state` -> what else is in there. A checkpoint without it is of a policy that moved."""
         others = dict(state)
-        self._is_moved, self._is_known = bool(others.pop(_KEY, torch.tensor(1.0))), True
+        self._is_moved, self._is_followed = bool(others.pop(_KEY, torch.tensor(1.0))), True
         return others
