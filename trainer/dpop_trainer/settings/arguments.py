@@ -154,6 +154,15 @@ class ComparisonArguments(SecretFreeRepr):
         default=32,
         metadata={"help": "Prompts that are answered together; more take more memory, and less time on a CPU."},
     )
+    neutral_texts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Texts that training is not about (column 'text'; file, folder or hub id): their change per token "
+            "is measured too, as what the model unlearned."
+        },
+    )
+    neutral_texts_split: str = field(default="train", metadata={"help": "Split of the neutral texts."})
+    max_neutral_texts: int = field(default=128, metadata={"help": "Measure on the first so many of them."})
     keep_models: bool = field(
         default=False, metadata={"help": "Keep the trained weights; by default only what was measured is kept."}
     )

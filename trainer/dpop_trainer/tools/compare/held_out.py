@@ -1,4 +1,4 @@
-"""The pairs that every run is measured on, and what the reference makes of them."""
+"""The pairs and texts that every run is measured on, and what the reference makes of them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from dpop_trainer.data import tokenise_pairs
+from dpop_trainer.data.load import load_pairs
 from dpop_trainer.inputs.data_sets import first_pairs, load_eval_data
+from dpop_trainer.measure.neutral_text import TextLogps, TextShift, text_logps, texts_of
 from dpop_trainer.measure.pairs_under_model import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
 from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained
@@ -14,6 +16,7 @@ from dpop_trainer.models.trained import TrainedModel, load_trained, load_trained
 from dpop_trainer.reference.of_run import reference_name
 from dpop_trainer.settings.arguments import arguments_of
 from dpop_trainer.settings.config import DPOPConfig
+from dpop_trainer.settings.errors import doing
 from dpop_trainer.tools.compare.answers import Answered, Grading, Problem, answer_problems, problems_of
 
 
@@ -25,6 +28,26 @@ class Measured(NamedTuple):
     answered: Answered | None
     """What it answers to held-out prompts; None where it was not asked."""
     ref_answered: Answered | None
+    neutral_text: TextShift | None
+    """What became of texts that training is not about; None where none were named."""
+
+
+class NeutralTexts(NamedTuple):
+    """Texts that no run trains on, nor on anything like them."""
+
+    source: str
+    """A file, a folder or a hub id."""
+    split: str
+    max_texts: int
+
+    def read(self) -> list[str]:
+        """
+        Raises:
+            FileNotFoundError: there is no such file, folder or hub data set.
+            ValueError: it holds no texts.
+        """
+        with doing(f"reading neutral_texts {self.source}"):
+            return texts_of(load_pairs(self.source, self.split), self.source, self.max_texts)
 
 
 class HeldOut:
@@ -33,19 +56,24 @@ class HeldOut:
     Args:
         max_pairs: measure on the first so many.
         grading: how answers are graded; None asks for none.
+        neutral: texts that are scored too; None scores none.
     """
 
-    def __init__(self, max_pairs: int, grading: Grading | None) -> None:
-        self._max_pairs, self._grading = max_pairs, grading
+    def __init__(self, max_pairs: int, grading: Grading | None, neutral: NeutralTexts | None = None) -> None:
+        self._max_pairs, self._grading, self._neutral = max_pairs, grading, neutral
         self._ref_logps: dict[tuple[Any, ...], list[PairTokenLogps]] = {}
         self._ref_answered: dict[str, Answered] = {}
+        self._ref_texts: dict[tuple[Any, ...], TextLogps] = {}
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Whether the held-out answers can be graded, before anything is trained.
+        """Whether the held-out answers can be graded and the texts be read, before anything is trained.
 
         Raises:
-            ValueError: one cannot.
+            FileNotFoundError: there are no such texts.
+            ValueError: an answer or a text cannot be used.
         """
+        if self._neutral is not None:
+            self._neutral.read()
         if self._grading is not None:
             name = _reference_name(values)
             self._problems(values, load_trained_tokenizer(name, adapter_base(name)))
@@ -64,6 +92,9 @@ class HeldOut:
         if self._grading is not None:
             problems = self._problems(values, trained.tokenizer)
             answered = answer_problems(trained, problems, self._grading, desc="Answering")
+        texts = None if self._neutral is None else self._neutral.read()
+        of_text: dict[str, Any] = {"max_length": config.max_length, "batch_size": config.per_device_eval_batch_size}
+        text = texts and text_logps(trained.model, trained.tokenizer, texts, desc="Neutral texts", **of_text)
         name = _reference_name(values)
         cut = (name, config.max_length, config.truncation_mode)
         if cut not in self._ref_logps:
@@ -76,8 +107,12 @@ class HeldOut:
                 self._ref_answered[name] = answer_problems(
                     reference, problems, self._grading, desc="Answers of the reference"
                 )
+            if texts is not None:
+                desc = "Neutral texts, reference"
+                self._ref_texts[cut] = text_logps(reference.model, reference.tokenizer, texts, desc=desc, **of_text)
         evaluation = evaluate_pairs(logps, self._ref_logps[cut], dataset)
-        return Measured(len(dataset), evaluation, answered, self._ref_answered.get(name))
+        shift = TextShift.of(text, self._ref_texts[cut]) if text else None
+        return Measured(len(dataset), evaluation, answered, self._ref_answered.get(name), shift)
 
     def _problems(self, values: Mapping[str, Any], tokenizer: Any) -> list[Problem]:
         """As many as are to be answered, from as many pairs as that takes: some share a prompt."""

@@ -14,6 +14,8 @@ from dpop_trainer.run_folder.files import write_atomically
 from dpop_trainer.tools.compare.report import (
     COLUMNS,
     LEGEND,
+    NEUTRAL,
+    NEUTRAL_LEGEND,
     RIGHT,
     RIGHT_LEGEND,
     WRITING,
@@ -95,12 +97,13 @@ def result_sections(comparison: Comparison) -> list[str]:
     what = (
         "two standard errors around the mean over seeds" if num_seeds > 1 else "what the pairs of one seed leave open"
     )
+    legends = [text for column, text in ((NEUTRAL, NEUTRAL_LEGEND), (RIGHT, RIGHT_LEGEND)) if column in shown]
     basis = f"On {held_out(start.num_pairs)}, {seeds(num_seeds)} per method. Ranges: {what}. "
     return [
         html_page.heading("Outcome"),
         html_page.charts(_outcome_panels(comparison), large=True),
         _table(comparison, shown),
-        html_page.paragraph(basis + LEGEND + (RIGHT_LEGEND if RIGHT in shown else ""), "note"),
+        html_page.paragraph(basis + LEGEND + "".join(legends), "note"),
         *_writing_sections(comparison),
         html_page.heading("Over training"),
         html_page.paragraph(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpop_trainer.measure.generation import Writing
+from dpop_trainer.measure.neutral_text import TextShift
 from dpop_trainer.measure.pairs_under_model import LOST_NATS, PairEvaluation, Ranking
 from dpop_trainer.measure.shares import Interval, share_interval, with_interval
 from dpop_trainer.measure.token_shift import TokenShift, mean_token_shift, token_shift_as_dict, token_shift_from_dict
@@ -41,6 +42,8 @@ class RunResult(NamedTuple):
     writing: Writing | None = None
     """How it writes its answers; None where it wrote none. Older records have none."""
     ref_writing: Writing | None = None
+    neutral_text: TextShift | None = None
+    """What became of texts that training is not about; None where none were named."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: NaN becomes None."""
@@ -51,7 +54,7 @@ class RunResult(NamedTuple):
             evaluation[ranking] = evaluation[ranking]._asdict()
         answered = {
             name: found and _with_none(found._asdict())
-            for name in (*_GRADED, *_WRITTEN)
+            for name in (*_GRADED, *_WRITTEN, *_TEXTS)
             if (found := getattr(self, name)) is not None or name in _GRADED
         }
         return {**{name: getattr(self, name) for name in _MEASURED}, "evaluation": evaluation, **answered}
@@ -65,13 +68,13 @@ class RunResult(NamedTuple):
         for ranking in ("ranking", "ref_ranking"):
             evaluation[ranking] = Ranking(**evaluation[ranking])
         read: dict[str, Any] = {**values, "evaluation": PairEvaluation(**evaluation)}
-        for names, kind in ((_GRADED, Answers), (_WRITTEN, Writing)):
+        for names, kind in ((_GRADED, Answers), (_WRITTEN, Writing), (_TEXTS, TextShift)):
             read |= {name: kind(**_with_nan(values[name])) if values.get(name) else None for name in names}
         return cls(**read)
 
 
-_GRADED, _WRITTEN = ("answers", "ref_answers"), ("writing", "ref_writing")
-_MEASURED = [name for name in RunResult._fields if name not in (*_GRADED, *_WRITTEN)]
+_GRADED, _WRITTEN, _TEXTS = ("answers", "ref_answers"), ("writing", "ref_writing"), ("neutral_text",)
+_MEASURED = [name for name in RunResult._fields if name not in (*_GRADED, *_WRITTEN, *_TEXTS)]
 
 
 def _with_none(values: dict[str, Any]) -> dict[str, Any]:
@@ -128,6 +131,11 @@ def _around(mean: float, error: float) -> Interval:
     return Interval(mean - ERRORS * error, mean + ERRORS * error)
 
 
+def _text_change(run: RunResult) -> tuple[float, float]:
+    text = run.neutral_text
+    return (text.mean_change, text.error) if text else (math.nan, math.nan)
+
+
 COLUMNS = (
     Column(
         "chosen Δ",
@@ -172,6 +180,14 @@ RIGHT = Column(
     *_SHARE,
     lambda run: share_interval(_share_right(run.answers), run.answers.num_prompts if run.answers else 1),
 )
+NEUTRAL = Column(
+    "neutral text Δ",
+    "nats/token",
+    lambda run: _text_change(run)[0],
+    None,
+    *_SIGNED_PER_TOKEN,
+    lambda run: _around(*_text_change(run)),
+)
 WRITING = tuple(
     Column(
         title,
@@ -194,6 +210,7 @@ LEGEND = (
     "than the rejected one. Ranking accuracy: pairs whose chosen answer is the likelier one. Mean ± standard deviation "
     "over seeds."
 )
+NEUTRAL_LEGEND = " Neutral text: texts that training is not about, all their tokens."
 RIGHT_LEGEND = " Answers right: held-out problems that the model itself answers rightly, one greedy answer each."
 
 WRITING_LEGEND = (
@@ -370,8 +387,9 @@ def _ranked(comparison: Comparison) -> str:
 
 
 def shown_columns(comparison: Comparison) -> tuple[Column, ...]:
-    graded = all(run.answers is not None for run in comparison.results)
-    return (*COLUMNS, RIGHT) if graded else COLUMNS
+    has_text = all(run.neutral_text is not None for run in comparison.results)
+    is_graded = all(run.answers is not None for run in comparison.results)
+    return (*COLUMNS, *([NEUTRAL] if has_text else []), *([RIGHT] if is_graded else []))
 
 
 def has_writing(comparison: Comparison) -> bool:

@@ -25,7 +25,7 @@ from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.errors import doing
 from dpop_trainer.settings.terminal import say
 from dpop_trainer.tools.compare.answers import Grading
-from dpop_trainer.tools.compare.held_out import HeldOut
+from dpop_trainer.tools.compare.held_out import HeldOut, NeutralTexts
 from dpop_trainer.tools.compare.methods import Method, parse_methods
 from dpop_trainer.tools.compare.page import write_comparison
 from dpop_trainer.tools.compare.report import Comparison, RunResult, format_comparison
@@ -66,8 +66,8 @@ def run_comparison(
     plan = plan_runs(model_arguments, data_arguments, config, comparison)
     folder = Path(config.output_dir)  # type: ignore[arg-type]
     results: list[RunResult] = []
-    held_out = HeldOut(comparison.max_eval_pairs, _grading(comparison))
-    with doing("reading the held-out pairs"):
+    held_out = HeldOut(comparison.max_eval_pairs, _grading(comparison), _neutral(comparison))
+    with doing("reading what is held out"):
         held_out.check(plan[0].values)
     for number, run in enumerate(plan, 1):
         title = f"Run {number} of {len(plan)}: {run.method.name}, seed {run.seed}"
@@ -102,8 +102,9 @@ def plan_runs(
     """
     if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
         raise ValueError(f"seeds: expected at least one, each once, got {comparison.seeds}.")
-    if comparison.max_eval_pairs < 1:
-        raise ValueError(f"max_eval_pairs: expected at least 1, got {comparison.max_eval_pairs}.")
+    for name in ("max_eval_pairs", "max_neutral_texts"):
+        if getattr(comparison, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(comparison, name)}.")
     if not data_arguments.eval_dataset_name and not data_arguments.dataset_test_split:
         raise ValueError(
             "eval_dataset_name: expected pairs to measure on that no run trains on, got none. Pass --eval_dataset_name "
@@ -153,6 +154,7 @@ def _train_and_measure(run: PlannedRun, held_out: HeldOut, comparison: Compariso
         history=history,
         seconds=runtime,
         gradients={key: [line[key] for line in logged] for key in ("step", "grad_norm")},
+        neutral_text=measured.neutral_text,
     )
     if measured.answered is not None and measured.ref_answered is not None:
         result = result._replace(
@@ -203,6 +205,8 @@ def _identity(run: PlannedRun, comparison: ComparisonArguments) -> dict[str, Any
     measured = ["max_eval_pairs"]
     if comparison.matcher:
         measured += ["matcher", "answer_regex", "max_answers", "max_new_tokens"]
+    if comparison.neutral_texts:
+        measured += ["neutral_texts", "neutral_texts_split", "max_neutral_texts"]
     return without_secrets(training) | {name: getattr(comparison, name) for name in measured}
 
 
@@ -216,3 +220,9 @@ def _grading(comparison: ComparisonArguments) -> Grading | None:
         comparison.max_new_tokens,
         comparison.answer_batch_size,
     )
+
+
+def _neutral(comparison: ComparisonArguments) -> NeutralTexts | None:
+    if comparison.neutral_texts is None:
+        return None
+    return NeutralTexts(comparison.neutral_texts, comparison.neutral_texts_split, comparison.max_neutral_texts)
