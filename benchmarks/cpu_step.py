@@ -3,6 +3,7 @@
     python -m benchmarks.cpu_step OUT.jsonl --pairs pairs.jsonl --tokenizer gpt2
     python -m benchmarks.cpu_step OUT.jsonl                 MetaMath-like pairs of random words, nothing to bring along
     python -m benchmarks.cpu_step OUT.jsonl --pairs pairs.jsonl --model FOLDER     a pretrained model and its tokenizer
+    python -m benchmarks.cpu_step OUT.jsonl ... --bf16                             under bf16 autocast
 
 A Llama of hidden size 256, 4 layers, intermediate 768 with the tokenizer's vocabulary and random weights, LoRA r = 16
 on all linear layers, 4 pairs per step, fp32, no gradient checkpointing, reference by switching the adapter off. Both
@@ -10,7 +11,8 @@ trainers get the same pairs in the same order and plain DPO's loss, whose values
 `--pairs` is what `dpop pairs build metamath` writes from GSM8K. TRL takes part where it is installed. A step's time is
 the minimum over the steps after the first; memory is the peak of the resident set, of which "base" was there before
 training. `bench_step.py` runs the same processes, in turns. With a pretrained model there are 8 pairs per step, and
-each trainer's matrix products are run again by themselves: what its step would take if it did nothing else.
+each trainer's matrix products are run again by themselves: what its step would take if it did nothing else. bf16 is
+worth its while where the processor multiplies in it (AVX512-BF16, AMX).
 """
 
 import argparse
@@ -40,6 +42,10 @@ PAIRS_PER_STEP_OF_A_MODEL = 8
 BETA = 0.1
 # fp32 sums of log-probs over a few hundred tokens, times β
 LARGEST_LOSS_DIFFERENCE = 1e-4
+# bf16 moves a logit of 16, and so a log-prob, by up to 2^-5, 0.018 in the mean square: two answers of a hundred tokens,
+# under policy and reference, at random √400 times that; times β and the loss's slope of a half, over the √8 pairs of a
+# step, 0.0064. Three of those
+LARGEST_LOSS_DIFFERENCE_BF16 = 0.02
 VOCAB_SIZE = 50257
 """GPT-2's; of the random words too."""
 TRL, TRL_ON_GPU = "trl", "trl, answers alone"
@@ -56,6 +62,8 @@ class Source(NamedTuple):
     tokenizer: str | None = None
     model: str | None = None
     """A pretrained one, with its own tokenizer."""
+    bf16: str | None = None
+    """Anything computes under bf16 autocast."""
 
     @property
     def pairs_per_step(self) -> int:
@@ -165,7 +173,8 @@ def measure(candidate: str, source: Source) -> dict[str, Any]:
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
-            "bf16": False,
+            "bf16": source.bf16 is not None,
+            "use_cpu": True,
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
             "seed": 0,
@@ -232,9 +241,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--candidates", nargs="+", default=CANDIDATES, choices=CANDIDATES, metavar="NAME", help=f"of {CANDIDATES}"
     )
+    parser.add_argument("--bf16", nargs="?", const="true", help="compute under bf16 autocast; weights stay fp32")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    source = Source(options.pairs, options.tokenizer, options.model)
+    source = Source(options.pairs, options.tokenizer, options.model, options.bf16)
     if (source.pairs is None) != (source.tokenizer is None and source.model is None):
         parser.error("expected --pairs with --tokenizer or --model, got one of them.")
     if options.one:
@@ -251,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{candidate:20} {seconds:6.2f} s/step{alone}  {memory:6.0f} MiB peak", flush=True)
         records.append(record)
     difference = loss_difference(records)
-    if not difference <= LARGEST_LOSS_DIFFERENCE:
+    if not difference <= (LARGEST_LOSS_DIFFERENCE if source.bf16 is None else LARGEST_LOSS_DIFFERENCE_BF16):
         print(f"The trainers' losses differ by {difference:.1e}: nothing is recorded.", file=sys.stderr)
         return 1
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -259,6 +269,8 @@ def main(argv: list[str] | None = None) -> int:
     common = {"benchmark": "cpu_step", "pairs": pairs, "largest_loss_difference": difference, **machine()}
     if source.model is not None:
         common["model"] = Path(source.model).name
+    if source.bf16 is not None:
+        common["precision"] = "bf16"
     with options.out.open("a") as file:
         for record in records:
             file.write(json.dumps({**common, **record}) + "\n")

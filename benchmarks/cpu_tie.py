@@ -4,8 +4,8 @@
 
 Policy and reference are the same weights, so Δw is 0 but for rounding, and every pair sits on DPOP's hinge. One
 optimizer step over all pairs, without clipping, for a reference that is computed online, for one that the trainer
-computes once before training, and for columns that the data bring, computed in batches of the same size, of one pair,
-and in another layout; each in fp32 and under bf16 autocast.
+computes once before training, one pair at a time or in another layout, and for columns that the data bring, computed in
+batches of the same size, of one pair, and in another layout; each in fp32 and under bf16 autocast.
 """
 
 import argparse
@@ -38,6 +38,9 @@ ONE_BY_ONE = {"precompute_ref_batch_size": 1}
 SETTINGS = {
     "online": Setting(None, {}),
     "computed before training, one pair at a time": Setting(ONE_BY_ONE, {}, are_columns=False),
+    "computed before training in rows, trained in trees": Setting(
+        {"layout": "rows"}, {"layout": "tree"}, are_columns=False
+    ),
     "columns, computed with the same batch size and layout": Setting({}, {}),
     "columns, computed one pair at a time": Setting(ONE_BY_ONE, {}),
     "columns, computed in rows, trained in trees": Setting({"layout": "rows"}, {"layout": "tree"}),

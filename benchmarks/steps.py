@@ -30,7 +30,8 @@ def sentence() -> str:
 def of_a_chat_model() -> str:
     """A pretrained model's step, beside its own products run by themselves."""
     parts = []
-    for device, found in reversed(_by_device(RESULTS / "chat_step.jsonl").items()):
+    by_precision = [_by_device(RESULTS / "chat_step.jsonl", precision) for precision in ("fp32", "bf16")]
+    for device, found in (part for steps in by_precision for part in reversed(steps.items())):
         rows = []
         for candidate, record in found.items():
             seconds, alone = record["seconds_per_step"], record["products_seconds"]
@@ -38,8 +39,9 @@ def of_a_chat_model() -> str:
             rows.append([_shown(candidate, record), f"{seconds:.2f}", f"{alone:.2f}", f"{seconds / alone:.2f}", memory])
         titles = ["", "seconds a step", "its products alone", "step / products", "peak memory"]
         one = next(iter(found.values()))
+        precision = "bf16 autocast" if _precision(one) == "bf16" else "fp32"
         note = (
-            f"{one['model']}, LoRA r = 16 on all linear layers, 8 pairs, fp32, {device}, torch "
+            f"{one['model']}, LoRA r = 16 on all linear layers, 8 pairs, {precision}, {device}, torch "
             f"{one['versions']['torch']}, {one['date']}; losses agree to {one['largest_loss_difference']:.0e} at every "
             "step."
         )
@@ -68,14 +70,19 @@ def _shown(candidate: str, record: dict[str, Any]) -> str:
     return candidate.replace("trl", version) if candidate.startswith("trl") else f"ours, {candidate}"
 
 
-def _by_device(path: Path) -> dict[str, _Steps]:
+def _by_device(path: Path, precision: str = "fp32") -> dict[str, _Steps]:
     """The device that was measured last is last; of each candidate the last record of a step on GSM8K pairs."""
     found: dict[str, _Steps] = {}
     for record in records.read(path):
-        if "GSM8K" in record.get("pairs", "GSM8K"):
+        if "GSM8K" in record.get("pairs", "GSM8K") and _precision(record) == precision:
             steps = found.pop(record["device"], {})
             found[record["device"]] = steps | {record["candidate"]: record}
     return found
+
+
+def _precision(record: dict[str, Any]) -> str:
+    """Records of fp32 do not name it."""
+    return record.get("precision", "fp32")
 
 
 def _fastest(steps: _Steps) -> dict[str, Any]:

@@ -86,6 +86,8 @@ def test_a_step_stands_beside_its_own_products(tmp_path, monkeypatch):
     for candidate, seconds, alone in (("flat", 6.0, 5.0), ("trl", 24.0, 12.0), ("trl, answers alone", 15.0, 10.0)):
         record = {"candidate": candidate, "seconds_per_step": seconds, "products_seconds": alone, "peak_mib": 2048.0}
         records.append(tmp_path / "chat_step.jsonl", common | record)
+    half = {"candidate": "flat", "seconds_per_step": 3.0, "products_seconds": 1.5, "peak_mib": 1024.0}
+    records.append(tmp_path / "chat_step.jsonl", common | half | {"precision": "bf16"})
     for candidate, seconds in (("flat", 0.5), ("trl", 1.0)):
         record = {"candidate": candidate, "seconds_per_step": seconds, "peak_mib": 512.0}
         records.append(tmp_path / "cpu_step.jsonl", common | record)
@@ -96,3 +98,5 @@ def test_a_step_stands_beside_its_own_products(tmp_path, monkeypatch):
     text = steps.of_a_chat_model()
     assert "| ours, flat | 6.00 | 5.00 | 1.20 | 2.0 GiB |" in text
     assert "| TRL 1.16.0, answers alone | 15.00 | 10.00 | 1.50 | 2.0 GiB |" in text
+    assert text.count("8 pairs, fp32, CPU, AVX2") == text.count("8 pairs, bf16 autocast, CPU, AVX2") == 1
+    assert "| ours, flat | 3.00 | 1.50 | 2.00 | 1.0 GiB |" in text  # in a table of its own, and not README's
