@@ -21,6 +21,7 @@ there is typed by hand; `--check` only says whether the pages are up to date.
     benchmarks/results/tiled_mlp.json  what `python -m benchmarks.tiled_mlp` writes (docs/runs.md)
     benchmarks/results/long_pairs.json    what `python -m benchmarks.long_pairs` writes (docs/runs.md)
     benchmarks/results/ahead.jsonl     what `python -m benchmarks.ahead` appends (docs/kernels.md)
+    benchmarks/results/planned_cpu.json    what `python -m benchmarks.planned_cpu` writes (docs/plan.md)
     benchmarks/results/published_planned.json    what `python -m benchmarks.published` writes (docs/benchmarks.md)
     benchmarks/results/peers_installed.json    versions of the peers where this command last wrote the pages
     benchmarks/results/levels.jsonl    what `make bench` measures (docs/benchmarks.md)
@@ -43,7 +44,7 @@ from dpop_trainer.report.svg import Panel, write_svg
 from dpop_trainer.run_folder.run_files import read_metrics
 from dpop_trainer.tools.evaluation.compare import as_markdown
 
-from benchmarks import levels, long_pairs, paper, plots, published, records, scale, steps
+from benchmarks import levels, long_pairs, paper, planned_cpu, plots, published, records, scale, steps
 from benchmarks.ahead import table as ahead
 from benchmarks.counted import table as counted
 from benchmarks.gpu import large as gpu_large
@@ -402,6 +403,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "kernels.md": {"ahead": ahead.kernels, "ahead_attention": ahead.attention, "cpu_head": cpu_head},
     ROOT / "docs" / "layouts.md": {"layouts": layouts, "budgets": budgets},
     ROOT / "docs" / "reference.md": {"tie": tie},
+    ROOT / "docs" / "plan.md": {"planned_cpu": planned_cpu.as_table},
     ROOT / "docs" / "pairs.md": {"scale": pairs_scale},
     ROOT / "docs" / "runs.md": {"tiled_mlp": tiled_mlp, "long_pairs": long_pairs.as_table},
     ROOT / "docs" / "paper.md": {

@@ -5,6 +5,7 @@ import copy
 import functools
 import io
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dpop_trainer.models import tiled_mlp
 from dpop_trainer.settings.arguments import parse_arguments
 from dpop_trainer.settings.config import DPOPConfig
 from dpop_trainer.settings.recipes import FOLDER, recipe_file
+from dpop_trainer.tools.plan import devices
 from dpop_trainer.tools.plan import search as plan_search
 from dpop_trainer.tools.plan.batches import (
     BatchSetting,
@@ -26,7 +28,7 @@ from dpop_trainer.tools.plan.batches import (
     stretched,
     worst_case,
 )
-from dpop_trainer.tools.plan.devices import CPU_UTILISATION, DEVICE_NAMES, find_device
+from dpop_trainer.tools.plan.devices import CPU_UTILISATION, CPU_UTILISATION_16_BIT, DEVICE_NAMES, find_device
 from dpop_trainer.tools.plan.known_models import HUB_IDS
 from dpop_trainer.tools.plan.paper_model import ModelSetting
 from dpop_trainer.tools.plan.planner import Choice, Planner, Run
@@ -37,7 +39,6 @@ from peft import LoraConfig
 from tiny import text_pairs, tiny_llama, word_tokenizer
 from transformers import LlamaConfig
 
-from benchmarks import scale
 from dpop_kernels.backends import BACKENDS
 
 ROOT = Path(__file__).parents[2]
@@ -362,33 +363,39 @@ def test_checkpointing_costs_time_and_saves_memory():
     assert again.time.total > kept.time.total
 
 
-def test_cpu_utilisation_is_that_of_the_records():
-    results = ROOT / "benchmarks" / "results"
-    lines = [json.loads(line) for line in (results / "levels.jsonl").read_text().splitlines()]
-    product = next(line["gemm_flop_per_s"] for line in lines if "gemm_flop_per_s" in line)
-    shares = []
-    for path in sorted((results / "cpu_layouts").glob("*.json")):
-        record = json.loads(path.read_text())
-        hidden, layouts = record["model"]["hidden_size"], record["layouts"]
-        size = scale.ModelSize(
-            50257, hidden, hidden * 43 // 16, record["model"]["num_hidden_layers"], hidden // 64, hidden // 64
-        )
-        tokens = {name: layouts[name]["computed_tokens"] for name in layouts}
-        scored = tokens["tree"] - (
-            tokens["rows"] - tokens["tree, prompt shared"]
-        )  # as in tests/benchmarks/test_scale.py
-        num_batches = record["num_pairs"] / record["batch_size"]
-        for name, rows in (("rows", 2 * record["batch_size"]), ("tree", record["batch_size"])):
-            positions = tokens[name] / (1 - layouts[name]["padding_share"]) / num_batches
-            flop = scale.step_flop(
-                size,
-                scale.Training(lora_rank=None, checkpointing=False),
-                scale.Batch(rows, positions / rows, scored / num_batches),  # type: ignore[arg-type]
-            )
-            shares.append(flop.total / layouts[name]["median_step_seconds"] / product)
-    shares.sort()
-    assert len(shares) == 6
-    assert (shares[2] + shares[3]) / 2 == pytest.approx(CPU_UTILISATION, abs=0.01)
+@pytest.mark.parametrize(("precision", "planned"), [("fp32", CPU_UTILISATION), ("bf16", CPU_UTILISATION_16_BIT)])
+def test_a_cpu_is_planned_as_the_records_have_it(precision, planned):
+    record = json.loads((ROOT / "benchmarks" / "results" / "planned_cpu.json").read_text())
+    runs = [run for run in record["runs"] if run["precision"] == precision]
+    assert {run["model"] for run in runs} == {"Llama 256 x 4", "SmolLM2-135M-Instruct"}
+    assert planned == pytest.approx(statistics.fmean(run["share"] for run in runs), abs=0.02)
+    for run in runs:  # what a plan is for: it neither promises what does not fit, nor refuses what does
+        assert run["planned_gib"] == pytest.approx(run["measured_gib"], rel=0.15)
+
+
+def test_a_cpu_is_measured_at_the_models_own_products(tmp_path, monkeypatch, capsys):
+    tiny_llama().config.save_pretrained(tmp_path)
+    rates = {torch.float32: 3e12, torch.bfloat16: 12e12}
+    asked = []
+    monkeypatch.setattr(devices, "_product_rate", lambda *shape: asked.append(shape[:2]) or rates[shape[2]])
+    argv = ["--model", str(tmp_path), "--device", "cpu", "--max_length", "64", "--no_search"]
+    config = tiny_llama().config
+    sizes = config.hidden_size, config.intermediate_size
+    for flags, dtype, share in (
+        ([], torch.float32, CPU_UTILISATION),
+        (["--bf16", "true", "--use_cpu", "true"], torch.bfloat16, CPU_UTILISATION_16_BIT),
+        (["--mfu", "0.5"], torch.float32, 0.5),
+    ):
+        result = plan(capsys, *argv, *flags)[1]
+        assert set(asked) == {sizes}
+        asked.clear()
+        device, flop = result["device"], result["asked"]["flop"]
+        assert (device["tflops"], device["utilisation"]) == (rates[dtype] / 1e12, share)
+        # every batch is the largest; the head's products stay in fp32
+        seconds = (flop["layers"] + flop["attention"]) / rates[dtype] + flop["head"] / rates[torch.float32]
+        assert result["asked"]["products_seconds"] == pytest.approx(seconds / share)
+    assert plan(capsys, *argv, "--tflops", "2")[1]["device"]["tflops"] == 2.0
+    assert not asked
 
 
 @pytest.mark.parametrize(

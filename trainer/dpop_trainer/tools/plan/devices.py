@@ -3,9 +3,9 @@
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 GIB = 1 << 30
 
@@ -15,9 +15,9 @@ SHARDINGS: tuple[Sharding, ...] = ("none", "ddp", "fsdp2", "zero2", "zero3")
 
 ASSUMED_GPU_UTILISATION = 0.4
 """Of the peak, in matrix products over a whole step: an assumption, until a record of ours replaces it."""
-CPU_UTILISATION = 0.57
-"""A CPU's step reaches this part of its products' own rate: the records of benchmarks/results/cpu_layouts against the
-product rate in levels.jsonl, which tests/test_plan_search.py compares."""
+CPU_UTILISATION, CPU_UTILISATION_16_BIT = 0.66, 0.43
+"""Of the rate of a model's own products, this part is what a CPU's step reaches: benchmarks/results/planned_cpu.json.
+In bf16 and fp16 products take half of the time or less, and what is between them as long as ever."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Device:
     name: str
     memory_gib: float
     tflops: float
-    """Dense matrix products in bf16 with fp32 sums (fp32 on a CPU), at their peak."""
+    """Dense matrix products in bf16 with fp32 sums, at their peak; on a CPU those of a model's own shapes and dtype."""
     bandwidth_gb: float
     """Of its memory, 1e9 bytes per second."""
     utilisation: float
@@ -35,6 +35,8 @@ class Device:
     origin: str
     """Where the figures are from."""
     is_gpu: bool = True
+    head_tflops: float | None = None
+    """Of the head's products, where they have another rate: a CPU makes them in fp32, whatever the others are."""
 
     @property
     def memory_bytes(self) -> float:
@@ -111,6 +113,38 @@ def find_device(
         f"{origin}, changed as given" if given and origin != "as given" else origin,
         is_gpu,
     )
+
+
+PRODUCT_ROWS = 1024
+"""Of the products that a CPU is measured with: positions of a batch of a few pairs."""
+
+
+def with_products(device: Device, width: int, inner_width: int, dtype: Any) -> Device:
+    """This CPU at the rate of a model's own products, which for small ones is half of that of large ones, and in bf16
+    twice or a hundredth of fp32's, as the processor has it.
+
+    Args:
+        device: the CPU.
+        width: hidden size.
+        inner_width: of the MLP.
+        dtype: in which products are computed.
+    """
+    import torch
+
+    rate, wide_rate = (_product_rate(width, inner_width, kind) / 1e12 for kind in (dtype, torch.float32))
+    share = CPU_UTILISATION if dtype.itemsize > 2 else CPU_UTILISATION_16_BIT
+    return replace(device, tflops=rate, head_tflops=wide_rate, utilisation=share)
+
+
+@cache
+def _product_rate(width: int, inner_width: int, dtype: Any) -> float:
+    """FLOP per second of an MLP's two products, a fraction of a second."""
+    import torch
+
+    rows = torch.randn(PRODUCT_ROWS, width).to(dtype)
+    up, down = (torch.randn(shape).to(dtype) for shape in ((inner_width, width), (width, inner_width)))
+    seconds = _median_seconds(lambda: torch.nn.functional.linear(torch.nn.functional.linear(rows, up), down))
+    return 4 * PRODUCT_ROWS * width * inner_width / seconds
 
 
 @cache

@@ -11,8 +11,10 @@ CONTEXT_BYTES = 1.0 * GIB
 """CUDA's context, cuBLAS's workspace, compiled kernels: assumed."""
 FRAGMENTATION = 0.05
 """Of what the allocator hands out during a step, lost between blocks on a GPU: assumed."""
-PROCESS_BYTES = 0.57 * GIB
-"""Python, torch and transformers in a CPU process before a model is loaded: the resident set after importing them."""
+PROCESS_BYTES = 0.67 * GIB
+"""Python, torch, transformers and datasets in a CPU process: the resident set before training, less the weights."""
+CPU_FRAGMENTATION = 0.2
+"""Of what a step allocates, kept by the C library between blocks: benchmarks/results/planned_cpu.json."""
 DEEPSPEED_BUCKET = 5e8
 """DeepSpeed's reduce_bucket_size, in elements."""
 
@@ -125,9 +127,10 @@ def device_memory(
         Part("reference model", reference_bytes / share),
         *(Part(name, size) for name, size in sorted(step.items())),
     ]
+    temporary = sum(part.num_bytes for part in parts) - weights - trained - states - reference_bytes / share
+    lost = FRAGMENTATION if device.is_gpu else CPU_FRAGMENTATION
+    parts.append(Part("fragmentation", lost * temporary, is_assumed=True))
     if device.is_gpu:
-        temporary = sum(part.num_bytes for part in parts) - weights - trained - states - reference_bytes / share
-        parts.append(Part("fragmentation", FRAGMENTATION * temporary, is_assumed=True))
         parts.append(Part("CUDA context, libraries", CONTEXT_BYTES, is_assumed=True))
     else:
         parts.append(Part("Python, libraries", PROCESS_BYTES, is_assumed=True))

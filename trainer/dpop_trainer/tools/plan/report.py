@@ -211,6 +211,7 @@ def _outcome_json(planner: Planner, outcome: Outcome) -> dict[str, Any]:
         },
         "flop": dict(outcome.cost.flop),
         "micro_batch_seconds": outcome.time.total,
+        "products_seconds": outcome.time.products,
         "device_seconds_per_pair": outcome.device_seconds_per_pair,
         "seconds_per_pair": outcome.seconds_per_pair,
     }

@@ -20,7 +20,7 @@ from dpop_trainer.settings.model_paths import adapter_on_adapter, is_adapter_fol
 from dpop_trainer.settings.run_inputs import check_bits, train_paths
 from dpop_trainer.tools.plan.arguments import PlanArguments
 from dpop_trainer.tools.plan.batches import Pairs, of_statistics, worst_case
-from dpop_trainer.tools.plan.devices import find_device
+from dpop_trainer.tools.plan.devices import Device, find_device, with_products
 from dpop_trainer.tools.plan.memory import optimizer_named
 from dpop_trainer.tools.plan.options import PlanConfig
 from dpop_trainer.tools.plan.paper_model import ModelSetting
@@ -69,6 +69,8 @@ def make_planner(
         lora=lora,
         attention=model.attn_implementation,
     )
+    if not device.is_gpu and plan.tflops is None:
+        device = _at_own_products(device, source.config, autocast_dtype(bf16, fp16) or setting.dtype, plan.mfu)
     pairs = _pairs(model, data, config, plan)
     optimizer = str(getattr(config.planned["optim"], "value", config.planned["optim"]))
     run = Run(
@@ -115,6 +117,17 @@ def make_planner(
         ranks_per_batch=config.sequence_parallel_size,
     )
     return planner, choice, _notes(planner, source.origin, config, plan, num_devices)
+
+
+def _at_own_products(device: Device, config: Any, dtype: torch.dtype, mfu: float | None) -> Device:
+    """A CPU at the rate of this model's products, as far as its configuration names their sizes."""
+    text = config.get_text_config()
+    width = getattr(text, "hidden_size", None)
+    if not isinstance(width, int):
+        return device
+    inner_width = getattr(text, "intermediate_size", None)
+    measured = with_products(device, width, inner_width if isinstance(inner_width, int) else 4 * width, dtype)
+    return measured if mfu is None else replace(measured, utilisation=mfu)
 
 
 def _lora(model: ModelArguments) -> LoraConfig | None:

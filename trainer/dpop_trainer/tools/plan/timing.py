@@ -51,7 +51,9 @@ def step_time(
     passes = 2 + checkpointing + has_reference  # forward, backward
     streamed = passes * sizes.layer_bytes / bandwidth
     # however short the batch, a product reads its weights
-    products = max(cost.total_flop * scale / (device.tflops * 1e12 * device.utilisation), streamed)
+    rates = {"head": device.head_tflops or device.tflops}
+    at_peak = sum(flop / (rates.get(kind, device.tflops) * 1e12) for kind, flop in cost.flop.items())
+    products = max(scale * at_peak / device.utilisation, streamed)
     widened = 0.0
     if model.bits is not None:
         # read packed, written widened; the product's own reading is in its rate
