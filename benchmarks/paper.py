@@ -34,7 +34,9 @@ LAMBDAS = ["DPOP, λ = 5", "DPOP, λ = 500"]
 BETAS = ["DPO, β = 0.1", "DPO", "DPO, β = 1.0", "DPOP, β = 0.1", "DPOP", "DPOP, β = 1.0"]
 _SHOWN = {"smollm2": ["DPO", "DPO + SFT", "IPO", "DPOP"], "conversations": ["DPO", "DPO + SFT", "DPOP"]}
 """In the pictures; of the other comparisons `LOSSES`, since the values of λ would lie on each other."""
-_FAST = ["DPO, lr = 0.0008", "DPOP, lr = 0.0008"]
+_FAST = ["DPO, lr = 0.0008", "DPO + SFT, lr = 0.0008", "DPOP, lr = 0.0008"]
+_MORE = ["DPO", "SLIC", "DPOP", "DPOP, λ = 5", "DPOP, λ = 500"]
+"""With one seed on the chat model, beside the two that the table has with all."""
 _FIRST_STEPS = range(2, 11)
 """Without the first: the policy still is the reference, and no method's hinge is active."""
 
@@ -49,9 +51,45 @@ def fast() -> str:
     return _results("smollm2_fast", _FAST)
 
 
+def more() -> str:
+    """SLiC and other λ on the chat model, one seed."""
+    return _results("smollm2", _MORE, of_seeds=[0])
+
+
 def conversations() -> str:
     """The tables and the verdict of the comparison on a chat model's conversations, and how it then writes."""
-    return _results("conversations", [*_SHOWN["conversations"], *_FAST])
+    fast = [method for method in _FAST if "SFT" not in method]
+    return _results("conversations", [*_SHOWN["conversations"], *fast])
+
+
+def neutral() -> str:
+    """What became of texts that no pair is about, as far as that was measured."""
+    rows, first = [], None
+    for name, title in (("smollm2_fast", "GSM8K pairs"), ("conversations", "conversations")):
+        recorded = read_comparison(RESULTS / f"{name}.json")
+        for method in recorded.methods:
+            texts = [run.neutral_text for run in recorded.of(method) if run.neutral_text is not None]
+            if texts:
+                first = first or texts[0]
+                changes = [text.mean_change for text in texts]
+                spread = f" ± {statistics.stdev(changes):.3f}" if len(changes) > 1 else ""
+                error = statistics.fmean(text.error for text in texts)
+                rows.append(
+                    [
+                        title,
+                        method,
+                        f"{signed(statistics.fmean(changes), 3)}{spread}",
+                        f"{error:.3f}",
+                        str(len(changes)),
+                    ]
+                )
+    assert first is not None
+    note = (
+        f"{first.num_texts} texts of HellaSwag (WikiHow and ActivityNet) with their right endings, "
+        f"{first.num_tokens:,} tokens; after SFT they have {minus(f'{first.ref_mean:.2f}')} nats per token. "
+        "Mean ± standard deviation over seeds; error: over texts, of one seed."
+    )
+    return f"{table(['pairs', 'method', 'neutral text Δ, nats/token', 'error', 'seeds'], rows)}\n\n{note}"
 
 
 def low_edit() -> str:
@@ -173,8 +211,8 @@ def _named(panel: Panel, name: str) -> Panel:
     return panel._replace(name=f"paper_{name}_{panel.name}")
 
 
-def _results(name: str, methods: list[str]) -> str:
-    comparison = _comparison(name, methods)
+def _results(name: str, methods: list[str], *, of_seeds: Iterable[int] | None = None) -> str:
+    comparison = _comparison(name, methods, of_seeds)
     parts = [table(table_titles(comparison), table_rows(comparison)), f"{_setting(comparison)}."]
     if has_writing(comparison):
         parts.append(table(table_titles(comparison, WRITING), table_rows(comparison, WRITING)))
@@ -193,10 +231,11 @@ def _setting(comparison: Comparison) -> str:
     )
 
 
-def _comparison(name: str, methods: list[str]) -> Comparison:
-    """Some methods of a recorded comparison."""
+def _comparison(name: str, methods: list[str], seeds: Iterable[int] | None = None) -> Comparison:
+    """Some methods of a recorded comparison, with all seeds or some."""
     recorded = read_comparison(RESULTS / f"{name}.json")
-    return recorded._replace(methods=methods, results=[run for run in recorded.results if run.method in methods])
+    runs = [run for run in recorded.results if run.method in methods and (seeds is None or run.seed in seeds)]
+    return recorded._replace(methods=methods, results=runs)
 
 
 def _first_norm(run: RunResult) -> float:

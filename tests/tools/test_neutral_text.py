@@ -119,11 +119,14 @@ def test_a_comparison_tells_what_was_unlearned(argv, tmp_path, capsys):
     [
         (["--neutral_texts", "TRAIN"], "neutral_texts: expected a column 'text', got chosen, prompt, rejected"),
         (["--neutral_texts", "nowhere.jsonl"], "expected an existing file or folder, got nowhere.jsonl"),
+        (["--neutral_texts", "WORDS"], "neutral_texts: expected a text of at least two tokens, got 2 of one"),
         (["--max_neutral_texts", "0"], "max_neutral_texts: expected at least 1, got 0"),
     ],
 )
 def test_nothing_is_trained_on_texts_that_cannot_be_read(argv, tmp_path, capsys, flags, message):
-    flags = [str(tmp_path / "train.jsonl") if word == "TRAIN" else word for word in flags]
+    (tmp_path / "words.jsonl").write_text('{"text": " w3"}\n{"text": " w4"}\n')
+    files = {"TRAIN": str(tmp_path / "train.jsonl"), "WORDS": str(tmp_path / "words.jsonl")}
+    flags = [files.get(word, word) for word in flags]
     assert main([*argv, *flags]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -85,6 +85,21 @@ def texts_of(dataset: Dataset, source: str, max_texts: int) -> list[str]:
     return found
 
 
+def token_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None) -> list[list[int]]:
+    """Texts as in pretraining: without a chat template, cut at the end.
+
+    Raises:
+        ValueError: no text has two tokens, of which the second would be scored.
+    """
+    rows = [list(tokenizer(text)["input_ids"])[: max_length or DEFAULT_MAX_LENGTH] for text in texts]  # type: ignore[arg-type]
+    if not any(len(row) > 1 for row in rows):
+        raise ValueError(
+            f"neutral_texts: expected a text of at least two tokens, got {len(rows)} of one. The first token of a text "
+            "is not scored."
+        )
+    return rows
+
+
 def text_logps(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,7 +109,7 @@ def text_logps(
     batch_size: int = 8,
     desc: str | None = None,
 ) -> TextLogps:
-    """Log-probs of whole texts, tokenised as in pretraining: without a chat template, cut at the end.
+    """Log-probs of whole texts.
 
     Args:
         model: a causal LM without a ScoringHead; it is given one for the duration.
@@ -103,9 +118,12 @@ def text_logps(
         max_length: most tokens of a text; None: `DEFAULT_MAX_LENGTH`. Never more than the model has positions.
         batch_size: texts per forward, those of like length together.
         desc: label of the progress bar; None shows none.
+
+    Raises:
+        ValueError: no text has two tokens.
     """
     limit = min(max_length or DEFAULT_MAX_LENGTH, learned_positions(model) or DEFAULT_MAX_LENGTH)
-    rows = [list(tokenizer(text)["input_ids"])[:limit] for text in texts]  # type: ignore[arg-type]
+    rows = token_rows(tokenizer, texts, limit)
     sums = np.zeros(len(rows))
     by_length = sorted((i for i, row in enumerate(rows) if len(row) > 1), key=lambda i: len(rows[i]))
     with scoring(model) as scored:

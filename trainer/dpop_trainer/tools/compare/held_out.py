@@ -8,7 +8,7 @@ from datasets import Dataset
 from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.data.load import load_pairs
 from dpop_trainer.inputs.data_sets import first_pairs, load_eval_data
-from dpop_trainer.measure.neutral_text import TextLogps, TextShift, text_logps, texts_of
+from dpop_trainer.measure.neutral_text import TextLogps, TextShift, text_logps, texts_of, token_rows
 from dpop_trainer.measure.pairs_under_model import PairEvaluation, PairTokenLogps, evaluate_pairs, pair_token_logps
 from dpop_trainer.models.adapters import adapter_base
 from dpop_trainer.models.quantised import as_trained
@@ -72,11 +72,14 @@ class HeldOut:
             FileNotFoundError: there are no such texts.
             ValueError: an answer or a text cannot be used.
         """
+        if self._neutral is None and self._grading is None:
+            return
+        name = _reference_name(values)
+        tokenizer = load_trained_tokenizer(name, adapter_base(name))
         if self._neutral is not None:
-            self._neutral.read()
+            token_rows(tokenizer, self._neutral.read(), _eval_data(values)[0].max_length)
         if self._grading is not None:
-            name = _reference_name(values)
-            self._problems(values, load_trained_tokenizer(name, adapter_base(name)))
+            self._problems(values, tokenizer)
 
     def measure(self, trained: TrainedModel, values: Mapping[str, Any]) -> Measured:
         """
