@@ -8,8 +8,19 @@ import pytest
 import torch
 from datasets import Dataset
 from dpop_trainer.cli import main
+from dpop_trainer.data import tokenise_pairs
 from dpop_trainer.measure.neutral_text import TextLogps, TextShift, text_logps, texts_of
-from dpop_trainer.tools.compare.report import NEUTRAL, interval, read_comparison, shown_columns, table_rows
+from dpop_trainer.measure.pairs_under_model import PairTokenLogps, evaluate_pairs
+from dpop_trainer.tools.compare.report import (
+    NEUTRAL,
+    Comparison,
+    RunResult,
+    interval,
+    read_comparison,
+    shown_columns,
+    table_rows,
+    verdict,
+)
 from tiny import text_pairs, tiny_llama, word_tokenizer
 
 TEXTS = [" w3 w4 w5 w6 w7", " w9", " w5 w5", " w8 w7 w6 w5 w4 w3 w2"]
@@ -65,6 +76,26 @@ def test_what_is_no_text_is_refused(rows, message):
 def test_blank_texts_are_passed_over():
     dataset = Dataset.from_list([{"text": text} for text in ("\n", "a", "", "b", "c")])
     assert texts_of(dataset, "", 2) == ["a", "b"]
+
+
+def test_the_verdict_tells_what_became_of_them():
+    pair = {"prompt_ids": [5], "chosen_ids": [6, 7], "rejected_ids": [6, 8]}
+    dataset, _ = tokenise_pairs(Dataset.from_list([pair]), word_tokenizer())
+    evaluation = evaluate_pairs(*[[PairTokenLogps(np.zeros(2), np.zeros(2))]] * 2, dataset)
+
+    def told(**methods):
+        runs = [
+            RunResult(name, seed, 1, evaluation, {}, 1.0, {}, neutral_text=TextShift(2, 12, -3.0, -3.0 + change, error))
+            for name, changes in methods.items()
+            for seed, (change, error) in enumerate(changes)
+        ]
+        return verdict(Comparison(list(methods), runs, {}, {}))
+
+    # of two seeds the error is half of their difference
+    many = told(DPO=[(-0.3, 0.5), (-0.5, 0.5)], DPOP=[(0.02, 0.01), (0.0, 0.01)])
+    assert many.endswith("Neutral text, in nats per token: DPO −0.400 ± 0.100 and DPOP +0.010 ± 0.010 (no difference).")
+    assert told(DPO=[(-0.3, 0.1)]).endswith("Neutral text, in nats per token: DPO −0.300 ± 0.100.")
+    assert told(DPO=[(-0.3, math.nan)]).endswith("Neutral text, in nats per token: DPO −0.300.")
 
 
 @pytest.fixture

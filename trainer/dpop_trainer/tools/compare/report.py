@@ -293,6 +293,8 @@ def verdict(comparison: Comparison) -> str:
     if len(comparison.methods) > 1:
         sentences.append(_best(comparison))
     sentences.append(_ranked(comparison))
+    if NEUTRAL in shown_columns(comparison):
+        sentences.append(_unlearned(comparison))
     runs = comparison.of(comparison.methods[0])
     basis = f"On {held_out(runs[0].num_pairs)}, {seeds(len(runs))}:"
     return " ".join([basis, *sentences])
@@ -363,6 +365,19 @@ def _gains(comparison: Comparison) -> str:
         known = "" if abs(found.mean) > ERRORS * found.error else " (no difference)"
         told.append(f"{method} {signed(100 * found.mean, 1)} ± {100 * found.error:.1f}{known}")
     return f" Against the model before, problem by problem, in points: {listed(told)}."
+
+
+def _unlearned(comparison: Comparison) -> str:
+    """What became of neutral text: over seeds or, with one, by the spread over texts."""
+    told = []
+    for method in comparison.methods:
+        changes = [_text_change(run) for run in comparison.of(method)]
+        means = [mean for mean, _ in changes]
+        mean = statistics.fmean(means)
+        error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else changes[0][1]
+        known = "" if abs(mean) > ERRORS * error else " (no difference)"
+        told.append(f"{method} {signed(mean, 3)}" + ("" if math.isnan(error) else f" ± {error:.3f}{known}"))
+    return f"Neutral text, in nats per token: {listed(told)}."
 
 
 def _ranked(comparison: Comparison) -> str:
