@@ -34,8 +34,8 @@ LAMBDAS = ["DPOP, λ = 5", "DPOP, λ = 500"]
 BETAS = ["DPO, β = 0.1", "DPO", "DPO, β = 1.0", "DPOP, β = 0.1", "DPOP", "DPOP, β = 1.0"]
 _SHOWN = {"smollm2": ["DPO", "DPO + SFT", "IPO", "DPOP"], "conversations": ["DPO", "DPO + SFT", "DPOP"]}
 """In the pictures; of the other comparisons `LOSSES`, since the values of λ would lie on each other."""
-_FAST = ["DPO, lr = 0.0008", "DPO + SFT, lr = 0.0008", "DPOP, lr = 0.0008"]
-_MORE = ["DPO", "SLIC", "DPOP", "DPOP, λ = 5", "DPOP, λ = 500"]
+_FAST = ["DPO, lr = 0.0008", "DPOP, lr = 0.0008"]
+_MORE = ["DPO", "SLIC", "DPOP", "DPOP, λ = 5"]
 """With one seed on the chat model, beside the two that the table has with all."""
 _FIRST_STEPS = range(2, 11)
 """Without the first: the policy still is the reference, and no method's hinge is active."""
@@ -56,10 +56,14 @@ def more() -> str:
     return _results("smollm2", _MORE, of_seeds=[0])
 
 
+def own_mistakes() -> str:
+    """Trained on the chat model's own wrong answers."""
+    return _results("smollm2_own", ["DPO", "DPOP"])
+
+
 def conversations() -> str:
     """The tables and the verdict of the comparison on a chat model's conversations, and how it then writes."""
-    fast = [method for method in _FAST if "SFT" not in method]
-    return _results("conversations", [*_SHOWN["conversations"], *fast])
+    return _results("conversations", [*_SHOWN["conversations"], *_FAST])
 
 
 def neutral() -> str:
@@ -221,8 +225,11 @@ def _results(name: str, methods: list[str], *, of_seeds: Iterable[int] | None = 
 
 def _setting(comparison: Comparison) -> str:
     first, config = comparison.results[0], comparison.config
-    num_seeds = len(comparison.of(first.method))
+    by_method = {method: len(comparison.of(method)) for method in comparison.methods}
+    num_seeds = max(by_method.values())
     spread = f"mean ± standard deviation of {num_seeds} seeds" if num_seeds > 1 else seeds(num_seeds)
+    fewer = [f"{seeds(count)} of {method}" for method, count in by_method.items() if count < num_seeds]
+    spread += f" ({', '.join(fewer)})" if fewer else ""
     return (
         f"{first.num_pairs} held-out pairs, {spread}; "
         f"{config['max_steps']} steps of {config['per_device_train_batch_size']} pairs, "

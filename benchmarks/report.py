@@ -409,6 +409,9 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "paper.md": {
         "chat_model": paper.chat_model,
         "fast": paper.fast,
+        "more": paper.more,
+        "own": paper.own_mistakes,
+        "neutral": paper.neutral,
         "conversations": paper.conversations,
         "low_edit": paper.low_edit,
         "after_edit": paper.after_edit,
