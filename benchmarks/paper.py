@@ -23,6 +23,7 @@ from dpop_trainer.tools.compare.report import (
     verdict,
 )
 from dpop_trainer.tools.compare.report import curves as curves_of
+from dpop_trainer.tools.evaluation.compare import as_markdown
 
 from benchmarks.levels import table
 
@@ -54,6 +55,13 @@ def fast() -> str:
 def more() -> str:
     """SLiC and other λ on the chat model, one seed."""
     return _results("smollm2", _MORE, of_seeds=[0])
+
+
+def choices() -> str:
+    """Multiple-choice accuracy of models of which some answer hardly a problem any more, as `dpop eval` writes it."""
+    record = json.loads((RESULTS / "smollm2_eval.json").read_text())
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("lm-eval", "torch"))
+    return f"{as_markdown(record).partition(chr(10) * 2)[2].strip()}\n\n{versions}; computed in bf16."
 
 
 def own_mistakes() -> str:

@@ -412,6 +412,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "more": paper.more,
         "own": paper.own_mistakes,
         "neutral": paper.neutral,
+        "choices": paper.choices,
         "conversations": paper.conversations,
         "low_edit": paper.low_edit,
         "after_edit": paper.after_edit,
