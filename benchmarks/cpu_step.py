@@ -62,8 +62,8 @@ class Source(NamedTuple):
     tokenizer: str | None = None
     model: str | None = None
     """A pretrained one, with its own tokenizer."""
-    bf16: str | None = None
-    """Anything computes under bf16 autocast."""
+    bf16: bool = False
+    """Under bf16 autocast."""
 
     @property
     def pairs_per_step(self) -> int:
@@ -75,8 +75,8 @@ class Source(NamedTuple):
         return NUM_STEPS + (self.model is not None)
 
     def argv(self) -> list[str]:
-        given = {f"--{name}": value for name, value in self._asdict().items() if value is not None}
-        return [word for pair in given.items() for word in pair]
+        given = {f"--{name}": value for name, value in self._asdict().items() if value}
+        return [word for name, value in given.items() for word in ((name,) if value is True else (name, value))]
 
 
 class _StepTimes(TrainerCallback):
@@ -173,7 +173,7 @@ def measure(candidate: str, source: Source) -> dict[str, Any]:
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
-            "bf16": source.bf16 is not None,
+            "bf16": source.bf16,
             "use_cpu": True,
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--candidates", nargs="+", default=CANDIDATES, choices=CANDIDATES, metavar="NAME", help=f"of {CANDIDATES}"
     )
-    parser.add_argument("--bf16", nargs="?", const="true", help="compute under bf16 autocast; weights stay fp32")
+    parser.add_argument("--bf16", action="store_true", help="compute under bf16 autocast; weights stay fp32")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     source = Source(options.pairs, options.tokenizer, options.model, options.bf16)
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{candidate:20} {seconds:6.2f} s/step{alone}  {memory:6.0f} MiB peak", flush=True)
         records.append(record)
     difference = loss_difference(records)
-    if not difference <= (LARGEST_LOSS_DIFFERENCE if source.bf16 is None else LARGEST_LOSS_DIFFERENCE_BF16):
+    if not difference <= (LARGEST_LOSS_DIFFERENCE_BF16 if source.bf16 else LARGEST_LOSS_DIFFERENCE):
         print(f"The trainers' losses differ by {difference:.1e}: nothing is recorded.", file=sys.stderr)
         return 1
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     common = {"benchmark": "cpu_step", "pairs": pairs, "largest_loss_difference": difference, **machine()}
     if source.model is not None:
         common["model"] = Path(source.model).name
-    if source.bf16 is not None:
+    if source.bf16:
         common["precision"] = "bf16"
     with options.out.open("a") as file:
         for record in records:

@@ -47,7 +47,7 @@ def planned(source: Source, folder: Path) -> dict[str, Any]:
         "max_length": 1024,
         "gradient_checkpointing": "false",
         "dtype": "float32",
-        "bf16": str(source.bf16 is not None).lower(),
+        "bf16": str(source.bf16).lower(),
         "use_cpu": "true",
         "layout": "flat",
     }
@@ -66,7 +66,7 @@ def held(source: Source) -> dict[str, Any]:
     asked = plan["asked"]
     return {
         "model": "Llama 256 x 4" if source.model is None else Path(source.model).name,
-        "precision": "fp32" if source.bf16 is None else "bf16",
+        "precision": "bf16" if source.bf16 else "fp32",
         "pairs": source.pairs_per_step,
         "product_tflops": plan["device"]["tflops"],
         "planned_seconds": asked["micro_batch_seconds"],
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     found = []
     for precision in options.precisions:
-        bf16 = "true" if precision == "bf16" else None
+        bf16 = precision == "bf16"
         for source in (
             Source(options.pairs, options.tokenizer, bf16=bf16),
             Source(options.pairs, model=options.model, bf16=bf16),

@@ -40,6 +40,13 @@ def test_every_token_but_the_first_is_scored(max_length):
             assert value == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_long_text_is_cut_where_the_run_says():
+    model, tokenizer, text = tiny_llama(), word_tokenizer(), " w3" * 1500
+    num_tokens = len(tokenizer(text)["input_ids"])
+    for max_length, kept in ((1200, 1200), (None, 1024), (5000, num_tokens)):
+        assert text_logps(model, tokenizer, [text], max_length=max_length).num_tokens.tolist() == [kept - 1]
+
+
 def test_never_more_tokens_than_positions():
     from transformers import GPT2Config, GPT2LMHeadModel
 

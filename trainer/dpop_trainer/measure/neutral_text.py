@@ -122,8 +122,8 @@ def text_logps(
     Raises:
         ValueError: no text has two tokens.
     """
-    limit = min(max_length or DEFAULT_MAX_LENGTH, learned_positions(model) or DEFAULT_MAX_LENGTH)
-    rows = token_rows(tokenizer, texts, limit)
+    limits = [limit for limit in (max_length or DEFAULT_MAX_LENGTH, learned_positions(model)) if limit is not None]
+    rows = token_rows(tokenizer, texts, min(limits))
     sums = np.zeros(len(rows))
     by_length = sorted((i for i, row in enumerate(rows) if len(row) > 1), key=lambda i: len(rows[i]))
     with scoring(model) as scored:

@@ -119,7 +119,7 @@ PRODUCT_ROWS = 1024
 """Of the products that a CPU is measured with: positions of a batch of a few pairs."""
 
 
-def with_products(device: Device, width: int, inner_width: int, dtype: Any) -> Device:
+def with_products(device: Device, width: int, inner_width: int, dtype: Any, utilisation: float | None) -> Device:
     """This CPU at the rate of a model's own products, which for small ones is half of that of large ones, and in bf16
     twice or a hundredth of fp32's, as the processor has it.
 
@@ -128,11 +128,13 @@ def with_products(device: Device, width: int, inner_width: int, dtype: Any) -> D
         width: hidden size.
         inner_width: of the MLP.
         dtype: in which products are computed.
+        utilisation: part of their rate that a step reaches; None: what it reached in our records.
     """
     import torch
 
     rate, wide_rate = (_product_rate(width, inner_width, kind) / 1e12 for kind in (dtype, torch.float32))
     share = CPU_UTILISATION if dtype.itemsize > 2 else CPU_UTILISATION_16_BIT
+    share = share if utilisation is None else utilisation
     return replace(device, tflops=rate, head_tflops=wide_rate, utilisation=share)
 
 

@@ -126,8 +126,7 @@ def _at_own_products(device: Device, config: Any, dtype: torch.dtype, mfu: float
     if not isinstance(width, int):
         return device
     inner_width = getattr(text, "intermediate_size", None)
-    measured = with_products(device, width, inner_width if isinstance(inner_width, int) else 4 * width, dtype)
-    return measured if mfu is None else replace(measured, utilisation=mfu)
+    return with_products(device, width, inner_width if isinstance(inner_width, int) else 4 * width, dtype, mfu)
 
 
 def _lora(model: ModelArguments) -> LoraConfig | None:
